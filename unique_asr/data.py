@@ -1,0 +1,258 @@
+"""Speech data: manifests, recordings and joined recordings, for training and for evaluation.
+
+A manifest is JSON lines, one recording a row. `audio_filepath` is relative to the manifest; the other fields are
+those of NeMo (`duration`, `offset`, `text`) plus `segments`: a list of {"start", "end", "text"} with times in seconds.
+
+    recordings = read_manifest("eval.jsonl", source="librispeech_test_clean")
+    for item in join(recordings, seconds=30):
+        samples, text = item.audio(), item.text
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+SAMPLE_RATE = 16000  # samples a second of everything that `audio()` and `blocks()` yield
+
+Within = Literal["recording", "speaker", "source", "all"]
+T = TypeVar("T")
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be read; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A transcribed stretch of a recording."""
+
+    start: float  # seconds
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of an audio file, from `start` to `end` seconds."""
+
+    path: Path
+    start: float
+    end: float
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+    def audio(self) -> np.ndarray:
+        """float32 mono samples at 16 kHz. Only the stretch is decoded: libsndfile seeks to its first sample."""
+        return read_audio(self.path, self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Spans of audio played one after another, and what is said in them, with times in the result."""
+
+    id: str
+    spans: tuple[Span, ...]
+    utterances: tuple[Utterance, ...]
+    speaker: str = ""
+    source: str = ""
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return sum(span.duration for span in self.spans)
+
+    @property
+    def text(self) -> str:
+        return " ".join(utterance.text for utterance in self.utterances if utterance.text)
+
+    def audio(self) -> np.ndarray:
+        """All samples [duration * 16000], float32 mono, decoded now."""
+        return np.concatenate([span.audio() for span in self.spans])
+
+    def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
+        """The samples in blocks of at most `seconds`, so that memory does not grow with the recording."""
+        for span in self.spans:
+            steps = max(1, int(np.ceil(span.duration / seconds)))
+            for step in range(steps):
+                start = span.start + step * seconds
+                yield read_audio(span.path, start, min(start + seconds, span.end))
+
+
+def read_audio(path: Path | str, start: float = 0.0, end: float | None = None) -> np.ndarray:
+    """Samples [n] of an audio file from `start` to `end` seconds, float32 mono at 16 kHz.
+
+    Files at 16 kHz that libsndfile reads (wav, flac, mp3, ogg, opus) are decoded from `start` on, everything else as a
+    whole through `unique_asr.audio`.
+    """
+    import soundfile
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such audio file; audio_filepath is relative to its manifest")
+    first = round(start * SAMPLE_RATE)
+    count = -1 if end is None else round(end * SAMPLE_RATE) - first
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.samplerate == SAMPLE_RATE:
+                file.seek(min(first, file.frames))
+                samples = file.read(count, dtype="float32", always_2d=True)  # [n, channels]
+                return samples.mean(axis=1)
+    except soundfile.LibsndfileError:
+        pass  # a container that only FFmpeg reads
+    from unique_asr.audio import load_audio
+
+    samples = load_audio(path)
+    return samples[first:] if end is None else samples[first : first + count]
+
+
+def read_manifest(path: Path | str, source: str | None = None, select: str | None = None) -> list[Recording]:
+    """The recordings of a JSONL manifest, in its order.
+
+    source: keep the rows of this source; several are separated by commas.
+    select: keep the recordings whose id (the file name without suffix) matches this glob, such as "lj-*".
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such manifest")
+    sources = None if source is None else {name.strip() for name in source.split(",")}
+    recordings, seen = [], set()
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                seen.add(row.get("source", ""))
+                recording = _recording(row, path.parent)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ManifestError(f"{path}, line {number}: not a manifest row ({error!r})") from None
+            if sources is not None and recording.source not in sources:
+                continue
+            if select is not None and not fnmatch.fnmatchcase(recording.id, select):
+                continue
+            recordings.append(recording)
+    if not recordings:
+        wanted = f"source {source or 'any'}, id {select or 'any'}"
+        raise ManifestError(f"{path}: no recordings of {wanted}; its sources are {', '.join(sorted(seen)) or 'none'}")
+    return recordings
+
+
+def join(recordings: Sequence[Recording], seconds: float, within: Within = "recording") -> list[Recording]:
+    """Consecutive utterances joined to recordings of at most `seconds`; one longer utterance stays alone.
+
+    Takes the recordings of a manifest. Two utterances of one row keep the pause between them, those of two rows are
+    played without one. `within` says which border a joined recording may not cross: "recording" joins the utterances
+    of one file only, "speaker" goes on with the next chapter of the speaker, "source" and "all" with the next speaker.
+    """
+    joined: list[Recording] = []
+    pieces: list[tuple[Recording, Span, Utterance]] = []
+    length, group = 0.0, None
+
+    def flush() -> None:
+        if pieces:
+            joined.append(_joined(pieces))
+            pieces.clear()
+
+    for recording in _grouped(recordings, within):
+        if _group(recording, within) != group:
+            flush()
+            group = _group(recording, within)
+        for span, utterance in _pieces(recording):
+            follows = bool(pieces) and pieces[-1][0] is recording and _continues(pieces[-1][1], span)
+            added = span.end - pieces[-1][1].end if follows else span.duration
+            if pieces and length + added > seconds + 1e-6:
+                flush()
+            length = length + added if pieces else span.duration
+            pieces.append((recording, span, utterance))
+    flush()
+    return joined
+
+
+def spread(items: Sequence[T], count: int | None) -> list[T]:
+    """`count` of the items, evenly spaced over them; all of them if there are fewer or `count` is None."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _recording(row: dict, folder: Path) -> Recording:
+    path = folder / row["audio_filepath"]
+    offset, duration = float(row.get("offset") or 0.0), float(row["duration"])
+    text = row.get("text") or ""
+    segments = row.get("segments") or [{"start": 0.0, "end": duration, "text": text}]
+    utterances = tuple(Utterance(float(s["start"]), float(s["end"]), s["text"].strip()) for s in segments)
+    return Recording(
+        id=path.stem,
+        spans=(Span(path, offset, offset + duration),),
+        utterances=utterances,
+        speaker=str(row.get("speaker") or ""),
+        source=str(row.get("source") or ""),
+    )
+
+
+def _group(recording: Recording, within: Within) -> tuple:
+    keys = {
+        "recording": (recording.source, recording.speaker, recording.spans[0].path),
+        "speaker": (recording.source, recording.speaker),
+        "source": (recording.source,),
+        "all": (),
+    }
+    if within not in keys:
+        raise ValueError(f"within={within!r}: choose one of {', '.join(keys)}")
+    return keys[within]
+
+
+def _grouped(recordings: Sequence[Recording], within: Within) -> Iterable[Recording]:
+    """The recordings with those of a source, of a speaker and of a file side by side, else in their order."""
+    ranks: dict[tuple, int] = {}
+    for recording in recordings:
+        for level in ("source", "speaker", "recording"):
+            ranks.setdefault(_group(recording, level), len(ranks))
+    return sorted(recordings, key=lambda r: [ranks[_group(r, level)] for level in ("source", "speaker", "recording")])
+
+
+def _pieces(recording: Recording) -> Iterator[tuple[Span, Utterance]]:
+    """Each utterance of a recording read from a manifest, with the span of the file that holds it."""
+    (span,) = recording.spans
+    for utterance in recording.utterances:
+        yield Span(span.path, span.start + utterance.start, span.start + utterance.end), utterance
+
+
+def _continues(previous: Span, span: Span) -> bool:
+    """Whether a span of the same manifest row follows the previous one, so that the two can be read as one."""
+    return previous.start <= span.start and previous.end <= span.end
+
+
+def _joined(pieces: Sequence[tuple[Recording, Span, Utterance]]) -> Recording:
+    """One recording of the pieces; pieces that follow each other in a manifest row become one span."""
+    spans: list[Span] = []
+    utterances: list[Utterance] = []
+    before = 0.0  # seconds of the spans before the last one
+    row = None
+    for recording, span, utterance in pieces:
+        if recording is row and _continues(spans[-1], span):
+            spans[-1] = Span(span.path, spans[-1].start, span.end)
+        else:
+            before = sum(earlier.duration for earlier in spans)
+            spans.append(span)
+        row = recording
+        shift = before - spans[-1].start
+        utterances.append(Utterance(round(span.start + shift, 4), round(span.end + shift, 4), utterance.text))
+    (first, head, _), (last, tail, _) = pieces[0], pieces[-1]
+    end = f"{tail.end:.2f}" if last is first else f"{last.id}@{tail.end:.2f}"
+    return Recording(
+        id=f"{first.id}@{head.start:.2f}-{end}",
+        spans=tuple(spans),
+        utterances=tuple(utterances),
+        speaker=",".join(dict.fromkeys(recording.speaker for recording, _, _ in pieces)),
+        source=first.source,
+    )

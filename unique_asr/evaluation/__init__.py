@@ -1,0 +1,1 @@
+"""Scoring systems on recordings: corpus word error rate, coverage, speed and sparsity."""
