@@ -1,0 +1,135 @@
+"""Transcripts as files: one ResultWriter a format, and a log of segments that survives a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import ClassVar, TextIO
+
+from unique_asr.transcript import Segment, Transcript
+
+
+def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool = True) -> str:
+    """HH:MM:SS.mmm, rounded to a millisecond."""
+    milliseconds = max(0, round(seconds * 1000))
+    hours, milliseconds = divmod(milliseconds, 3_600_000)
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    seconds, milliseconds = divmod(milliseconds, 1000)
+    prefix = f"{hours:02d}:" if always_hours or hours else ""
+    return f"{prefix}{minutes:02d}:{seconds:02d}{decimal_mark}{milliseconds:03d}"
+
+
+class ResultWriter:
+    """Writes a transcript in one format; the old file, if any, stays whole until the new one is."""
+
+    extension: ClassVar[str]
+
+    def write_file(self, transcript: Transcript, path: Path) -> None:
+        """UTF-8 without a byte order mark, written beside `path` and moved over it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                self.write(transcript, file)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        raise NotImplementedError
+
+
+class TextWriter(ResultWriter):
+    """One segment a line."""
+
+    extension = "txt"
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        for segment in transcript.segments:
+            print(_one_line(segment.text), file=file)
+
+
+class SubRipWriter(ResultWriter):
+    extension = "srt"
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        for number, segment in enumerate(transcript.segments, start=1):
+            start, end = (format_timestamp(time, ",") for time in (segment.start, segment.end))
+            print(f"{number}\n{start} --> {end}\n{_one_line(segment.text).replace('-->', '->')}\n", file=file)
+
+
+class WebVTTWriter(ResultWriter):
+    extension = "vtt"
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        print("WEBVTT\n", file=file)
+        for segment in transcript.segments:
+            start, end = (format_timestamp(time) for time in (segment.start, segment.end))
+            text = _one_line(segment.text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            print(f"{start} --> {end}\n{text}\n", file=file)
+
+
+class TabSeparatedWriter(ResultWriter):
+    """Start and end in whole milliseconds, then the text; free of the quoting that CSV needs."""
+
+    extension = "tsv"
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        print("start\tend\ttext", file=file)
+        for segment in transcript.segments:
+            start, end = round(1000 * segment.start), round(1000 * segment.end)
+            print(f"{start}\t{end}\t{_one_line(segment.text)}", file=file)
+
+
+class JSONWriter(ResultWriter):
+    """Everything: text, segments with words and confidences, and how they were made."""
+
+    extension = "json"
+
+    def write(self, transcript: Transcript, file: TextIO) -> None:
+        json.dump(transcript.to_dict(), file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+WRITERS: dict[str, ResultWriter] = {
+    writer.extension: writer()
+    for writer in (TextWriter, SubRipWriter, WebVTTWriter, TabSeparatedWriter, JSONWriter)
+}
+
+
+def read_transcript(path: str | Path) -> Transcript:
+    """The inverse of JSONWriter."""
+    return Transcript.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+class SegmentLog:
+    """Segments appended to a .jsonl file the moment they are decoded, so that a crash loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", newline="\n")
+
+    def append(self, segment: Segment) -> None:
+        print(json.dumps(segment.to_dict(), ensure_ascii=False), file=self._file, flush=True)
+
+    def close(self, keep: bool) -> None:
+        self._file.close()
+        if not keep:
+            self.path.unlink(missing_ok=True)
+
+    @staticmethod
+    def read(path: Path) -> list[Segment]:
+        """The segments of a log; a last line that was cut off is left out."""
+        segments = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                segments.append(Segment.from_dict(json.loads(line)))
+            except json.JSONDecodeError:
+                break
+        return segments
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
