@@ -1,0 +1,46 @@
+"""The harness with a system whose answers are known."""
+
+import pytest
+
+from unique_asr.data import Recording, Utterance
+from unique_asr.evaluation.harness import Hypothesis, evaluate
+
+
+class Parrot:
+    """Repeats every text without its last word, and covers half of the audio."""
+
+    name = "parrot"
+
+    def transcribe(self, recordings):
+        for recording in recordings:
+            text = recording.text.rsplit(" ", 1)[0]
+            sparsity = {"steps": 10, "sparse_steps": 4, "pages_read": 5, "pages_total": 20}
+            yield Hypothesis(text, stop_reason="length", coverage=0.5, sparsity=sparsity, seconds=2.0)
+
+
+class Span:
+    def __init__(self, duration):
+        self.duration = duration
+
+
+def test_evaluate():
+    recordings = [
+        Recording("x", (Span(10.0),), (Utterance(0.0, 10.0, "a house by the river"),)),
+        Recording("y", (Span(30.0),), (Utterance(0.0, 30.0, "three old trees"),)),
+    ]
+    seen = []
+    result = evaluate(Parrot(), recordings, progress=lambda so_far: seen.append(len(so_far.hypotheses)))
+    assert seen == [1, 2]
+    summary = result.to_dict()
+    assert summary["wer"] == summary["deletions"] == pytest.approx(2 / 8)
+    assert summary["coverage"] == 0.5
+    assert summary["rtfx"] == pytest.approx(40 / 4)
+    assert (summary["sparse_steps"], summary["steps"], summary["share_of_pages_read"]) == (8, 20, 0.25)
+    assert summary["stop_reasons"] == {"length": 2}
+    first, _ = result.rows()
+    assert (first["audio_filepath"], first["pred_text"], first["wer"]) == ("x", "a house by the", pytest.approx(0.2))
+    line = str(result)
+    assert "parrot" in line
+    assert "WER 25.00%" in line
+    assert "sparse steps 8/20, pages read 25.0%" in line
+    assert "length 2" in line
