@@ -1,0 +1,246 @@
+"""UNIQUE attention in transformers: the attention function, its mask, and the switch for a model.
+
+The attention function equals `sdpa` but for one case: one query token a row over a `PagedCache` that holds more than
+the budget. It finds the cache layer on the keys that `PagedLayer.update` returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from unique_asr.attention import reference
+from unique_asr.attention.cache import PagedCache, PagedLayer
+from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.stats import SparsityStatistics
+
+NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
+MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries
+
+
+def unique_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [B, H, Tq, D], key and value [B, K, N, D] -> [B, Tq, H, D]."""
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise ValueError(f"{type(module).__name__} has sink logits or soft-capping, which {NAME!r} does not support")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: PagedLayer | None = getattr(key, "paged_layer", None)
+    if layer is not None and layer.step is not None:
+        return static_step(layer, query, scaling).flatten(1, 2).unsqueeze(1), None
+    if layer is not None and query.shape[2] == 1:
+        layer.count_step(layer.length)
+        if layer.sparse_at(layer.length):
+            valid = None if attention_mask is None else key_padding(attention_mask)
+            return sparse_step(layer, query, scaling, valid).flatten(1, 2).unsqueeze(1), None
+    elif layer is not None and layer.sparse_layer:
+        layer.update_statistics(None if attention_mask is None else key_padding(attention_mask))
+    return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def unique_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """None for plain causal attention, [B, 1, 1, N] for causal attention with padding; otherwise as `sdpa`.
+
+    The causal part is never built for the whole prefill: `dense_attention` adds it by slices.
+    """
+    if mask_function is not causal_mask_function or kv_offset:
+        arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
+        return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **arguments, **kwargs)
+    if attention_mask is None or attention_mask[:, :kv_length].all():
+        return None
+    return attention_mask[:, None, None, :kv_length]
+
+
+def key_padding(attention_mask: Tensor) -> Tensor:
+    """[B, N], False for padded tokens, of the mask that the last query sees."""
+    row = attention_mask[:, 0, -1]
+    return row if row.dtype == torch.bool else row == 0
+
+
+def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
+    """`sdpa`, with the causal mask of a chunk of queries over a longer cache built slice by slice."""
+    queries, tokens = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+    whole = mask.shape[2] == queries if mask is not None else queries in (1, tokens)
+    if whole or not causal:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    outputs = []
+    past, rows = tokens - queries, max(1, MASK_ELEMENTS // tokens)
+    position = torch.arange(tokens, device=query.device)
+    for start in range(0, queries, rows):
+        end = min(queries, start + rows)
+        seen = past + end  # the later tokens are masked for every query of the slice
+        part = position[:seen] <= position[past + start : seen, None]
+        part = part[None, None] if mask is None else part & mask[..., :seen]
+        arguments = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], part
+        outputs.append(sdpa_attention_forward(module, *arguments, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def sparse_step(layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
+    """One decode step over the selected pages: [B, H, 1, D] -> [B, K, G, D]; `valid` [B, N] is False for padding."""
+    config, size = layer.config, layer.config.page_size
+    newest = (layer.length - 1) // size
+    layer.update_statistics(valid)
+    queries = reference.group_queries(query, layer.keys.shape[1])
+    scores = layer.score.scores(queries, [statistic[:, :, :newest] for statistic in layer.statistics], config.scale)
+    if valid is None:
+        scores = reference.combine_group(scores, config.combine, scaling)
+        scores = reference.force_pages(scores, config, newest)
+    else:
+        valid = valid.expand(query.shape[0], -1)
+        candidates = valid[:, : newest * size].unflatten(1, (newest, size)).any(dim=-1)
+        scores = reference.masked_scores(scores, config, scaling, candidates, newest)
+    best = reference.top_pages(scores, config.pages - 1)
+    pages = torch.cat([best, best.new_full((*best.shape[:2], 1), newest)], dim=-1)
+
+    read = config.budget - ((newest + 1) * size - layer.length)  # without the slots still empty in the newest page
+    keys = reference.gather_pages(layer.keys, pages, size)[:, :, :read]
+    values = reference.gather_pages(layer.values, pages, size)[:, :, :read]
+    mask = None
+    if valid is not None:
+        tokens = (pages.unsqueeze(-1) * size + torch.arange(size, device=pages.device)).flatten(2)[:, :, :read]
+        mask = valid[:, None].expand(-1, tokens.shape[1], -1).gather(2, tokens).unsqueeze(2)
+    return reference.attend(queries, keys, values, scaling, mask)
+
+
+def static_step(layer: PagedLayer, query: Tensor, scaling: float) -> Tensor:
+    """The same, dense or sparse, with the length on the device and shapes of the whole capacity."""
+    config, size = layer.config, layer.config.page_size
+    position = layer.step.position
+    queries = reference.group_queries(query, layer.keys.shape[1])
+    if not (layer.step.sparse and layer.sparse_layer):
+        mask = torch.arange(layer.capacity, device=query.device) <= position
+        return reference.attend_masked(queries, layer.keys, layer.values, scaling, mask)
+    layer.update_touched_page()
+    newest = position // size
+    scores = layer.score.scores(queries, layer.statistics, config.scale)
+    candidates = (torch.arange(scores.shape[-1], device=query.device) < newest).unsqueeze(0)
+    scores = reference.masked_scores(scores, config, scaling, candidates, newest)
+    best = reference.top_pages(scores, config.pages - 1)
+    pages = torch.cat([best, newest.expand(*best.shape[:2], 1)], dim=-1)
+    keys = reference.gather_pages(layer.keys, pages, size)
+    values = reference.gather_pages(layer.values, pages, size)
+    slot = torch.arange(config.budget, device=query.device) - (config.budget - size)  # of the newest page, if >= 0
+    return reference.attend_masked(queries, keys, values, scaling, slot <= position % size)
+
+
+AttentionInterface.register(NAME, unique_attention_forward)
+AttentionMaskInterface.register(NAME, unique_mask)
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The outermost module whose configuration is that of the text decoder: the model itself, or a speech LLM's LLM."""
+    config = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is config:
+            return module
+    raise ValueError(f"{type(model).__name__} has no text decoder that {NAME!r} attention could be switched on for")
+
+
+def set_attention(model: PreTrainedModel, name: str) -> str:
+    """Switch the text decoder's attention implementation and leave encoders alone; returns the former one."""
+    decoder = text_decoder(model)
+    former = decoder.config._attn_implementation
+    encoders = {
+        key: config._attn_implementation
+        for key in decoder.config.sub_configs
+        if (config := getattr(decoder.config, key, None)) is not None
+    }
+    decoder.set_attn_implementation({"": name} | encoders if encoders else name)
+    if decoder.config._attn_implementation != name:
+        raise ValueError(f"{type(decoder).__name__} does not let its attention be switched: it cannot run sparsely")
+    return former
+
+
+class SparseAttention:
+    """A model switched to UNIQUE attention; `with` or `restore()` puts everything back."""
+
+    def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
+        self.model = model
+        self.config = config
+        self.statistics = SparsityStatistics()
+        self._generators: list[GenerationMixin] = []
+        self._former = set_attention(model, NAME)
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                self._give_cache(module)
+
+    def _give_cache(self, generator: GenerationMixin) -> None:
+        """Let `generate` make a `PagedCache` where it would make a cache of its own."""
+        prepare = generator._prepare_cache_for_generation
+
+        def prepare_paged_cache(generation_config, model_kwargs, *args, **kwargs):
+            given = model_kwargs.get("past_key_values")
+            if given is None and generation_config.use_cache is not False:
+                if generation_config.cache_implementation is not None:
+                    raise ValueError(
+                        f"cache_implementation={generation_config.cache_implementation!r} cannot be read by pages: "
+                        "leave it out, sparse attention brings its own cache"
+                    )
+                model_kwargs["past_key_values"] = self.cache()
+            elif given is not None and not isinstance(given, PagedCache):
+                raise ValueError(
+                    f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"
+                )
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+        generator._prepare_cache_for_generation = prepare_paged_cache
+        self._generators.append(generator)
+
+    def cache(self, capacity: int = 0) -> PagedCache:
+        """A new cache for this model that adds to these statistics."""
+        return PagedCache(text_decoder(self.model).config, self.config, capacity, self.statistics)
+
+    def restore(self) -> None:
+        """Put the former attention and caches back; calling it again does nothing."""
+        if self._former is None:
+            return
+        set_attention(self.model, self._former)
+        self._former = None
+        for generator in self._generators:
+            del generator._prepare_cache_for_generation
+
+    def __enter__(self) -> SparseAttention:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.restore()
+
+
+def sparse_attention(
+    model: PreTrainedModel, config: SparseAttentionConfig | None = None, **overrides
+) -> SparseAttention:
+    """Let the text decoder of `model` read its KV cache by pages, from this call on or within a `with` block.
+
+        sparse_attention(model, budget=512)
+        model.generate(**inputs)
+
+        with sparse_attention(model, budget=512, page_size=8) as sparse:
+            model.generate(**inputs)
+        print(sparse.statistics)
+
+    `overrides` are fields of `SparseAttentionConfig`. Encoders keep their attention.
+    """
+    return SparseAttention(model, replace(config or SparseAttentionConfig(), **overrides))

@@ -1,0 +1,130 @@
+"""UNIQUE attention in plain PyTorch, read top to bottom: one decode step of one layer.
+
+The keys of a KV head are cut into pages of S tokens. A few numbers of each page (`scores.py`) tell how promising it is
+for the query; the step reads the best pages within the budget and nothing else (arXiv 2605.27740, section 3).
+
+The page being written, which holds the newest token, is always read; sink and recent pages are forced in. All of them
+count towards the budget, so a step reads k = budget / S pages: the newest, and k - 1 of the complete pages before it.
+
+Nothing here synchronises with the host, and no shape depends on data. Shapes: B batch, H query heads, K KV heads,
+G = H / K group, N tokens, P pages, S page size, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.scores import PageScore
+
+PARTIAL_SUM = 256  # tokens of a partial sum in `attend_masked`; cache capacities are multiples of it
+
+
+def split_pages(tokens: Tensor, page_size: int) -> Tensor:
+    """[B, K, N, D] -> [B, K, N / S, S, D], a view; N is a multiple of S."""
+    return tokens.unflatten(2, (-1, page_size))
+
+
+def page_statistics(keys: Tensor, page_size: int, score: PageScore, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Statistics [B, K, P, width] of the pages of keys [B, K, N, D]; the last page may be partial.
+
+    Computed from the keys alone, so doing it again for a touched page gives the same numbers (no drift).
+    `valid` [B, N] is False for padding.
+    """
+    complete = keys.shape[2] // page_size * page_size
+    parts = []
+    if complete:
+        mask = None if valid is None else valid[:, :complete].unflatten(1, (-1, page_size))
+        parts.append(score.statistics(split_pages(keys[:, :, :complete], page_size), mask))
+    if complete < keys.shape[2]:
+        mask = None if valid is None else valid[:, None, complete:]
+        parts.append(score.statistics(keys[:, :, None, complete:], mask))
+    return tuple(torch.cat(part, dim=2) for part in zip(*parts))
+
+
+def group_queries(query: Tensor, kv_heads: int) -> Tensor:
+    """The query of one step by KV head: [B, H, 1, D] -> [B, K, G, D]."""
+    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+
+
+def combine_group(scores: Tensor, combine: str, scaling: float) -> Tensor:
+    """One score for the whole group: [B, K, G, P] -> [B, K, P].
+
+    max: the paper's. share: mean over the heads of each head's softmax over pages of its scaled score.
+    """
+    if combine == "max":
+        return scores.amax(dim=2)
+    return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
+
+
+def force_pages(scores: Tensor, config: SparseAttentionConfig, newest: int) -> Tensor:
+    """Lift the sink pages and the recent pages before page `newest` above all others, in scores [B, K, newest]."""
+    scores[..., : config.sink_pages] = torch.inf
+    scores[..., newest - config.recent_pages + 1 :] = torch.inf
+    return scores
+
+
+def masked_scores(
+    scores: Tensor, config: SparseAttentionConfig, scaling: float, candidates: Tensor, newest: int | Tensor
+) -> Tensor:
+    """`combine_group` and `force_pages` in one for scores [B, K, G, P] of which only `candidates` [B, P] count.
+
+    For padded batches, where the sink is the first page with a token, and for a `newest` that only the device knows.
+    """
+    scores = scores.masked_fill(~candidates[:, None, None], -torch.inf)
+    scores = combine_group(scores, config.combine, scaling)
+    page = torch.arange(candidates.shape[-1], device=candidates.device)
+    first = candidates.int().argmax(dim=-1, keepdim=True)
+    forced = candidates & ((page < first + config.sink_pages) | (page > newest - config.recent_pages))
+    scores = scores.masked_fill(~candidates[:, None], -torch.inf)  # a softmax has made them zeros
+    return scores.masked_fill(forced[:, None], torch.inf)
+
+
+def top_pages(scores: Tensor, count: int) -> Tensor:
+    """The `count` best pages of float32 scores [B, K, P], ascending: int64 [B, K, count].
+
+    Exact and deterministic: score and page number form one integer, so no two are equal, and of equal scores the
+    earlier page wins.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    best = ((ordered.long() << 32) - page).topk(count, sorted=False).indices
+    return best.sort(dim=-1).values
+
+
+def gather_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
+    """Copy pages [B, K, k] out of tokens [B, K, N, D] (contiguous, N a multiple of S): [B, K, k * S, D]."""
+    batch, heads, length, dim = tokens.shape
+    table = tokens.view(-1, page_size * dim)
+    first = torch.arange(batch * heads, device=tokens.device).view(batch, heads, 1) * (length // page_size)
+    return table.index_select(0, (first + pages).flatten()).view(batch, heads, -1, dim)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q K^T * scaling) V for queries [B, K, G, D] that share the keys of their group: [B, K, G, D].
+
+    `mask` [B, 1 or K, 1, N] is True where a token may be read.
+    """
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+
+
+def attend_masked(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor) -> Tensor:
+    """`attend` in matrix products, for a length that only the device knows.
+
+    Fused kernels give one block to a KV head here and leave a GPU idle; partial sums over tokens keep it busy.
+    """
+    half = query.is_cuda and query.dtype != torch.float32
+    batch, heads, length, dim = keys.shape
+    flat_query, flat_keys = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+    if half:
+        logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
+    else:
+        logits = torch.bmm(flat_query, flat_keys)
+    logits = logits.view(batch, heads, -1, length) * scaling
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(values.dtype)
+    chunk = length if length % PARTIAL_SUM else PARTIAL_SUM
+    weights = weights.unflatten(-1, (-1, chunk)).transpose(2, 3).flatten(0, 2)  # [B K N/chunk, G, chunk]
+    chunks = values.reshape(-1, chunk, dim)
+    partial = torch.bmm(weights, chunks, out_dtype=torch.float32) if half else torch.bmm(weights, chunks)
+    return partial.view(batch, heads, -1, query.shape[2], dim).sum(dim=2).to(query.dtype)

@@ -1,0 +1,36 @@
+"""What was sparse: counted on the host from lengths alone, so that counting never waits for a device."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class SparsityStatistics:
+    """Counters of decode steps (one query token a row); prefill is dense and not counted.
+
+    Pages are summed over layers, rows and KV heads; bytes are those of keys, values and page statistics.
+    """
+
+    steps: int = 0
+    sparse_steps: int = 0  # steps in which at least one layer selected pages
+    pages_read: int = 0
+    pages_total: int = 0
+    bytes_read: int = 0
+    bytes_dense: int = 0  # what a dense step would have read
+
+    @property
+    def share_of_pages_read(self) -> float:
+        return self.pages_read / self.pages_total if self.pages_total else 1.0
+
+    def add(self, other: "SparsityStatistics") -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"share_of_pages_read": round(self.share_of_pages_read, 6)}
+
+    def __str__(self) -> str:
+        saved = f"{self.bytes_read / 1e9:.2f} of {self.bytes_dense / 1e9:.2f} GB"
+        return (
+            f"{self.sparse_steps} of {self.steps} steps sparse, "
+            f"{100 * self.share_of_pages_read:.1f} % of pages and {saved} read"
+        )
