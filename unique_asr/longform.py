@@ -1,0 +1,427 @@
+"""Complete transcripts of long recordings: passes of the LLM over the encoded audio, each checked against the audio.
+
+A pass transcribes a span of the recording and its text is aligned as it is decoded. If the text ends before the speech
+does, loops, runs out of tokens or leaves out a stretch of speech, the next pass begins where the aligned text ends. A
+place that no pass gets over is skipped, and reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .alignment import (
+    Alignment,
+    AlignmentConfig,
+    SpeechFrames,
+    SpokenText,
+    align,
+    spread,
+    word_confidence,
+    word_frames,
+    word_times,
+)
+from .segmentation import DraftWord, SegmentationConfig, Segmenter, WordStream
+from .transcript import Segment, Word
+
+Progress = Callable[[str, float, float], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class LongformConfig:
+    """Spikes are CTC spikes, about one token of speech each, three a second."""
+
+    max_pass_seconds: float | None = None  # None: what the model was trained for
+    retry_pass_seconds: float = 30.0  # a pass that made no progress is tried again on this much audio
+    skip_seconds: float = 10.0  # audio that is skipped when that fails too
+    min_progress_seconds: float = 2.0  # less than this is no progress
+    rest_seconds: float = 2.0  # speech after the end of the text that is worth another pass: seconds,
+    rest_spikes: int = 6  # and spikes
+    gap_spikes: int = 40  # speech that a text may leave out before the pass is broken off to go back
+    tokens_a_second: float = 5.0  # token budget of a pass: the larger of these two,
+    tokens_a_spike: float = 2.0
+    spare_tokens: int = 64  # and these on top
+    min_align_tokens: int = 8  # sentences are aligned together until they have as many
+    max_align_words: int = 40  # text without a sentence's end is aligned in pieces of as many words
+    min_coverage: float = 0.95  # less is worth a warning
+    search_spikes: int = 240  # how far ahead a text is looked for that does not fit nearby
+
+
+class Decoder(Protocol):
+    """What writes the text: `unique_asr.decoding.GreedyDecoder`, or a script in a test."""
+
+    def prefill(self, inputs_embeds: Tensor) -> Any:
+        """Begin a new sequence with inputs_embeds [1, N, hidden]."""
+
+    def tokens(self, max_new_tokens: int, stop_ids: set[int]) -> Iterator[int]:
+        """Tokens that follow."""
+
+
+@dataclass
+class LongformReport:
+    """How a transcription went; complete once its segments are exhausted."""
+
+    stop_reason: str = ""  # of the last pass: end, length, loop, gap; silence if there was no speech
+    passes: int = 0
+    coverage: float = 0.0  # share of the recording's spikes that lie in a segment
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0, "align": 0.0})
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.timings[stage] += time.perf_counter() - begin
+
+
+class LoopDetector:
+    """Finds repetition at the end of a token sequence, of any period up to max_period, at a small cost a token."""
+
+    def __init__(self, max_period: int = 30, min_copies: int = 4, min_tokens: int = 24) -> None:
+        self.max_period = max_period
+        self.needed = [max(min_tokens, (min_copies - 1) * period) for period in range(1, max_period + 1)]
+        self.reset()
+
+    def reset(self) -> None:
+        self._history: list[int] = []
+        self._matches = [0] * self.max_period  # for each period: the last tokens that equal the one a period before
+
+    def push(self, token: int) -> int:
+        """The number of tokens in the repetition, 0 if there is none or it is still short."""
+        history = self._history
+        found = 0
+        for index, needed in enumerate(self.needed[: len(history)]):
+            if history[-1 - index] == token:
+                self._matches[index] += 1
+                if not found and self._matches[index] >= needed:
+                    found = self._matches[index] + index + 1
+            else:
+                self._matches[index] = 0
+        history.append(token)
+        del history[: -self.max_period]
+        return found
+
+
+class TextTracker:
+    """Follows the text of a pass through the audio: words go in as drafts and come out with times.
+
+    Text that does not fit waits until text after it does, and then gets the speech between the two; if there is none,
+    it was never said, and is dropped.
+    """
+
+    def __init__(self, model: Any, processor: Any, encoded: Any, alignment: AlignmentConfig, config: LongformConfig):
+        self.model, self.processor, self.encoded = model, processor, encoded
+        self.alignment, self.config = alignment, config
+        self.frames = SpeechFrames(encoded, model.config.blank_id)
+        self.cursor = self.end = 0  # frames: where the placed text ends, and where the pass does
+        self.gap = 0  # spikes that the last text left out, if they were too many to place it
+        self.waiting: list[DraftWord] = []
+        self.dropped: list[tuple[float, str]] = []  # second, text
+        self._accepted_gaps: list[int] = []
+        self._previous_end = 0.0  # seconds
+
+    def begin(self, start: int, end: int) -> None:
+        """Start a pass over the frames [start, end)."""
+        self.cursor, self.end, self.gap = start, end, 0
+        self.waiting = []
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(max(len(word.log_probs), 1) for word in self.waiting)
+
+    def place(self, drafts: list[DraftWord]) -> list[tuple[DraftWord, Word]]:
+        """Words that have their place now, earlier calls' first. Sets `gap` if speech is left out before them."""
+        text = SpokenText.from_words([word.text for word in drafts], self.processor)
+        found = self._find(text)
+        if found is None:
+            self.waiting += drafts
+            return []
+        if self._leaves_gap(int(found.first[0])):
+            return []
+        # Only the last heard word ends the text surely: what follows it waits for the next text.
+        last = int(np.flatnonzero(found.heard)[-1])
+        words = int(text.word_index[last]) + 1
+        tokens = int(np.searchsorted(text.word_index, words))
+        head = SpokenText(text.words[:words], text.ids[:tokens], text.word_index[:tokens])
+        placed = self._place_waiting(int(found.first[0]))
+        end = int(found.last[tokens - 1]) + 1
+        spans = word_frames(head, found.first[:tokens], found.last[:tokens], self.frames, self.cursor, end)
+        placed += self._timed(drafts[:words], spans, word_confidence(head, found.cost[:tokens]))
+        self.cursor = end
+        self.waiting = drafts[words:]
+        return placed
+
+    def finish(self) -> list[tuple[DraftWord, Word]]:
+        """Place the text that still waits in the speech that is left."""
+        return self._place_waiting(self.end)
+
+    def rest(self) -> tuple[int, float]:
+        """Speech of the pass after the placed text: spikes, and seconds from the first to the last."""
+        spikes = self.frames.spikes
+        left = spikes[(spikes >= self.cursor) & (spikes < self.end)]
+        return len(left), float(left[-1] - left[0] + 1) * self.frames.frame_seconds if len(left) else 0.0
+
+    def _find(self, text: SpokenText) -> Alignment | None:
+        ahead = 2 * len(text.ids) + 2 * self.waiting_tokens + 24
+        for spikes in (ahead, self.config.search_spikes):
+            end = min(self.frames.spike_after(self.cursor, spikes) + 4, self.end)
+            found = align(self.model, self.encoded, self.frames, text, self.cursor, end, self.alignment)
+            if found and found.fits:
+                return found
+            if spikes >= self.config.search_spikes or end == self.end:
+                return None
+        return None
+
+    def _leaves_gap(self, first: int) -> bool:
+        left_out = self.frames.count(self.cursor, first) - 2 * self.waiting_tokens
+        if left_out < self.config.gap_spikes:
+            return False
+        if any(abs(self.cursor - frame) * self.frames.frame_seconds < 1 for frame in self._accepted_gaps):
+            return False
+        self._accepted_gaps.append(self.cursor)  # the next pass over the same place has to do
+        self.gap = left_out
+        return True
+
+    def _place_waiting(self, end: int) -> list[tuple[DraftWord, Word]]:
+        drafts, self.waiting = self.waiting, []
+        if not drafts:
+            return []
+        room = self.frames.count(self.cursor, end)
+        if len(drafts) > 3 and room < 0.3 * sum(max(len(word.log_probs), 1) for word in drafts):
+            self.dropped.append((self.frames.seconds(self.cursor), " ".join(word.text for word in drafts)))
+            return []
+        spans = spread(len(drafts), self.frames, self.cursor, end)
+        placed = self._timed(drafts, spans, np.zeros(len(drafts)))
+        self.cursor = max(self.cursor, min(int(spans[-1, 1]) + 1, end))
+        return placed
+
+    def _timed(
+        self, drafts: list[DraftWord], spans: np.ndarray, heard: np.ndarray
+    ) -> list[tuple[DraftWord, Word]]:
+        """Confidence is the mean of two witnesses: the probability that the LLM gave a word, and the CTC head's."""
+        times = word_times(spans, self.frames, self.alignment, self._previous_end)
+        placed = []
+        for draft, (start, end), sure in zip(drafts, times, heard, strict=True):
+            written = np.exp(np.mean(draft.log_probs)) if draft.log_probs else np.nan
+            witnesses = [value for value in (written, sure) if not np.isnan(value)]
+            confidence = float(np.mean(witnesses)) if witnesses else 0.0
+            placed.append((draft, Word(draft.text, float(start), float(end), confidence)))
+        self._previous_end = placed[-1][1].end
+        return placed
+
+
+class LongformTranscriber:
+    """Transcribes an encoded recording with any decoder. `prompt` is the processor's instruction for every pass."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        config: LongformConfig | None = None,
+        alignment: AlignmentConfig | None = None,
+        segmentation: SegmentationConfig | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        self.model, self.processor, self.prompt = model, processor, prompt
+        self.config = config or LongformConfig()
+        self.alignment = alignment or AlignmentConfig()
+        self.segmentation = segmentation or SegmentationConfig()
+        eos = processor.tokenizer.eos_token_id
+        self.stop_ids = {processor.end_token_id} | ({eos} if isinstance(eos, int) else set())
+
+    @property
+    def max_pass_seconds(self) -> float:
+        return self.config.max_pass_seconds or self.model.config.max_pass_seconds
+
+    @torch.no_grad()
+    def prompt_embeds(self, encoded: Any) -> Tensor:
+        """[1, N, hidden]: the prompt with the audio's positions in it."""
+        table = self.model.language_model.get_input_embeddings()
+        before, after = (
+            table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
+            for ids in self.processor.prompt(self.prompt)
+        )
+        return torch.cat([before, encoded.embeds.to(before), after])[None]
+
+    def token_budget(self, spikes: int, seconds: float) -> int:
+        config = self.config
+        return int(max(config.tokens_a_spike * spikes, config.tokens_a_second * seconds)) + config.spare_tokens
+
+    def capacity(self, encoded: Any) -> int:
+        """The most tokens, prompt and text, that a pass over this recording can need."""
+        frames = SpeechFrames(encoded, self.model.config.blank_id)
+        length = self._pass_frames(frames, self.max_pass_seconds)
+        positions = encoded.frames.cpu().numpy()
+        prompt = sum(len(ids) for ids in self.processor.prompt(self.prompt))
+        seconds = min(length * frames.frame_seconds, frames.duration)
+        budget = self.token_budget(_most_within(frames.spikes, length), seconds)
+        return prompt + _most_within(positions, length) + budget
+
+    def transcribe(
+        self, encoded: Any, decoder: Decoder, report: LongformReport, progress: Progress | None = None
+    ) -> Iterator[Segment]:
+        """Segments as they are complete; `report` is filled in on the way."""
+        tracker = TextTracker(self.model, self.processor, encoded, self.alignment, self.config)
+        frames = tracker.frames
+        covered = np.zeros(len(frames), bool)
+        for index, words in enumerate(self._passes(encoded, decoder, tracker, report, progress)):
+            start, end = words[0].start, words[-1].end
+            covered[int(start / frames.frame_seconds) : int(np.ceil(end / frames.frame_seconds)) + 1] = True
+            confidence = float(np.mean([word.confidence for word in words]))
+            text = " ".join(word.text for word in words)
+            yield Segment(id=index, start=start, end=end, text=text, words=words, confidence=confidence)
+        if len(frames.spikes) == 0:
+            report.stop_reason, report.coverage = "silence", 1.0
+            return
+        report.coverage = float(covered[frames.spikes].mean())
+        if report.coverage < self.config.min_coverage:
+            report.warnings.append(f"coverage is {100 * report.coverage:.0f} %: some of the speech has no text")
+        for second, text in tracker.dropped:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            report.warnings.append(f"{clock(second)}: dropped text that was not said: {shown!r}")
+
+    def _passes(
+        self, encoded: Any, decoder: Decoder, tracker: TextTracker, report: LongformReport, progress: Progress | None
+    ) -> Iterator[list[Word]]:
+        frames, config = tracker.frames, self.config
+        limit = self.max_pass_seconds
+        start, retried = 0, False
+        while (first := frames.next_spike(start)) < len(frames):
+            end = self._pass_end(frames, start, limit)
+            if first >= end:
+                start = end
+                continue
+            reason = yield from self._pass(encoded, decoder, tracker, start, end, report, progress)
+            report.passes += 1
+            report.stop_reason = reason
+            spikes, seconds = tracker.rest()
+            if reason == "end" and (spikes < config.rest_spikes or seconds < config.rest_seconds):
+                start, retried, limit = end, False, self.max_pass_seconds
+                continue
+            stop = frames.seconds(tracker.cursor)
+            if spikes == 0:
+                report.warnings.append(f"{clock(stop)}: {_REASONS[reason]} after the last word; dropped the rest of it")
+                start = end
+                continue
+            done = stop - frames.seconds(start)
+            if done >= config.min_progress_seconds:
+                # Not the whole rest after a pass that got over a small part of its audio.
+                limit = min(max(4 * done, config.retry_pass_seconds), self.max_pass_seconds)
+                report.warnings.append(f"{clock(stop)}: {_REASONS[reason]}; went on from there")
+                start, retried = self._between(frames, tracker.cursor), False
+            elif not retried and frames.seconds(end) - frames.seconds(start) > config.retry_pass_seconds:
+                limit, retried = config.retry_pass_seconds, True
+            else:
+                skip = start + int(config.skip_seconds / frames.frame_seconds)
+                end = min(max(frames.pause(skip, skip + skip - start), tracker.cursor + 1), len(frames))
+                limit, retried = config.retry_pass_seconds, True
+                span = f"{clock(frames.seconds(start))}-{clock(frames.seconds(end))}"
+                report.warnings.append(f"{span}: skipped, {_REASONS[reason]} without getting on")
+                start = end
+
+    def _pass(
+        self,
+        encoded: Any,
+        decoder: Decoder,
+        tracker: TextTracker,
+        start: int,
+        end: int,
+        report: LongformReport,
+        progress: Progress | None,
+    ) -> Iterator[list[Word]]:
+        """Groups of words, one a segment, of the frames [start, end). Returns why the pass stopped."""
+        frames = tracker.frames
+        tracker.begin(start, end)
+        budget = self.token_budget(frames.count(start, end), (end - start) * frames.frame_seconds)
+        with report.timed("prefill"):
+            decoder.prefill(self.prompt_embeds(encoded.slice(start, end)))
+        words, loops, segmenter = WordStream(self.processor.tokenizer), LoopDetector(), Segmenter(self.segmentation)
+        pending: list[DraftWord] = []
+
+        def place(drafts: list[DraftWord]) -> Iterator[list[Word]]:
+            with report.timed("align"):
+                placed = tracker.place(drafts) if drafts else []
+            drafts.clear()
+            for draft, word in placed:
+                yield from segmenter.push(word, draft.ends_sentence)
+            if progress:
+                progress("decode", frames.seconds(tracker.cursor), frames.duration)
+
+        reason, written = "end", 0
+        tokens = decoder.tokens(budget, self.stop_ids)
+        while True:
+            with report.timed("decode"):
+                token = next(tokens, None)
+            if token is None or token in self.stop_ids:
+                reason = "length" if written >= budget else "end"
+                break
+            log_probs = getattr(decoder, "log_probs", None)
+            pending += words.push(token, log_probs[written] if log_probs else None)
+            written += 1
+            if repeated := loops.push(token):
+                yield from place(pending)
+                if tracker.waiting_tokens >= repeated / 2:
+                    reason = "loop"
+                    break
+                loops.reset()
+            elif self._worth_aligning(pending):
+                yield from place(pending)
+            if tracker.gap:
+                reason = "gap"
+                break
+        if reason == "end":
+            yield from place(pending + words.flush())
+            reason = "gap" if tracker.gap else "end"
+        if reason == "end":
+            for draft, word in tracker.finish():
+                yield from segmenter.push(word, draft.ends_sentence)
+        yield from segmenter.flush()
+        return reason
+
+    def _worth_aligning(self, pending: list[DraftWord]) -> bool:
+        if len(pending) >= self.config.max_align_words:
+            return True
+        enough = sum(max(len(word.log_probs), 1) for word in pending) >= self.config.min_align_tokens
+        return enough and pending[-1].ends_sentence
+
+    @staticmethod
+    def _pass_frames(frames: SpeechFrames, seconds: float) -> int:
+        return min(len(frames), max(int(seconds / frames.frame_seconds), 1))
+
+    def _pass_end(self, frames: SpeechFrames, start: int, seconds: float) -> int:
+        """The end of a pass of at most `seconds`: in the longest pause near the end of an even share of the rest."""
+        most, left = self._pass_frames(frames, seconds), len(frames) - start
+        if left <= most:
+            return len(frames)
+        share = min(int(1.05 * left / np.ceil(left / most)), most)
+        return frames.pause(start + int(0.85 * share), start + share)
+
+    @staticmethod
+    def _between(frames: SpeechFrames, cursor: int) -> int:
+        """Halfway to the next speech: where a pass that goes on begins."""
+        return (cursor + frames.next_spike(cursor)) // 2
+
+
+_REASONS = {
+    "end": "the text ended before the speech",
+    "length": "the token budget ran out",
+    "loop": "the text began to repeat itself",
+    "gap": "the text left out speech",
+}
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def _most_within(frames: np.ndarray, length: int) -> int:
+    """The most of some increasing frames that any `length` consecutive ones hold."""
+    return int((np.searchsorted(frames, frames + length) - np.arange(len(frames))).max()) if len(frames) else 0
