@@ -1,13 +1,13 @@
 """Long-form transcription with a speech LLM that reads its KV cache by pages.
 
-    import unique_asr
+import unique_asr
 
-    segments, info = unique_asr.transcribe("talk.m4a")
-    for segment in segments:
-        print(segment.start, segment.end, segment.text)
+segments, info = unique_asr.transcribe("talk.m4a")
+for segment in segments:
+    print(segment.start, segment.end, segment.text)
 
-    with unique_asr.sparse_attention(model, budget=512):  # any transformers decoder
-        model.generate(...)
+with unique_asr.sparse_attention(model, budget=512):  # any transformers decoder
+    model.generate(...)
 """
 
 from importlib import import_module

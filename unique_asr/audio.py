@@ -1,4 +1,4 @@
-"""Any file that FFmpeg reads, as 16 kHz mono float32, in blocks: memory does not grow with the length of the recording."""
+"""Any file that FFmpeg reads, as 16 kHz mono float32, in blocks: memory does not grow with the recording's length."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class AudioError(ValueError):
 class AudioFile:
     """One audio or video file, opened and found to hold audio.
 
-    `duration` is what the container announces, in seconds, or None; `warnings` fills while `blocks` decodes. Times are those
-    of a player: audio that starts later than the video, or that has holes, is padded with silence.
+    `duration` is what the container announces, in seconds, or None; `warnings` fills while `blocks` decodes. Times are
+    those of a player: audio that starts later than the video, or that has holes, is padded with silence.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -60,8 +60,8 @@ class AudioFile:
         missing = (self.duration or 0.0) - decoded / SAMPLE_RATE
         if missing > max(1.0, TRUNCATION_TOLERANCE * (self.duration or 0.0)):
             self.warnings.append(
-                f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that the file announces; "
-                "it is truncated or damaged"
+                f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that the file announces;"
+                " it is truncated or damaged"
             )
 
     def _open(self) -> av.container.InputContainer:

@@ -1,4 +1,4 @@
-"""What a transcription gives: words, segments, and how they were made. Times are seconds from the beginning of the file."""
+"""What a transcription gives: words, segments, and how they were made. Times are seconds from the file's beginning."""
 
 from __future__ import annotations
 

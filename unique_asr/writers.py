@@ -93,8 +93,7 @@ class JSONWriter(ResultWriter):
 
 
 WRITERS: dict[str, ResultWriter] = {
-    writer.extension: writer()
-    for writer in (TextWriter, SubRipWriter, WebVTTWriter, TabSeparatedWriter, JSONWriter)
+    writer.extension: writer() for writer in (TextWriter, SubRipWriter, WebVTTWriter, TabSeparatedWriter, JSONWriter)
 }
 
 
@@ -104,20 +103,25 @@ def read_transcript(path: str | Path) -> Transcript:
 
 
 class SegmentLog:
-    """Segments appended to a .jsonl file the moment they are decoded, so that a crash loses none."""
+    """Segments appended to a .jsonl file the moment they are decoded, so that a crash loses none.
+
+    The file is begun with the first segment: until then, that of an earlier attempt stays.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self._file: TextIO | None = None
 
     def append(self, segment: Segment) -> None:
+        if self._file is None:
+            self._file = self.path.open("w", encoding="utf-8", newline="\n")
         print(json.dumps(segment.to_dict(), ensure_ascii=False), file=self._file, flush=True)
 
     def close(self, keep: bool) -> None:
-        self._file.close()
-        if not keep:
-            self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+            if not keep:
+                self.path.unlink(missing_ok=True)
 
     @staticmethod
     def read(path: Path) -> list[Segment]:

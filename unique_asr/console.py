@@ -1,0 +1,123 @@
+"""What a person sees while recordings are transcribed: progress and time left, segments as they come, a summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from unique_asr.transcript import Segment, TranscriptionInfo
+
+STAGES = {  # of the pipeline, in order
+    "load": "Loading the model",
+    "encode": "Listening",
+    "prefill": "Reading",
+    "decode": "Transcribing",
+}
+
+
+def format_time(seconds: float) -> str:
+    """12.3 -> 00:12.3, 3723.4 -> 1:02:03.4"""
+    tenths = max(0, round(10 * seconds))
+    minutes, tenths = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{minutes:02d}:{tenths // 10:02d}.{tenths % 10}"
+    return f"{hours}:{clock}" if hours else clock
+
+
+class Display:
+    """Segments go to standard output, where they can be piped; progress and messages to standard error."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._messages = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        # One terminal cannot have two writers: with both on a terminal, everything goes through one console.
+        both = sys.stdout.isatty() and self._messages.is_terminal
+        self._out = self._messages if both else None
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Display:
+        if not self.quiet and self._messages.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._messages,
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._tasks = None, {}
+
+    def progress(self, stage: str, done: float, total: float) -> None:
+        """What `transcribe` calls; one stage shows at a time."""
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(STAGES.get(stage, stage), total=total or None)
+        for other, task in self._tasks.items():
+            self._progress.update(task, visible=other == stage)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+
+    def segment(self, segment: Segment) -> None:
+        self._print(f"[{format_time(segment.start)} -> {format_time(segment.end)}] {segment.text.strip()}")
+
+    def summary(self, info: TranscriptionInfo, seconds: float, files: Sequence[Path]) -> None:
+        self._print(f"{summarize(info, seconds)}; {', '.join(map(str, files))}")
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            self._messages.print(message)
+
+    def usage(self, message: str) -> None:
+        self._messages.print(message)
+
+    def warning(self, message: str) -> None:
+        self._messages.print(f"warning: {message}")
+
+    def error(self, message: str) -> None:
+        self._messages.print(f"error: {message}")
+
+    def _print(self, line: str) -> None:
+        if self.quiet:
+            return
+        if self._out is not None:
+            self._out.print(line)
+        else:
+            print(line, flush=True)
+
+
+def summarize(info: TranscriptionInfo, seconds: float) -> str:
+    """Audio length, wall time and their ratio, how much of it is transcribed, and what sparse attention saved."""
+    speed = info.duration / max(seconds, 1e-9)
+    parts = [
+        f"{format_time(info.duration)} of audio in {format_time(seconds)} (RTFx {speed:.1f})",
+        f"coverage {100 * info.coverage:.0f} %",
+    ]
+    if info.passes > 1:
+        parts.append(f"{info.passes} passes")
+    if info.sparsity:
+        steps, sparse_steps = info.sparsity["steps"], info.sparsity["sparse_steps"]
+        share = info.sparsity["share_of_pages_read"]
+        parts.append(f"{sparse_steps} of {steps} steps sparse, {100 * share:.0f} % of pages read")
+    return ", ".join(parts)

@@ -1,0 +1,137 @@
+"""From what the user names to files: which recordings, where their transcripts go, which are done already."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unique_asr.audio import AudioError
+from unique_asr.transcript import Transcript
+from unique_asr.writers import WRITERS, read_transcript
+
+MEDIA_SUFFIXES = {
+    *(".aac", ".ac3", ".aif", ".aiff", ".amr", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp2", ".mp3", ".oga", ".ogg"),
+    *(".opus", ".wav", ".weba", ".wma"),
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
+}  # what a folder or a glob is searched for; a file named by itself may be called anything
+
+
+class OutputError(ValueError):
+    """Transcripts that cannot go where they should; the message is one line with the remedy."""
+
+
+def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The files that `audio` names: a file, a folder (without its subfolders), a glob, or a list of these."""
+    names = [audio] if isinstance(audio, str | Path) else list(audio)
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if _is_media(file))
+            if not files:
+                raise AudioError(f"{path}: no audio or video files in this folder")
+        elif not path.exists() and glob.has_magic(str(path)):
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            files = [match for match in matches if _is_media(match)] or [match for match in matches if match.is_file()]
+            if not files:
+                raise AudioError(f"{path}: no file matches")
+        else:
+            files = [path]
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def resolve_formats(value: str | Iterable[str]) -> list[str]:
+    """Extensions, in the order of WRITERS."""
+    names = {name.strip() for name in value.split(",")} if isinstance(value, str) else set(value)
+    unknown = names - {*WRITERS, "all"}
+    if unknown or not names:
+        listed = ", ".join(sorted(map(str, unknown))) or "nothing"
+        raise OutputError(f"output.format: unknown {listed}; choose from {', '.join(WRITERS)} or all")
+    return [extension for extension in WRITERS if extension in names or "all" in names]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recording and the path, without extension, under which its transcripts go."""
+
+    audio: Path
+    base: Path
+
+    def path(self, extension: str) -> Path:
+        return self.base.with_name(f"{self.base.name}.{extension}")
+
+    def partial_path(self, extension: str) -> Path:
+        return self.path(f"partial.{extension}")
+
+    def existing(self, formats: Iterable[str]) -> list[str]:
+        return [extension for extension in formats if self.path(extension).exists()]
+
+    def difference(self, duration: float | None, settings: dict[str, Any]) -> str | None:
+        """What the .json on disk, if there is one, was made from that is not what is asked for now."""
+        try:
+            info = read_transcript(self.path("json")).info
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return "something other than a transcript"
+        if Path(info.audio).name != self.audio.name or abs((duration or info.duration) - info.duration) > 1.0:
+            return f"another recording ({info.audio})"
+        made = {"model": info.model, **info.attention}
+        for name, value in settings.items():
+            if made.get(name) != value:
+                return f"{name}={'null' if made.get(name) is None else made[name]}"
+        return None
+
+    def write(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+        paths = []
+        for extension in formats:
+            paths.append(self.path(extension))
+            WRITERS[extension].write_file(transcript, paths[-1])
+        return paths
+
+    def write_partial(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+        """Under names of their own: a transcript that breaks off never looks like a whole one."""
+        paths = []
+        for extension in formats:
+            paths.append(self.partial_path(extension))
+            WRITERS[extension].write_file(transcript, paths[-1])
+        return paths
+
+    def remove_partial(self, keep_log: bool = False) -> None:
+        for extension in WRITERS if keep_log else (*WRITERS, "jsonl"):
+            self.partial_path(extension).unlink(missing_ok=True)
+
+
+def plan(recordings: Sequence[Path], folder: str | Path | None = None) -> list[Job]:
+    """talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt."""
+    folder = Path(folder).expanduser() if folder is not None else None
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise OutputError(f"output.dir={folder}: is not a folder")
+    stems = Counter(((folder or path.parent), path.stem) for path in recordings)
+    jobs: dict[Path, Job] = {}
+    for path in recordings:
+        target = folder or path.parent
+        shared = stems[target, path.stem] > 1 or _has_sibling(path)
+        job = Job(path, target / (path.name if shared else path.stem))
+        if job.base in jobs:
+            raise OutputError(
+                f"{jobs[job.base].audio} and {path} would both be written to {job.base}.*; "
+                "leave output.dir out or transcribe them one by one"
+            )
+        jobs[job.base] = job
+    return list(jobs.values())
+
+
+def _has_sibling(path: Path) -> bool:
+    """Whether another recording beside this one has the same stem: asked for now or not, so that names stay."""
+    siblings = path.parent.glob(f"{glob.escape(path.stem)}.*") if path.parent.is_dir() else ()
+    return any(other.stem == path.stem and other.name != path.name and _is_media(other) for other in siblings)
+
+
+def _is_media(path: Path) -> bool:
+    return path.suffix.lower() in MEDIA_SUFFIXES and not path.name.startswith(".") and path.is_file()
