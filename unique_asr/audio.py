@@ -61,7 +61,7 @@ class AudioFile:
         if missing > max(1.0, TRUNCATION_TOLERANCE * (self.duration or 0.0)):
             self.warnings.append(
                 f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that the file announces;"
-                " it is truncated or damaged"
+                " the file is truncated or damaged"
             )
 
     def _open(self) -> av.container.InputContainer:

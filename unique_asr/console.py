@@ -89,8 +89,8 @@ class Display:
         if not self.quiet:
             self._messages.print(message)
 
-    def usage(self, message: str) -> None:
-        self._messages.print(message)
+    def usage(self, line: str) -> None:
+        self._messages.print(f"usage: {line} (--help shows every option)")
 
     def warning(self, message: str) -> None:
         self._messages.print(f"warning: {message}")
@@ -111,7 +111,7 @@ def summarize(info: TranscriptionInfo, seconds: float) -> str:
     """Audio length, wall time and their ratio, how much of it is transcribed, and what sparse attention saved."""
     speed = info.duration / max(seconds, 1e-9)
     parts = [
-        f"{format_time(info.duration)} of audio in {format_time(seconds)} (RTFx {speed:.1f})",
+        f"{format_time(info.duration)} of audio in {format_time(seconds)} (RTFx {speed:.1f}, {info.dtype} on {info.device})",
         f"coverage {100 * info.coverage:.0f} %",
     ]
     if info.passes > 1:

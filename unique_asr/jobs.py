@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,18 @@ class Job:
 
     def partial_path(self, extension: str) -> Path:
         return self.path(f"partial.{extension}")
+
+    def check_writable(self) -> None:
+        """Make the folder; better now than after an hour."""
+        folder = self.base.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be made ({error.strerror}); output.dir=FOLDER writes elsewhere"
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder}: is not writable; output.dir=FOLDER writes elsewhere")
 
     def existing(self, formats: Iterable[str]) -> list[str]:
         return [extension for extension in formats if self.path(extension).exists()]
