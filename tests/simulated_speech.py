@@ -120,10 +120,12 @@ class ScriptedDecoder:
         self.passes: list[tuple[float, float]] = []
         self.log_probs: list[float] = []
 
+    def reset(self) -> None:
+        self.log_probs = []
+
     def prefill(self, inputs_embeds, progress=None) -> None:
         positions = inputs_embeds[0, 2:-1, 0]
         self.passes.append((float(positions[0]) * FRAME_SECONDS, float(positions[-1] + 4) * FRAME_SECONDS))
-        self.log_probs = []
 
     def tokens(self, max_new_tokens, stop_ids):
         for token in [*self.processor.tokenizer.encode(" " + self.script(*self.passes[-1])), 0][:max_new_tokens]:

@@ -209,11 +209,12 @@ def test_a_poor_ctc_head(miss):
     assert recording.report.coverage > 0.95
 
 
-@pytest.mark.parametrize("text", ["", "Nothing of this was ever said by anybody. " * 40, "Yes. " * 500])
+@pytest.mark.parametrize("text", ["", "Nothing of this was ever said by anybody. " * 40, "Yes. " * 500, "!" * 900])
 def test_a_useless_decoder_comes_to_an_end(text):
     recording = Recording(timeline(sentences(30)))
     recording.transcribe(lambda start, end, said: text)
     assert recording.report.passes < 40
+    assert len(recording.decoder.log_probs) < 350
     assert any("skipped" in warning for warning in recording.report.warnings)
 
 

@@ -55,7 +55,7 @@ def test_words_come_one_word_late_and_keep_their_tokens():
 
 def test_characters_of_several_tokens():
     stream, text = WordStream(Bytes()), "Où était-il ? 🙂 là\n“Oui.”"
-    words = [word.text for token in text.encode() for word in stream.push(token)]
+    words = [word.text for token in text.encode() for word in stream.push(token, 0.0)]
     assert words + [word.text for word in stream.flush()] == text.split()
 
 

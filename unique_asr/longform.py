@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ class LongformConfig:
     """Spikes are CTC spikes, about one token of speech each, three a second."""
 
     max_pass_seconds: float | None = None  # None: what the model was trained for
+    cut_seconds: float = 30.0  # a pass that is not the last one ends in the longest pause of its last seconds
     retry_pass_seconds: float = 30.0  # a pass that made no progress is tried again on this much audio
     skip_seconds: float = 10.0  # audio that is skipped when that fails too
     min_progress_seconds: float = 2.0  # less than this is no progress
@@ -57,11 +59,16 @@ class LongformConfig:
 class Decoder(Protocol):
     """What writes the text: `unique_asr.decoding.GreedyDecoder`, or a script in a test."""
 
-    def prefill(self, inputs_embeds: Tensor) -> Any:
-        """Begin a new sequence with inputs_embeds [1, N, hidden]."""
+    log_probs: list[float]  # of the tokens since the last prefill
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+
+    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
+        """Append inputs_embeds [1, N, hidden] to the sequence."""
 
     def tokens(self, max_new_tokens: int, stop_ids: set[int]) -> Iterator[int]:
-        """Tokens that follow."""
+        """The tokens that follow, up to a stop id."""
 
 
 @dataclass
@@ -70,7 +77,7 @@ class LongformReport:
 
     stop_reason: str = ""  # of the last pass: end, length, loop, gap; silence if there was no speech
     passes: int = 0
-    coverage: float = 0.0  # share of the recording's spikes that lie in a segment
+    coverage: float = 0.0  # share of the recording's spikes that lie in a segment so far
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0, "align": 0.0})
 
@@ -270,17 +277,22 @@ class LongformTranscriber:
         """Segments as they are complete; `report` is filled in on the way."""
         tracker = TextTracker(self.model, self.processor, encoded, self.alignment, self.config)
         frames = tracker.frames
-        covered = np.zeros(len(frames), bool)
-        for index, words in enumerate(self._passes(encoded, decoder, tracker, report, progress)):
-            start, end = words[0].start, words[-1].end
-            covered[int(start / frames.frame_seconds) : int(np.ceil(end / frames.frame_seconds)) + 1] = True
-            confidence = float(np.mean([word.confidence for word in words]))
-            text = " ".join(word.text for word in words)
-            yield Segment(id=index, start=start, end=end, text=text, words=words, confidence=confidence)
-        if len(frames.spikes) == 0:
+        spikes, covered = frames.spikes, 0
+        if len(spikes) == 0:
             report.stop_reason, report.coverage = "silence", 1.0
             return
-        report.coverage = float(covered[frames.spikes].mean())
+        counted = 0  # spikes before this frame are counted
+        for index, words in enumerate(self._passes(encoded, decoder, tracker, report, progress)):
+            start, end = words[0].start, words[-1].end
+            confidence = float(np.mean([word.confidence for word in words]))
+            text = " ".join(word.text for word in words)
+            low, high = (round(time / frames.frame_seconds) for time in (start, end))
+            covered += frames.count(max(low, counted), high + 1)
+            counted = max(high + 1, counted)
+            report.coverage = covered / len(spikes)
+            yield Segment(id=index, start=start, end=end, text=text, words=words, confidence=confidence)
+        if progress:
+            progress("decode", frames.duration, frames.duration)
         if report.coverage < self.config.min_coverage:
             report.warnings.append(f"coverage is {100 * report.coverage:.0f} %: some of the speech has no text")
         for second, text in tracker.dropped:
@@ -341,7 +353,11 @@ class LongformTranscriber:
         tracker.begin(start, end)
         budget = self.token_budget(frames.count(start, end), (end - start) * frames.frame_seconds)
         with report.timed("prefill"):
-            decoder.prefill(self.prompt_embeds(encoded.slice(start, end)))
+            embeds = self.prompt_embeds(encoded.slice(start, end))
+            decoder.reset()
+            decoder.prefill(embeds, partial(progress, "prefill") if progress else None)
+            if embeds.is_cuda:
+                torch.cuda.synchronize()
         words, loops, segmenter = WordStream(self.processor.tokenizer), LoopDetector(), Segmenter(self.segmentation)
         pending: list[DraftWord] = []
 
@@ -349,10 +365,10 @@ class LongformTranscriber:
             with report.timed("align"):
                 placed = tracker.place(drafts) if drafts else []
             drafts.clear()
-            for draft, word in placed:
-                yield from segmenter.push(word, draft.ends_sentence)
             if progress:
                 progress("decode", frames.seconds(tracker.cursor), frames.duration)
+            for draft, word in placed:
+                yield from segmenter.push(word, draft.ends_sentence)
 
         reason, written = "end", 0
         tokens = decoder.tokens(budget, self.stop_ids)
@@ -362,12 +378,11 @@ class LongformTranscriber:
             if token is None or token in self.stop_ids:
                 reason = "length" if written >= budget else "end"
                 break
-            log_probs = getattr(decoder, "log_probs", None)
-            pending += words.push(token, log_probs[written] if log_probs else None)
+            pending += words.push(token, decoder.log_probs[written])
             written += 1
             if repeated := loops.push(token):
                 yield from place(pending)
-                if tracker.waiting_tokens >= repeated / 2:
+                if tracker.waiting_tokens + words.held_tokens >= repeated / 2:
                     reason = "loop"
                     break
                 loops.reset()
@@ -401,7 +416,8 @@ class LongformTranscriber:
         if left <= most:
             return len(frames)
         share = min(int(1.05 * left / np.ceil(left / most)), most)
-        return frames.pause(start + int(0.85 * share), start + share)
+        search = min(int(self.config.cut_seconds / frames.frame_seconds), share // 6)
+        return frames.pause(start + share - search, start + share)
 
     @staticmethod
     def _between(frames: SpeechFrames, cursor: int) -> int:

@@ -59,7 +59,7 @@ class WordStream:
         self._words: list[DraftWord] = []  # complete but the last
         self._open = False  # whether the last word can still grow
 
-    def push(self, token: int, log_prob: float | None = None) -> list[DraftWord]:
+    def push(self, token: int, log_prob: float) -> list[DraftWord]:
         """The words that this token completes."""
         self._ids.append(token)
         shown = self._decode(self._context, self._read)
@@ -68,7 +68,6 @@ class WordStream:
             return []
         added = text[len(shown) :]
         self._context, self._read = self._read, len(self._ids)
-        log_probs = [] if log_prob is None else [log_prob]
         if added[:1].isspace():
             self._open = False
         for index, part in enumerate(added.split()):
@@ -77,9 +76,14 @@ class WordStream:
             else:
                 self._words.append(DraftWord(part))
         if self._words:
-            self._words[-1].log_probs += log_probs
+            self._words[-1].log_probs.append(log_prob)
         self._open = not added[-1:].isspace() if added else self._open
         return self._complete(keep=1)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the words that are not given out yet."""
+        return sum(len(word.log_probs) for word in self._words)
 
     def flush(self) -> list[DraftWord]:
         """The words that are left at the end of the text."""

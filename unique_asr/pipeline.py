@@ -1,0 +1,244 @@
+"""From a file to segments: load, encode, decode. `transcribe` is the one call, `Transcriber` keeps a model for more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .alignment import AlignmentConfig
+from .attention import SparseAttentionConfig, SparsityStatistics
+from .audio import SAMPLE_RATE, AudioFile
+from .decoding import GreedyDecoder
+from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress
+from .models import load
+from .segmentation import SegmentationConfig
+from .transcript import Segment, TranscriptionInfo
+
+Audio = str | PathLike[str] | np.ndarray  # a file, or float32 samples at 16 kHz
+
+
+class PipelineError(ValueError):
+    """A transcription that cannot start or go on; the message is one line and names the remedy."""
+
+
+def transcribe(
+    audio: Audio,
+    model: str | PathLike[str] | tuple[Any, Any] = "default",
+    *,
+    attention: str | SparseAttentionConfig = "unique",
+    budget: int | None = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    prompt: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[Iterator[Segment], TranscriptionInfo]:
+    """Transcribe a recording of any length.
+
+        segments, info = transcribe("talk.m4a")
+        for segment in segments:
+            print(segment.start, segment.end, segment.text)
+        print(info.stop_reason, info.coverage)
+
+    Segments come while the recording is decoded, and `info` is complete once they are exhausted. Files and options that
+    cannot work raise a ValueError here, in one line.
+
+    Args:
+        audio: a file that FFmpeg reads, or float32 samples at 16 kHz.
+        model: `default`, a folder, a hub id, or a (model, processor) pair.
+        attention: `unique` reads `budget` tokens of the context a step, `dense` all of it; or a SparseAttentionConfig.
+        budget: tokens, for `unique`.
+        device, dtype: see `unique_asr.models.load`.
+        prompt: an instruction for the model.
+        progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
+        options: of `Transcriber`.
+    """
+    source = open_audio(audio)  # before the model, which takes longer
+    transcriber = Transcriber(
+        model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
+    )
+    return transcriber.transcribe(source, prompt=prompt, progress=progress)
+
+
+class Transcriber:
+    """A loaded model with its settings.
+
+    Args:
+        model, attention, budget, device, dtype, progress: see `transcribe`.
+        max_pass_seconds: the longest audio that the LLM gets at once; by default what the model was trained for.
+        prefill_chunk: audio positions that the LLM reads at once, which bounds the memory of the prefill.
+        longform, alignment, segmentation: finer settings.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | tuple[Any, Any] = "default",
+        *,
+        attention: str | SparseAttentionConfig = "unique",
+        budget: int | None = 512,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_pass_seconds: float | None = None,
+        prefill_chunk: int = 2048,
+        longform: LongformConfig | None = None,
+        alignment: AlignmentConfig | None = None,
+        segmentation: SegmentationConfig | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.attention = attention_config(attention, budget)
+        if max_pass_seconds is not None and max_pass_seconds <= 0:
+            raise PipelineError(f"max_pass_seconds={max_pass_seconds}: give a positive number of seconds")
+        self.prefill_chunk = prefill_chunk
+        self.longform = longform or LongformConfig()
+        if max_pass_seconds is not None:
+            self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
+        self.alignment, self.segmentation = alignment, segmentation
+        begin = time.perf_counter()
+        if isinstance(model, tuple):
+            self.name = getattr(model[0].config, "name_or_path", "") or type(model[0]).__name__
+            self.model, self.processor = model
+        else:
+            self.name = str(model)
+            if progress:
+                progress("load", 0, 1)
+            self.model, self.processor = load(model, device, dtype)
+            if progress:
+                progress("load", 1, 1)
+        self.load_seconds = time.perf_counter() - begin
+        self._decoder: GreedyDecoder | None = None  # the last one, with its memory and CUDA graphs
+
+    def transcribe(
+        self, audio: Audio | AudioFile | Samples, *, prompt: str | None = None, progress: Progress | None = None
+    ) -> tuple[Iterator[Segment], TranscriptionInfo]:
+        """Segments of one recording, and how they were made; see the function `transcribe`."""
+        source = open_audio(audio)
+        weight = self.model.language_model.get_input_embeddings().weight
+        info = TranscriptionInfo(
+            audio=str(source.path),
+            duration=source.duration or 0.0,
+            model=self.name,
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            attention=self.attention.to_dict(),
+            timings={"load": self.load_seconds},
+        )
+        return self._segments(source, prompt, info, progress), info
+
+    def _segments(
+        self, source: AudioFile | Samples, prompt: str | None, info: TranscriptionInfo, progress: Progress | None
+    ) -> Iterator[Segment]:
+        transcriber = LongformTranscriber(
+            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt
+        )
+        report = LongformReport()
+        try:
+            begin = time.perf_counter()
+            encoded = self._encode(source, progress)
+            info.timings["encode"] = time.perf_counter() - begin
+            info.duration = encoded.duration
+            info.warnings += source.warnings
+            decoder = self._take_decoder(transcriber.capacity(encoded), info)
+            before = SparsityStatistics(**vars(decoder.statistics))
+            try:
+                yield from transcriber.transcribe(encoded, decoder, report, progress)
+                info.stop_reason = report.stop_reason
+            finally:
+                info.stop_reason = info.stop_reason or "interrupted"
+                info.coverage, info.passes = report.coverage, report.passes
+                info.sparsity = _difference(decoder.statistics, before).to_dict()
+                info.timings |= report.timings
+                info.warnings += report.warnings
+                self._decoder = decoder
+        except torch.OutOfMemoryError as error:
+            raise PipelineError(
+                f"{info.audio}: out of memory on {info.device} ({info.dtype}); lower max_pass_seconds or "
+                "prefill_chunk, or use device=cpu"
+            ) from error
+
+    def _encode(self, source: AudioFile | Samples, progress: Progress | None) -> Any:
+        def report(seconds: float) -> None:
+            progress("encode", seconds, max(source.duration or 0.0, seconds))
+
+        try:
+            return self.model.encode(source.blocks(), self.processor, report if progress else None)
+        except ValueError as error:
+            message = str(error)
+            raise PipelineError(message if str(source.path) in message else f"{source.path}: {message}") from error
+
+    def _take_decoder(self, capacity: int, info: TranscriptionInfo) -> GreedyDecoder:
+        """The decoder of the transcription before, if no other has it; a new one otherwise."""
+        decoder, self._decoder = self._decoder, None
+        if decoder is None:
+            check_memory(self.model.language_model, capacity, info)
+            decoder = GreedyDecoder(self.model.language_model, self.attention, capacity, self.prefill_chunk)
+        decoder.capacity = max(decoder.capacity, capacity)
+        return decoder
+
+
+class Samples:
+    """An array in the place of an `AudioFile`."""
+
+    path = "<array>"
+
+    def __init__(self, samples: np.ndarray) -> None:
+        if samples.ndim != 1:
+            raise PipelineError(f"audio: give samples of one channel, [N], not an array of shape {samples.shape}")
+        self.samples = samples.astype(np.float32, copy=False)
+        self.duration = len(samples) / SAMPLE_RATE
+        self.warnings: list[str] = []
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        yield self.samples
+
+
+def open_audio(audio: Audio | AudioFile | Samples) -> AudioFile | Samples:
+    if isinstance(audio, (AudioFile, Samples)):
+        return audio
+    return Samples(audio) if isinstance(audio, np.ndarray) else AudioFile(audio)
+
+
+def attention_config(attention: str | SparseAttentionConfig, budget: int | None = 512) -> SparseAttentionConfig:
+    """`unique` with a budget in tokens, or `dense`, as the settings of the cache."""
+    if isinstance(attention, SparseAttentionConfig):
+        return attention
+    if attention not in ("unique", "dense"):
+        raise PipelineError(f"attention={attention}: use unique or dense, or give a SparseAttentionConfig")
+    return SparseAttentionConfig(budget=budget if attention == "unique" else None)
+
+
+def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo) -> None:
+    """Raise PipelineError if the KV cache of `capacity` tokens cannot fit into the free memory of the device."""
+    config = language_model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weight = language_model.get_input_embeddings().weight
+    needed = 2 * config.num_hidden_layers * heads * width * weight.element_size() * capacity
+    free = free_memory(weight.device)
+    if free is not None and needed > free:
+        raise PipelineError(
+            f"{info.audio}: a KV cache of {needed / 1e9:.1f} GB for {capacity} tokens does not fit into the "
+            f"{free / 1e9:.1f} GB that are free on {weight.device}; lower max_pass_seconds or use another device"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return available[0] if device.type == "cpu" and available else None
+
+
+def _difference(after: SparsityStatistics, before: SparsityStatistics) -> SparsityStatistics:
+    return SparsityStatistics(**{name: value - getattr(before, name) for name, value in vars(after).items()})
