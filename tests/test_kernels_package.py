@@ -1,4 +1,4 @@
-"""The folder `kernels/` beside Hugging Face's package of the same name, which transformers imports where it finds it."""
+"""The folder `kernels/` beside Hugging Face's package of that name, which transformers imports where it is."""
 
 import os
 import subprocess

@@ -1,0 +1,139 @@
+"""The paged cache against transformers' own, through every operation that generation uses."""
+
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, Qwen2Config
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.cache import PagedLayer
+
+
+def write(cache, length, batch=2, layers=3):
+    """Append the same random tokens to every layer; returns what `update` gave for the last."""
+    keys, values = torch.randn(2, batch, 3, length, 16)
+    for layer in range(layers):
+        result = cache.update(keys, values, layer)
+    return result
+
+
+@pytest.fixture
+def caches(llama):
+    """A paged and a dynamic cache with the same 300 tokens, and the statistics of the paged one up to date."""
+    paged, dynamic = PagedCache(llama.config, SparseAttentionConfig(budget=64)), DynamicCache(config=llama.config)
+    for cache in (paged, dynamic):
+        torch.manual_seed(1)
+        write(cache, 300)
+    paged.update_statistics()
+    return paged, dynamic
+
+
+def assert_same(paged, dynamic):
+    """Both hold the same tokens, and the statistics are those of a cache into which they were written at once."""
+    layer, other = paged.layers[1], dynamic.layers[1]
+    length = other.get_seq_length()
+    assert paged.get_seq_length() == length == layer.length
+    assert torch.equal(layer.keys[:, :, :length], other.keys)
+    assert torch.equal(layer.values[:, :, :length], other.values)
+    fresh = PagedLayer(layer.config, paged.statistics)
+    fresh.update(other.keys, other.values)
+    fresh.update_statistics()
+    layer.update_statistics()
+    assert layer.pages_done == fresh.pages_done == length // 8
+    for statistic, expected in zip(layer.statistics, fresh.statistics):
+        assert torch.equal(statistic[:, :, : layer.pages_done], expected[:, :, : layer.pages_done])
+
+
+def test_tokens_are_returned_as_written_and_buffers_grow_in_big_steps(llama):
+    paged, dynamic = PagedCache(llama.config), DynamicCache(config=llama.config)
+    capacities = set()
+    for length in (7, 1, 1, 2000, *[1] * 20, 1500):
+        for cache in (paged, dynamic):
+            torch.manual_seed(length)
+            keys, values = write(cache, length)
+            if cache is paged:
+                written = keys, values
+        assert torch.equal(written[0], keys)
+        assert torch.equal(written[1], values)
+        capacities.add(paged.capacity)
+    assert len(capacities) == 3
+    assert_same(paged, dynamic)
+
+
+def test_capacity_can_be_asked_for(llama):
+    cache = PagedCache(llama.config, capacity=5000)
+    write(cache, 10)
+    assert 5000 <= cache.capacity < 5256
+    cache.reserve(6000)
+    assert cache.capacity >= 6000
+    assert cache.length == 10
+
+
+def test_crop_and_write_again(caches):
+    for cache in caches:
+        cache.crop(-41)
+        torch.manual_seed(2)
+        write(cache, 30)
+        cache.crop(0)
+    assert_same(*caches)
+
+
+def test_crop_by_a_positive_number_is_refused(caches):
+    with pytest.raises(ValueError, match="negative"):
+        caches[0].crop(10)
+
+
+def test_reset_keeps_the_buffers(caches, llama):
+    paged, _ = caches
+    address = paged.layers[0].keys.data_ptr()
+    paged.reset()
+    dynamic = DynamicCache(config=llama.config)
+    for cache in (paged, dynamic):
+        torch.manual_seed(3)
+        write(cache, 50)
+    assert paged.layers[0].keys.data_ptr() == address
+    assert_same(paged, dynamic)
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument"),
+    [
+        ("reorder_cache", torch.tensor([1, 0])),
+        ("batch_repeat_interleave", 3),
+        ("batch_select_indices", torch.tensor([1])),
+    ],
+)
+def test_rows_follow_the_beams(caches, operation, argument):
+    for cache in caches:
+        getattr(cache, operation)(argument)
+    assert_same(*caches)
+
+
+def test_a_dense_layer_keeps_no_statistics(llama):
+    cache = PagedCache(llama.config, SparseAttentionConfig(dense_layers=2))
+    write(cache, 100)
+    cache.update_statistics()
+    assert [len(layer.statistics) for layer in cache.layers] == [0, 0, 2]
+    assert [layer.sparse_at(600) for layer in cache.layers] == [False, False, True]
+
+
+def test_sliding_layers_stay_what_they_were():
+    config = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    cache = PagedCache(config)
+    kinds = [type(layer) for layer in cache.layers]
+    assert kinds == [PagedLayer] * 2 + [DynamicSlidingWindowLayer] * 2
+    with pytest.raises(ValueError, match="every layer"):
+        cache.set_static_step(None)
+
+
+def test_a_model_of_sliding_layers_alone_is_refused():
+    with pytest.raises(ValueError, match="no full-attention layer"):
+        PagedCache(MistralConfig(num_hidden_layers=2, sliding_window=8))
+
+
+def test_statistics_memory_is_small(llama):
+    """At most 6.4 % of the KV cache at page 8 and head dim 128 (mean and spread, in the dtype of the keys)."""
+    layer = PagedLayer(SparseAttentionConfig(), None)
+    layer.update(*torch.zeros(2, 1, 8, 1024, 128, dtype=torch.bfloat16))
+    size = sum(statistic.nbytes for statistic in layer.statistics)
+    assert size <= 0.064 * (layer.keys.nbytes + layer.values.nbytes)

@@ -1,0 +1,216 @@
+"""The method against its definition, written out with loops in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityStatistics, reference
+from unique_asr.attention.cache import PagedLayer, StaticStep
+from unique_asr.attention.huggingface import sparse_step, static_step
+from unique_asr.attention.scores import SCORES
+
+HEADS, GROUP, DIM = 3, 3, 16  # KV heads, query heads of each, head dim
+
+
+def page_score(name, query, keys, scale):
+    """The score of one page for one query head, from the definition: query [D], keys [n, D] in float64."""
+    mean = keys.mean(0)
+    if name == "mean":
+        return query @ mean
+    if name == "unique":
+        std = math.sqrt(sum((key - mean) @ (key - mean) for key in keys) / len(keys))
+        return query @ mean + scale * query.norm() * std
+    if name == "quest":
+        return torch.maximum(query * keys.amin(0), query * keys.amax(0)).sum()
+    variance = (keys - mean).square().mean(0)
+    return query @ mean + scale * (query.square() @ variance) / math.sqrt(len(query))
+
+
+def expected_step(config, query, keys, values, first=0):
+    """One sparse step of a row and KV head: query [G, D], keys and values [N, D] -> [G, D], tokens read."""
+    size, length = config.page_size, len(keys)
+    newest = (length - 1) // size
+    pages = range(first // size, newest)
+    spans = [range(max(first, page * size), (page + 1) * size) for page in pages]
+    scores = torch.stack(
+        [torch.stack([page_score(config.score, q, keys[list(span)], config.scale) for span in spans]) for q in query]
+    )
+    if config.combine == "max":
+        group = scores.amax(0)
+    else:
+        group = (scores / math.sqrt(DIM)).softmax(-1).mean(0)
+    forced = set(list(pages)[: config.sink_pages]) | set(range(newest - config.recent_pages + 1, newest))
+    order = sorted(range(len(pages)), key=lambda index: (pages[index] not in forced, -group[index].item(), index))
+    chosen = sorted(order[: config.pages - 1])
+    tokens = [token for index in chosen for token in spans[index]] + list(range(max(first, newest * size), length))
+    weights = (query @ keys[tokens].T / math.sqrt(DIM)).softmax(-1)
+    return weights @ values[tokens], tokens
+
+
+def filled_layer(config, length, batch=1, seed=0):
+    """A layer that holds random tokens of clearly different pages, and a query."""
+    torch.manual_seed(seed)
+    layer = PagedLayer(config, SparsityStatistics())
+    shift = torch.randn(batch, HEADS, length // 4 + 1, DIM).repeat_interleave(4, dim=2)[:, :, :length]
+    layer.update(shift + torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM))
+    return layer, torch.randn(batch, HEADS * GROUP, 1, DIM)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("combine", ["max", "share"])
+@pytest.mark.parametrize(
+    ("length", "page_size", "budget", "sink_pages", "recent_pages"),
+    [
+        (63, 8, 32, 1, 2),
+        (100, 8, 24, 0, 1),
+        (200, 16, 64, 2, 2),
+        (257, 32, 128, 1, 1),
+        (264, 8, 64, 1, 4),
+        (75, 8, 8, 0, 1),
+    ],
+)
+def test_a_step_is_the_definition(score, combine, length, page_size, budget, sink_pages, recent_pages):
+    config = SparseAttentionConfig(budget, page_size, score, 0.5, combine, sink_pages, recent_pages)
+    layer, query = filled_layer(config, length)
+    output = sparse_step(layer, query, DIM**-0.5)
+    for head in range(HEADS):
+        keys, values = layer.keys[0, head, :length].double(), layer.values[0, head, :length].double()
+        queries = query[0, head * GROUP : (head + 1) * GROUP, 0].double()
+        expected, tokens = expected_step(config, queries, keys, values)
+        assert len(tokens) <= budget
+        torch.testing.assert_close(output[0, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["max", "share"])
+@pytest.mark.parametrize("first", [5, 16, 60, 90])
+def test_a_padded_row_reads_its_own_tokens(combine, first):
+    """The second row is padded on the left by `first` tokens of garbage; its sink is the first page with a token."""
+    config = SparseAttentionConfig(budget=32, combine=combine)
+    length = 100
+    layer, query = filled_layer(config, length, batch=2)
+    layer.keys[1, :, :first] = 1e4
+    valid = torch.ones(2, length, dtype=torch.bool)
+    valid[1, :first] = False
+    output = sparse_step(layer, query, DIM**-0.5, valid)
+    for row, start in ((0, 0), (1, first)):
+        for head in range(HEADS):
+            keys, values = layer.keys[row, head, :length].double(), layer.values[row, head, :length].double()
+            queries = query[row, head * GROUP : (head + 1) * GROUP, 0].double()
+            expected, _ = expected_step(config, queries, keys, values, start)
+            torch.testing.assert_close(output[row, head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [65, 72, 100, 250])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("combine", ["max", "share"])
+def test_the_static_step_is_the_step(length, score, combine):
+    """The step of a CUDA graph knows the length only as a tensor; slots after it hold an earlier sequence."""
+    config = SparseAttentionConfig(budget=64, score=score, combine=combine)
+    layer, query = filled_layer(config, length)
+    layer.keys[:, :, length:] = 50.0
+    layer.values[:, :, length:] = 50.0
+    expected = sparse_step(layer, query, DIM**-0.5)
+    for statistic in layer.statistics:
+        statistic[:, :, (length - 1) // 8 :] = 1e3
+    layer.step = StaticStep(torch.tensor([length - 1]), sparse=True)
+    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), expected)
+
+    layer.step = StaticStep(torch.tensor([length - 1]), sparse=False)
+    dense = reference.attend(
+        reference.group_queries(query, HEADS), layer.keys[:, :, :length], layer.values[:, :, :length], DIM**-0.5
+    )
+    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), dense)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_statistics_of_a_page_do_not_depend_on_how_it_was_written(score):
+    config = SparseAttentionConfig(score=score)
+    layer, _ = filled_layer(config, 96)
+    layer.update_statistics()
+    bulk = [statistic.clone() for statistic in layer.statistics]
+    again = PagedLayer(config, SparsityStatistics())
+    for token in range(96):
+        again.update(layer.keys[:, :, token : token + 1], layer.values[:, :, token : token + 1])
+        again.update_statistics()
+    for statistic, expected in zip(again.statistics, bulk):
+        torch.testing.assert_close(statistic[:, :, :12], expected[:, :, :12], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_statistics_of_a_partial_page_count_only_its_tokens(score):
+    keys = torch.randn(2, HEADS, 21, DIM)
+    statistics = reference.page_statistics(keys, 8, SCORES[score])
+    tail = reference.page_statistics(keys[:, :, 16:], 8, SCORES[score])
+    padded = torch.cat([keys, torch.full((2, HEADS, 3, DIM), 9.0)], dim=2)
+    valid = torch.arange(24).expand(2, -1) < 21
+    for whole, part, masked in zip(statistics, tail, reference.page_statistics(padded, 8, SCORES[score], valid)):
+        assert whole.shape[2] == 3
+        torch.testing.assert_close(whole[:, :, 2:], part)
+        torch.testing.assert_close(whole, masked)
+
+
+def test_top_pages_are_exact_and_prefer_the_earlier_of_equal_scores():
+    torch.manual_seed(0)
+    scores = torch.randint(-3, 3, (4, 3, 500)).float()
+    scores[0, 0, ::7] = torch.inf
+    scores[1, :, 100:] = -torch.inf
+    scores[2] *= 0.0  # both zeros
+    for count in (1, 5, 63, 499, 500):
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+        assert torch.equal(reference.top_pages(scores, count), expected)
+
+
+def test_the_last_pages_and_the_sink_are_read_whatever_their_scores():
+    config = SparseAttentionConfig(budget=64, sink_pages=2, recent_pages=3)
+    scores = torch.full((1, 1, 40), 5.0)
+    scores[..., [0, 1, 38, 39]] = -5.0
+    pages = reference.top_pages(reference.force_pages(scores, config, newest=40), config.pages - 1)
+    assert pages.tolist() == [[[0, 1, 2, 3, 4, 38, 39]]]
+
+
+def test_quest_bounds_every_key_of_a_page():
+    keys, query = torch.randn(1, HEADS, 64, DIM), torch.randn(1, HEADS, GROUP, DIM)
+    score = SCORES["quest"]
+    bound = score.scores(query, reference.page_statistics(keys, 8, score), 0.5)
+    logits = torch.matmul(query, keys.transpose(-1, -2)).unflatten(-1, (8, 8))
+    assert (logits.amax(-1) <= bound + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"budget": 500}, "multiple of the page size"),
+        ({"budget": 16}, "always read"),
+        ({"page_size": 12}, "page_size"),
+        ({"score": "best"}, "unique, mean"),
+        ({"combine": "sum"}, "max, share"),
+        ({"backend": "cuda"}, "auto, torch"),
+        ({"recent_pages": 0}, "page being written"),
+    ],
+)
+def test_a_wrong_option_is_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        replace(SparseAttentionConfig(), **wrong)
+
+
+def test_counters(llama):
+    cache = PagedCache(llama.config, SparseAttentionConfig(budget=64))
+    llama.set_attn_implementation("unique")
+    tokens = torch.randint(0, 97, (2, 60))
+    llama(tokens, past_key_values=cache)
+    for _ in range(10):
+        llama(tokens[:, :1], past_key_values=cache)
+    counters = cache.statistics
+    assert (counters.steps, counters.sparse_steps) == (10, 6)  # lengths 61 to 64 fit the budget
+    rows = 3 * 2 * 3  # layers, batch, KV heads
+    assert counters.pages_total == rows * (4 * 8 + 6 * 9)
+    assert counters.pages_read == rows * 10 * 8
+    key_bytes, statistics_bytes = 2 * 16 * 4, (16 + 1) * 4
+    read = sum(key_bytes * (n - 8) + statistics_bytes * 8 for n in range(65, 71)) + sum(range(61, 65)) * key_bytes
+    assert counters.bytes_read == rows * read
+    assert counters.bytes_dense == rows * key_bytes * sum(range(61, 71))
+    assert 0 < counters.share_of_pages_read < 1
+    assert str(counters).startswith("6 of 10 steps sparse")
+    assert counters.to_dict()["share_of_pages_read"] == pytest.approx(counters.share_of_pages_read, abs=1e-6)

@@ -1,0 +1,102 @@
+"""The greedy decoder against transformers' generate, eagerly and with the step that a CUDA graph would capture."""
+
+import pytest
+import torch
+
+from unique_asr import decoding
+from unique_asr.attention import SparseAttentionConfig, sparse_attention
+from unique_asr.decoding import GreedyDecoder
+
+PROMPT = 200  # tokens
+
+
+@pytest.fixture
+def prompt(llama):
+    torch.manual_seed(0)
+    return torch.randint(1, 97, (1, PROMPT))
+
+
+@pytest.fixture
+def embeds(llama, prompt):
+    return llama.get_input_embeddings()(prompt).detach()
+
+
+def generated(llama, prompt, budget, tokens, **attention):
+    with sparse_attention(llama, budget=budget, **attention) as sparse:
+        output = llama.generate(
+            prompt, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    return output.sequences[0, prompt.shape[1] :].tolist(), torch.cat(output.logits), sparse.statistics
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "second_moment"}, {"dense_layers": 1}])
+@pytest.mark.parametrize("budget", [None, 64, 224, 1024])
+def test_tokens_are_those_of_generate(llama, prompt, embeds, static, budget, attention):
+    """A budget of 224 is crossed on the way; 60 tokens cross the capacity of 256 too."""
+    expected, logits, statistics = generated(llama, prompt, budget, 60, **attention)
+    config = SparseAttentionConfig(budget=budget, **attention)
+    decoder = GreedyDecoder(llama, config, capacity=400, prefill_chunk=64, static=static)
+    decoder.prefill(embeds)
+    assert list(decoder.tokens(60)) == expected
+    assert decoder.stop_reason == "length"
+    assert decoder.statistics == statistics
+    assert (decoder.statistics.sparse_steps > 0) == (budget in (64, 224))
+    best = logits.log_softmax(-1).amax(-1).tolist()
+    assert decoder.log_probs == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_growing_on_the_way(llama, prompt, embeds, static, monkeypatch):
+    monkeypatch.setattr(decoding, "HEADROOM", 0)
+    decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), static=static)
+    decoder.prefill(embeds)
+    assert decoder.cache.capacity == 256
+    expected, _, _ = generated(llama, prompt, 64, 80)
+    assert list(decoder.tokens(80)) == expected
+    assert decoder.cache.capacity > 256
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_stopping_and_going_on(llama, prompt, embeds, static):
+    expected, _, _ = generated(llama, prompt, 64, 30)
+    decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), static=static)
+    decoder.prefill(embeds)
+    assert list(decoder.tokens(10)) + list(decoder.tokens(5)) == expected[:15]
+    stop = expected[20]
+    rest = list(decoder.tokens(100, stop_ids={stop}))
+    assert rest == expected[15 : 15 + expected[15:].index(stop)]
+    assert decoder.stop_reason == "end"
+    assert len(decoder.log_probs) == 15 + len(rest)
+    assert decoder.length == PROMPT + 15 + len(rest)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_reset_and_a_second_prefill(llama, embeds, static):
+    decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), static=static)
+    decoder.prefill(embeds)
+    first = list(decoder.tokens(20))
+    decoder.reset()
+    decoder.prefill(embeds[:, :150])
+    decoder.prefill(embeds[:, 150:])
+    assert list(decoder.tokens(20)) == first
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_a_full_cache_ends_the_answer(llama, embeds, static):
+    decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), capacity=PROMPT + 10, static=static)
+    decoder.prefill(embeds)
+    assert len(list(decoder.tokens(50))) == 11  # the last token needs no place
+    assert decoder.stop_reason == "length"
+
+
+def test_a_prompt_over_the_capacity_is_refused(llama, embeds):
+    decoder = GreedyDecoder(llama, capacity=100)
+    with pytest.raises(ValueError, match="needs 200 positions and the decoder has 100"):
+        decoder.prefill(embeds)
+
+
+def test_progress(llama, embeds):
+    calls = []
+    GreedyDecoder(llama, prefill_chunk=64).prefill(embeds, progress=lambda *call: calls.append(call))
+    assert calls == [(64, 200), (128, 200), (192, 200), (200, 200)]
