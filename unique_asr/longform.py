@@ -80,6 +80,12 @@ class LongformReport:
     coverage: float = 0.0  # share of the recording's spikes that lie in a segment so far
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0, "align": 0.0})
+    skipped: list[tuple[float, float]] = field(default_factory=list)  # seconds that no pass got over
+
+    def skip(self, start: float, end: float) -> None:
+        if self.skipped and self.skipped[-1][1] == start:
+            start = self.skipped.pop()[0]
+        self.skipped.append((start, end))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -267,8 +273,7 @@ class LongformTranscriber:
         length = self._pass_frames(frames, self.max_pass_seconds)
         positions = encoded.frames.cpu().numpy()
         prompt = sum(len(ids) for ids in self.processor.prompt(self.prompt))
-        seconds = min(length * frames.frame_seconds, frames.duration)
-        budget = self.token_budget(_most_within(frames.spikes, length), seconds)
+        budget = self.token_budget(_most_within(frames.spikes, length), length * frames.frame_seconds)
         return prompt + _most_within(positions, length) + budget
 
     def transcribe(
@@ -295,6 +300,8 @@ class LongformTranscriber:
             progress("decode", frames.duration, frames.duration)
         if report.coverage < self.config.min_coverage:
             report.warnings.append(f"coverage is {100 * report.coverage:.0f} %: some of the speech has no text")
+        for start, end in report.skipped:
+            report.warnings.append(f"{clock(start)}-{clock(end)}: skipped, no pass over it got on")
         for second, text in tracker.dropped:
             shown = text if len(text) <= 60 else text[:57] + "..."
             report.warnings.append(f"{clock(second)}: dropped text that was not said: {shown!r}")
@@ -334,8 +341,7 @@ class LongformTranscriber:
                 skip = start + int(config.skip_seconds / frames.frame_seconds)
                 end = min(max(frames.pause(skip, skip + skip - start), tracker.cursor + 1), len(frames))
                 limit, retried = config.retry_pass_seconds, True
-                span = f"{clock(frames.seconds(start))}-{clock(frames.seconds(end))}"
-                report.warnings.append(f"{span}: skipped, {_REASONS[reason]} without getting on")
+                report.skip(frames.seconds(start), frames.seconds(end))
                 start = end
 
     def _pass(
