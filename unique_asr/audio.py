@@ -60,8 +60,8 @@ class AudioFile:
         missing = (self.duration or 0.0) - decoded / SAMPLE_RATE
         if missing > max(1.0, TRUNCATION_TOLERANCE * (self.duration or 0.0)):
             self.warnings.append(
-                f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that the file announces;"
-                " the file is truncated or damaged"
+                f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that it announces; "
+                "the file is truncated or damaged"
             )
 
     def _open(self) -> av.container.InputContainer:
@@ -100,6 +100,7 @@ class AudioFile:
             origin = (container.start_time or 0) / av.time_base  # s; where a player's clock starts
             resampler, setup = None, None
             position = 0  # samples yielded so far, without what the resampler still holds
+            filled = 0  # samples of silence in holes
             for frame in self._frames(container, stream):
                 layout = (frame.format.name, frame.layout.name, frame.sample_rate)
                 if layout != setup:  # the first frame, or a stream that changes its sampling rate on the way
@@ -117,6 +118,8 @@ class AudioFile:
                             position += len(samples)
                             yield samples
                         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+                        if position:  # audio that starts late is no damage
+                            filled += max(0, round(start * SAMPLE_RATE) - position)
                         while (silence := min(round(start * SAMPLE_RATE) - position, SAMPLE_RATE)) > 0:
                             position += silence
                             yield np.zeros(silence, dtype=np.float32)
@@ -125,6 +128,8 @@ class AudioFile:
                     yield samples
             if resampler is not None:
                 yield from _resample(resampler, None)
+            if filled:
+                self.warnings.append(f"{self.path}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them")
 
     def _fits(self, time: float) -> bool:
         """Whether a frame may start at `time`: a damaged timestamp usually lies beyond the end."""

@@ -111,7 +111,8 @@ def summarize(info: TranscriptionInfo, seconds: float) -> str:
     """Audio length, wall time and their ratio, how much of it is transcribed, and what sparse attention saved."""
     speed = info.duration / max(seconds, 1e-9)
     parts = [
-        f"{format_time(info.duration)} of audio in {format_time(seconds)} (RTFx {speed:.1f}, {info.dtype} on {info.device})",
+        f"{format_time(info.duration)} of audio in {format_time(seconds)}",
+        f"RTFx {speed:.1f} ({info.dtype} on {info.device})",
         f"coverage {100 * info.coverage:.0f} %",
     ]
     if info.passes > 1:

@@ -29,8 +29,8 @@ def quote_arguments(
     """Quote the values of `keys`, so that Hydra takes `audio=50% (live), «été».mp3` for a file name.
 
     `groups` maps a configuration group to the key that a path given in its place means: {"model": "model.name_or_path"}
-    makes `model.name_or_path='./my model'` of `model=./my model`, and leaves `model=default`, for conf/model/default.yaml
-    exists.
+    makes `model.name_or_path='./my model'` of `model=./my model`, and leaves `model=default`, the name of a file in
+    conf/model/.
     """
     keys = set(keys)
     groups = groups or {}

@@ -1,0 +1,261 @@
+"""Decoding: every container gives the same tone at 16 kHz; every file that cannot be used says so in one line."""
+
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio
+
+DATA = Path(__file__).parent / "data"
+TONE = 440.0  # Hz
+
+
+def tone(seconds, rate, channels=1):
+    """[channels, N] float32"""
+    wave = 0.4 * np.sin(2 * np.pi * TONE * np.arange(round(seconds * rate)) / rate)
+    return np.repeat(wave[None], channels, axis=0).astype(np.float32)
+
+
+def encode(path, samples, rate, codec, container=None, video_seconds=0.0, audio_offset=0.0):
+    """Write [channels, N] samples, with black video if asked for; audio_offset moves the audio's timestamps."""
+    with av.open(str(path), "w", format=container) as output:
+        layout = "stereo" if len(samples) == 2 else "mono"
+        video = None
+        if video_seconds:
+            video = output.add_stream("mpeg4", rate=10)
+            video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        stream = output.add_stream(codec, rate=rate, layout=layout)
+        stream.codec_context.options = {"strict": "experimental"}  # FFmpeg's own Vorbis
+        if video is not None:
+            for _ in range(round(10 * video_seconds)):
+                frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+                output.mux(video.encode(frame))
+            output.mux(video.encode(None))
+        size = rate // 10
+        for first in range(0, samples.shape[1], size):
+            piece = np.ascontiguousarray(samples[:, first : first + size])
+            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
+            frame.sample_rate = rate
+            frame.pts = first + round(audio_offset * rate)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+def encode_wav(path, samples, rate):
+    return encode(path, samples, rate, "pcm_s16le")
+
+
+def pitch(samples):
+    """Hz of the strongest frequency."""
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return np.argmax(spectrum) * SAMPLE_RATE / len(samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate", "channels"),
+    [
+        ("talk.wav", "pcm_s16le", 8000, 1),
+        ("talk.wav", "pcm_s16le", 16000, 1),
+        ("talk.wav", "pcm_s16le", 44100, 2),
+        ("talk.wav", "pcm_s24le", 48000, 2),
+        ("talk.flac", "flac", 44100, 2),
+        ("talk.mp3", "libmp3lame", 44100, 2),
+        ("talk.m4a", "aac", 44100, 2),
+        ("talk.ogg", "vorbis", 48000, 2),
+        ("talk.opus", "libopus", 48000, 1),
+        ("talk.webm", "libopus", 48000, 2),
+    ],
+)
+def test_formats(tmp_path, name, codec, rate, channels):
+    path = encode(tmp_path / name, tone(2.0, rate, channels), rate, codec)
+    audio = AudioFile(path)
+    samples = load_audio(path)
+    assert samples.dtype == np.float32
+    assert samples.ndim == 1
+    assert len(samples) / SAMPLE_RATE == pytest.approx(2.0, abs=0.1)
+    assert audio.duration == pytest.approx(2.0, abs=0.1)
+    assert pitch(samples[4000:-4000]) == pytest.approx(TONE, abs=2)
+    assert np.abs(samples[4000:-4000]).max() == pytest.approx(0.4, abs=0.03)  # no channel count changes the level
+
+
+def test_video(tmp_path):
+    path = encode(tmp_path / "talk.mp4", tone(2.0, 44100, 2), 44100, "aac", video_seconds=2.0)
+    samples = load_audio(path)
+    assert len(samples) / SAMPLE_RATE == pytest.approx(2.0, abs=0.1)
+    assert pitch(samples[4000:-4000]) == pytest.approx(TONE, abs=2)
+
+
+def test_audio_that_starts_after_the_video_keeps_its_time(tmp_path):
+    path = encode(tmp_path / "late.mkv", tone(1.0, 48000), 48000, "pcm_s16le", video_seconds=2.5, audio_offset=1.5)
+    samples = load_audio(path)
+    assert len(samples) / SAMPLE_RATE == pytest.approx(2.5, abs=0.1)
+    assert not samples[: round(1.4 * SAMPLE_RATE)].any()
+    assert pitch(samples[round(1.6 * SAMPLE_RATE) : round(2.4 * SAMPLE_RATE)]) == pytest.approx(TONE, abs=2)
+
+
+def test_rate_that_changes_on_the_way(tmp_path):
+    """Two MP3 files one after the other are one MP3 file."""
+    first = encode(tmp_path / "first.mp3", tone(1.0, 44100, 2), 44100, "libmp3lame")
+    second = encode(tmp_path / "second.mp3", tone(1.0, 22050), 22050, "libmp3lame")
+    path = tmp_path / "both.mp3"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    samples = load_audio(path)
+    assert len(samples) / SAMPLE_RATE == pytest.approx(2.0, abs=0.2)
+    assert pitch(samples[-12000:-2000]) == pytest.approx(TONE, abs=3)
+
+
+def test_blocks_are_equal_and_lose_nothing():
+    path = DATA / "nomads.opus"
+    blocks = list(AudioFile(path).blocks(seconds=2.0))
+    assert [len(block) for block in blocks[:-1]] == [2 * SAMPLE_RATE] * (len(blocks) - 1)
+    assert 0 < len(blocks[-1]) <= 2 * SAMPLE_RATE
+    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path))
+
+
+def test_blocks_can_be_read_twice():
+    audio = AudioFile(DATA / "nomads.opus")
+    np.testing.assert_array_equal(np.concatenate(list(audio.blocks())), np.concatenate(list(audio.blocks(1.0))))
+
+
+def test_memory_is_bounded(tmp_path):
+    """An hour of audio, in blocks, never holds more than a few blocks at a time."""
+    import tracemalloc
+
+    path = encode_wav(tmp_path / "hour.wav", np.zeros((1, 8000), np.float32), 8000)
+    header, second = path.read_bytes()[:-16000], path.read_bytes()[-16000:]
+    with path.open("wb") as file:  # a WAV file that is longer than its header says is read to its end
+        file.write(header[:4] + (0xFFFFFFFF).to_bytes(4, "little") + header[8:-4] + (0xFFFFFFFF).to_bytes(4, "little"))
+        for _ in range(3600):
+            file.write(second)
+    tracemalloc.start()
+    seconds = sum(len(block) for block in AudioFile(path).blocks()) / SAMPLE_RATE
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds == pytest.approx(3600, abs=1)
+    assert peak < 20e6
+
+
+@pytest.mark.parametrize("name", ["été (live), №1.wav", "a=b.wav", "a:b.wav", "50%d.wav", "it's.wav", "file:x.wav"])
+def test_names_that_mean_something_to_ffmpeg(tmp_path, name):
+    path = encode_wav(tmp_path / "plain.wav", tone(0.5, 16000), 16000).rename(tmp_path / name)
+    assert len(load_audio(path)) == pytest.approx(8000, abs=100)
+
+
+def test_relative_name_with_a_colon(tmp_path, monkeypatch):
+    encode_wav(tmp_path / "plain.wav", tone(0.5, 16000), 16000).rename(tmp_path / "a:b.wav")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_audio("a:b.wav")) == 8000
+
+
+def test_silence_is_audio(tmp_path):
+    samples = load_audio(encode_wav(tmp_path / "silence.wav", np.zeros((1, 16000), np.float32), 16000))
+    assert len(samples) == 16000
+    assert not samples.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("talk.wav", "pcm_s16le"), ("talk.mp3", "libmp3lame"), ("talk.flac", "flac")]
+)
+def test_truncated_file_gives_what_is_there_and_a_warning(tmp_path, name, codec):
+    path = encode(tmp_path / name, tone(20.0, 16000), 16000, codec)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    audio = AudioFile(path)
+    seconds = sum(len(block) for block in audio.blocks()) / SAMPLE_RATE
+    assert 5.0 < seconds < 15.0
+    # The length of a headerless or plain PCM file is that of the file, so half a WAV file is a shorter WAV file.
+    if audio.duration > 15.0:
+        assert any("truncated" in warning for warning in audio.warnings)
+
+
+def test_damaged_middle_is_skipped_with_a_warning(tmp_path):
+    path = encode(
+        tmp_path / "talk.flac", 0.1 * np.random.default_rng(0).standard_normal((1, 160000), np.float32), 16000, "flac"
+    )
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20000] = bytes(20000)
+    path.write_bytes(content)
+    audio = AudioFile(path)
+    seconds = sum(len(block) for block in audio.blocks()) / SAMPLE_RATE
+    assert seconds > 4.0
+    assert audio.warnings
+
+
+def bad_missing(folder):
+    return folder / "none.mp3", "no such file"
+
+
+def bad_folder(folder):
+    return folder, "is a folder"
+
+
+def bad_empty(folder):
+    (folder / "empty.wav").touch()
+    return folder / "empty.wav", "is empty"
+
+
+def bad_text(folder):
+    (folder / "notes.mp3").write_text("not a recording at all\n" * 50)
+    return folder / "notes.mp3", "not audio or video"
+
+
+def bad_noise(folder):
+    (folder / "noise.m4a").write_bytes(np.random.default_rng(0).bytes(50000))
+    return folder / "noise.m4a", "noise.m4a: "
+
+
+def bad_truncated_header(folder):
+    """The index of an MP4 file lies at its end: half a download holds nothing that can be read."""
+    path = encode(folder / "half.m4a", tone(2.0, 16000), 16000, "aac")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path, "damaged"
+
+
+def bad_header_only(folder):
+    path = encode_wav(folder / "header.wav", tone(1.0, 16000), 16000)
+    path.write_bytes(path.read_bytes()[:-32000])
+    return path, "no audio could be decoded"
+
+
+def bad_video_only(folder):
+    path = folder / "silent.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for _ in range(5):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        output.mux(stream.encode(None))
+    return path, "no audio stream (only video)"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        bad_missing,
+        bad_folder,
+        bad_empty,
+        bad_text,
+        bad_noise,
+        bad_truncated_header,
+        bad_header_only,
+        bad_video_only,
+    ],
+)
+def test_errors_are_one_line_that_names_the_file(tmp_path, make):
+    path, reason = make(tmp_path)
+    with pytest.raises(AudioError) as raised:
+        load_audio(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(DATA / "nomads.opus", tmp_path / "talk.opus")
+    assert AudioFile("~/talk.opus").duration == pytest.approx(9.06, abs=0.02)
