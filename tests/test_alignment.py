@@ -179,3 +179,11 @@ def test_a_long_window_takes_milliseconds(model, processor):
     alignment = found(model, processor, encoded, TEXT)
     assert time.perf_counter() - begin < 0.5
     assert alignment.fit == 1.0
+
+
+def test_a_head_that_knows_nothing_hears_nothing(model, processor):
+    encoded = encode(model, processor, timeline(TEXT))
+    encoded.ctc = encoded.ctc / 100 - 8  # nearly uniform
+    encoded.best_log_prob = encoded.ctc.max(-1).values
+    encoded.blank_log_prob = encoded.ctc[:, model.config.blank_id]
+    assert not found(model, processor, encoded, TEXT).fits

@@ -32,7 +32,7 @@ class AlignmentConfig:
     gap_cost: float = 2.0  # a speech frame between two words of the text
     skip_cost: float = 0.5  # a speech frame before the text: a later place has to fit clearly better
     tail_cost: float = 0.1  # a speech frame after the text
-    fit_cost: float = 4.0  # a token that costs less was heard
+    min_log_prob: float = -4.6  # a likelier token was heard (1 %: a head that knows nothing hears nothing)
     min_fit: float = 0.4  # share of heard tokens below which a text does not belong to the audio
     onset_seconds: float = 0.08  # a CTC spike comes this long after its word begins
     join_seconds: float = 0.4  # a word lasts until the next one if that follows within this time
@@ -100,17 +100,17 @@ class SpeechFrames:
 
 @dataclass
 class Alignment:
-    """L tokens on frames: token i is said in the frames first[i] .. last[i] and costs cost[i] nats in its best one."""
+    """L tokens on frames: token i is said in the frames first[i] .. last[i], with log_prob[i] in its best one."""
 
     first: np.ndarray  # [L]
     last: np.ndarray  # [L]
-    cost: np.ndarray  # [L]
+    log_prob: np.ndarray  # [L]
     config: AlignmentConfig = field(default_factory=AlignmentConfig)
 
     @property
     def heard(self) -> np.ndarray:
         """[L] whether the audio supports a token."""
-        return self.cost < self.config.fit_cost
+        return self.log_prob > self.config.min_log_prob
 
     @property
     def fit(self) -> float:
@@ -176,8 +176,8 @@ def viterbi(
     token_states = np.arange(1, states, 2)
     first = np.searchsorted(path, token_states, "left")
     last = np.searchsorted(path, token_states, "right") - 1
-    said = np.where(path % 2 == 1, token_costs[np.arange(frames), np.minimum(path // 2, tokens - 1)], np.inf)
-    return Alignment(first, last, np.minimum.reduceat(said, first), config)
+    said = np.where(path % 2 == 1, token_log_probs[np.arange(frames), np.minimum(path // 2, tokens - 1)], -np.inf)
+    return Alignment(first, last, np.maximum.reduceat(said, first), config)
 
 
 def align(
@@ -263,15 +263,15 @@ def word_times(
         end = following if following - spoken <= config.join_seconds else spoken + config.release_seconds
         previous_end = max(end, start)
         times[index] = start, previous_end
-    return np.minimum(times, frames.duration)
+    return np.minimum(times.round(3), frames.duration)
 
 
-def word_confidence(text: SpokenText, cost: np.ndarray) -> np.ndarray:
-    """[W] geometric mean of the probabilities of a word's tokens, relative to the best; NaN for words without any."""
-    sums = np.bincount(text.word_index, weights=cost, minlength=len(text.words))
+def word_confidence(text: SpokenText, log_prob: np.ndarray) -> np.ndarray:
+    """[W] geometric mean of the probabilities of a word's tokens; NaN for words without any."""
+    sums = np.bincount(text.word_index, weights=log_prob, minlength=len(text.words))
     counts = np.bincount(text.word_index, minlength=len(text.words))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.exp(-sums / counts)
+        return np.exp(sums / counts)
 
 
 def align_text(
@@ -287,7 +287,7 @@ def align_text(
         confidence = np.zeros(len(spoken.words))
     else:
         spans, fit = word_frames(spoken, found.first, found.last, frames, 0, len(frames)), found.fit
-        confidence = np.nan_to_num(word_confidence(spoken, found.cost), nan=0.5)
+        confidence = np.nan_to_num(word_confidence(spoken, found.log_prob), nan=0.5)
     times = word_times(spans, frames, config)
     words = [
         Word(word, float(start), float(end), float(sure))

@@ -166,7 +166,7 @@ class TextTracker:
         placed = self._place_waiting(int(found.first[0]))
         end = int(found.last[tokens - 1]) + 1
         spans = word_frames(head, found.first[:tokens], found.last[:tokens], self.frames, self.cursor, end)
-        placed += self._timed(drafts[:words], spans, word_confidence(head, found.cost[:tokens]))
+        placed += self._timed(drafts[:words], spans, word_confidence(head, found.log_prob[:tokens]))
         self.cursor = end
         self.waiting = drafts[words:]
         return placed
