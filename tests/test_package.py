@@ -64,12 +64,13 @@ def test_distributions(tmp_path):
     """Kernels, configuration and weights lie inside the wheel; the sdist has all it takes to build and test."""
     subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], check=True)
     (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
-    in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    in_sdist = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
-        "\n"
-    )
-    for name in filter(None, tracked):
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = set(archive.namelist())
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tracked = listed.splitlines()
+    for name in tracked:
         assert name in in_sdist
         if name.startswith(("kernels/", "conf/")):
             assert f"unique_asr/{name}" in in_wheel
