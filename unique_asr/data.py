@@ -114,16 +114,18 @@ def read_audio(path: Path | str, start: float = 0.0, end: float | None = None) -
     return samples[first:] if end is None else samples[first : first + count]
 
 
-def read_manifest(path: Path | str, source: str | None = None, select: str | None = None) -> list[Recording]:
+def read_manifest(
+    path: Path | str, source: str | Sequence[str] | None = None, select: str | None = None
+) -> list[Recording]:
     """The recordings of a JSONL manifest, in its order.
 
-    source: keep the rows of this source; several are separated by commas.
+    source: keep the rows of this source, or of these.
     select: keep the recordings whose id (the file name without suffix) matches this glob, such as "lj-*".
     """
     path = Path(path)
     if not path.is_file():
         raise ManifestError(f"{path}: no such manifest")
-    sources = None if source is None else {name.strip() for name in source.split(",")}
+    sources = {source} if isinstance(source, str) else set(source or ())
     recordings, seen = [], set()
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -135,13 +137,13 @@ def read_manifest(path: Path | str, source: str | None = None, select: str | Non
                 recording = _recording(row, path.parent)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ManifestError(f"{path}, line {number}: not a manifest row ({error!r})") from None
-            if sources is not None and recording.source not in sources:
+            if sources and recording.source not in sources:
                 continue
             if select is not None and not fnmatch.fnmatchcase(recording.id, select):
                 continue
             recordings.append(recording)
     if not recordings:
-        wanted = f"source {source or 'any'}, id {select or 'any'}"
+        wanted = f"source {' or '.join(sorted(sources)) or 'any'}, id {select or 'any'}"
         raise ManifestError(f"{path}: no recordings of {wanted}; its sources are {', '.join(sorted(seen)) or 'none'}")
     return recordings
 
@@ -191,7 +193,7 @@ def _recording(row: dict, folder: Path) -> Recording:
     segments = row.get("segments") or [{"start": 0.0, "end": duration, "text": text}]
     utterances = tuple(Utterance(float(s["start"]), float(s["end"]), s["text"].strip()) for s in segments)
     return Recording(
-        id=path.stem,
+        id=f"{path.stem}@{offset:.2f}" if offset else path.stem,
         spans=(Span(path, offset, offset + duration),),
         utterances=utterances,
         speaker=str(row.get("speaker") or ""),

@@ -37,10 +37,10 @@ def test_evaluate():
     assert summary["rtfx"] == pytest.approx(40 / 4)
     assert (summary["sparse_steps"], summary["steps"], summary["share_of_pages_read"]) == (8, 20, 0.25)
     assert summary["stop_reasons"] == {"length": 2}
-    first, _ = result.rows()
+    first = result.row(0)
     assert (first["audio_filepath"], first["pred_text"], first["wer"]) == ("x", "a house by the", pytest.approx(0.2))
     line = str(result)
     assert "parrot" in line
     assert "WER 25.00%" in line
     assert "sparse steps 8/20, pages read 25.0%" in line
-    assert "length 2" in line
+    assert "2 passes: length 2" in line

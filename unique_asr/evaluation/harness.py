@@ -3,14 +3,14 @@
     result = evaluate(SpeechLLM(model, processor, attention="unique"), recordings)
     print(result)
 
-A system is anything with a `name` and `transcribe(recordings)`; the systems of this project are in `systems.py`.
+A system is anything with a `name` and `transcribe(recordings)`; those of this project are in `systems.py`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class Hypothesis:
 
     text: str
     stop_reason: str = "end"  # end, length or loop
-    coverage: float = 1.0  # share of the recording's duration up to the last word
+    coverage: float = 1.0  # share of the speech that the text covers, as far as the system can tell
     passes: int = 1  # prefills of the decoder: more than one if decoding had to be continued
     sparsity: dict = field(default_factory=dict)  # SparsityStatistics.to_dict()
     seconds: float = 0.0  # wall time, filled in by `evaluate`
@@ -44,13 +44,17 @@ class Result:
     system: str
     recordings: list[Recording] = field(default_factory=list)
     hypotheses: list[Hypothesis] = field(default_factory=list)
-    errors: list[Errors] = field(default_factory=list)
     score: Score = field(default_factory=Score)
 
     def add(self, recording: Recording, hypothesis: Hypothesis) -> None:
         self.recordings.append(recording)
         self.hypotheses.append(hypothesis)
-        self.errors.append(self.score.add(recording.text, hypothesis.text))
+        self.score.add(recording.text, hypothesis.text)
+
+    @property
+    def errors(self) -> list[Errors]:
+        """Word errors of each recording."""
+        return self.score.words
 
     @property
     def audio_seconds(self) -> float:
@@ -58,7 +62,7 @@ class Result:
 
     @property
     def coverage(self) -> float:
-        """Share of the audio up to the last word of each recording."""
+        """Mean over the recordings, weighted by their durations."""
         covered = sum(r.duration * h.coverage for r, h in zip(self.recordings, self.hypotheses, strict=True))
         return covered / max(self.audio_seconds, 1e-9)
 
@@ -89,33 +93,37 @@ class Result:
             "passes": sum(hypothesis.passes for hypothesis in self.hypotheses),
         }
 
-    def rows(self) -> Iterator[dict]:
-        """One row a recording, with the field names of the Open ASR Leaderboard's manifests."""
-        for recording, hypothesis, errors in zip(self.recordings, self.hypotheses, self.errors, strict=True):
-            yield {
-                "audio_filepath": recording.id,
-                "duration": round(recording.duration, 3),
-                "time": round(hypothesis.seconds, 3),
-                "text": recording.text,
-                "pred_text": hypothesis.text,
-                "wer": errors.rate,
-                "stop_reason": hypothesis.stop_reason,
-                "coverage": hypothesis.coverage,
-                "passes": hypothesis.passes,
-                "sparsity": hypothesis.sparsity,
-            }
+    def row(self, index: int) -> dict:
+        """One recording, with the field names of the Open ASR Leaderboard's manifests."""
+        recording, hypothesis = self.recordings[index], self.hypotheses[index]
+        return {
+            "audio_filepath": recording.id,
+            "duration": round(recording.duration, 3),
+            "time": round(hypothesis.seconds, 3),
+            "text": recording.text,
+            "pred_text": hypothesis.text,
+            "wer": self.errors[index].rate,
+            "stop_reason": hypothesis.stop_reason,
+            "coverage": hypothesis.coverage,
+            "passes": hypothesis.passes,
+            "sparsity": hypothesis.sparsity,
+        }
 
     def __str__(self) -> str:
-        parts = [f"{self.system:<24} {self.score}", f"coverage {self.coverage:.1%}", f"RTFx {self.speed:.1f}"]
+        parts = [f"{self.system:<12} {self.score}", f"coverage {self.coverage:.1%}", f"RTFx {self.speed:.1f}"]
         if self.total("steps"):
             sparse = f"sparse steps {self.total('sparse_steps')}/{self.total('steps')}"
             parts.append(f"{sparse}, pages read {self.share_of_pages_read:.1%}")
         reasons = Counter(hypothesis.stop_reason for hypothesis in self.hypotheses)
-        parts.append(" ".join(f"{reason} {count}" for reason, count in reasons.most_common()))
+        stops = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        passes = sum(hypothesis.passes for hypothesis in self.hypotheses)
+        parts.append(f"{passes} passes: {stops}")
         return " | ".join(parts)
 
 
-def evaluate(system: System, recordings: Sequence[Recording], progress=None) -> Result:
+def evaluate(
+    system: System, recordings: Sequence[Recording], progress: Callable[[Result], None] | None = None
+) -> Result:
     """Transcribe the recordings and score them; `progress(result)` is called after each one."""
     result = Result(system.name)
     started = time.perf_counter()

@@ -1,11 +1,131 @@
-"""The systems that the harness compares."""
+"""The systems that the harness compares. Those of one speech LLM share its encoded recordings."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
 
 from ..data import Recording
 from .harness import Hypothesis
+
+if TYPE_CHECKING:
+    from ..attention import SparseAttentionConfig, SparsityStatistics
+    from ..models import EncodedAudio, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+
+class Encoder:
+    """Encodes each recording once, and keeps the result for the next system unless `keep` is False."""
+
+    def __init__(
+        self, model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, keep: bool = True
+    ) -> None:
+        self.model, self.processor, self.keep = model, processor, keep
+        self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
+
+    def __call__(self, recording: Recording) -> tuple[EncodedAudio, float]:
+        """The encoded recording, and the seconds that encoding took when it was done."""
+        if recording in self._encoded:
+            return self._encoded[recording]
+        started = time.perf_counter()
+        encoded = self.model.encode(recording.blocks(), self.processor)
+        encoded.best.sum().item()  # wait for the device
+        result = encoded, time.perf_counter() - started
+        if self.keep:
+            self._encoded[recording] = result
+        return result
+
+
+class SpeechLLM:
+    """A speech LLM as users run it: one pass where the text covers the speech, continuation where it does not."""
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        attention: SparseAttentionConfig,
+        prompt: str | None = None,
+        max_pass_seconds: float | None = None,
+        prefill_chunk: int = 2048,
+    ) -> None:
+        self.name, self.encoder, self.attention = name, encoder, attention
+        self.prompt, self.max_pass_seconds, self.prefill_chunk = prompt, max_pass_seconds, prefill_chunk
+
+    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+        from ..decoding import GreedyDecoder
+        from ..longform import LongformConfig, LongformReport, LongformTranscriber
+
+        model, processor = self.encoder.model, self.encoder.processor
+        config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
+        transcriber = LongformTranscriber(model, processor, config, prompt=self.prompt)
+        # One decoder for all recordings: its memory and CUDA graphs are kept.
+        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk)
+        for recording in recordings:
+            encoded, encode_seconds = self.encoder(recording)
+            started, before = time.perf_counter(), decoder.statistics.to_dict()
+            decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
+            report = LongformReport()
+            segments = list(transcriber.transcribe(encoded, decoder, report))
+            yield Hypothesis(
+                text=" ".join(segment.text.strip() for segment in segments),
+                stop_reason=report.stop_reason,
+                coverage=report.coverage,
+                passes=report.passes,
+                sparsity=_counted(before, decoder.statistics),
+                seconds=encode_seconds + time.perf_counter() - started,
+            )
+
+
+class BatchedSpeechLLM:
+    """A speech LLM through `generate`, `batch` recordings at a time and one pass each: the fast way for short ones.
+
+    Nothing is aligned and nothing continued, so coverage says only whether the text ended by itself.
+    """
+
+    def __init__(self, name: str, encoder: Encoder, attention: SparseAttentionConfig, batch: int = 16) -> None:
+        self.name, self.attention, self.batch = name, attention, batch
+        self.model, self.processor = encoder.model, encoder.processor
+
+    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+        from ..attention import sparse_attention
+
+        remaining = iter(recordings)
+        with sparse_attention(self.model, self.attention) as sparse:
+            while group := list(islice(remaining, self.batch)):
+                started, before = time.perf_counter(), sparse.statistics.to_dict()
+                inputs = self.processor.apply_transcription_request([recording.audio() for recording in group])
+                budget = int(5 * max(recording.duration for recording in group)) + 64  # tokens
+                tokens = self.model.generate(**inputs.to(self.model.device), max_new_tokens=budget, do_sample=False)
+                rows = tokens.tolist()
+                seconds = (time.perf_counter() - started) / len(group)
+                counted = _counted(before, sparse.statistics)
+                share = {name: value / len(group) for name, value in counted.items()}
+                for row in rows:
+                    ended = self.processor.end_token_id in row
+                    yield Hypothesis(
+                        text=self.processor.decode(row),
+                        stop_reason="end" if ended else "length",
+                        coverage=float(ended),
+                        sparsity=share,
+                        seconds=seconds,
+                    )
+
+
+class GreedyCTC:
+    """The CTC head's best path: what the encoder and the projector hear, before the LLM."""
+
+    name = "ctc"
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+        blank, tokenizer = self.encoder.model.config.blank_id, self.encoder.processor.tokenizer
+        for recording in recordings:
+            encoded, seconds = self.encoder(recording)
+            ids = [token for token, _ in groupby(encoded.best.tolist()) if token != blank]
+            yield Hypothesis(text=tokenizer.decode(ids).strip(), seconds=seconds)
 
 
 class Whisper:
@@ -15,12 +135,13 @@ class Whisper:
     window after window as Whisper does; no window sees the text before it, which avoids Whisper's loops.
     """
 
-    def __init__(self, model: str, device: str = "auto", compute_type: str = "int8", threads: int = 0):
+    name = "whisper"
+
+    def __init__(self, model: str, device: str = "auto", compute_type: str = "int8", threads: int = 0) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError:
             raise ImportError("the Whisper reference needs faster-whisper: pip install faster-whisper") from None
-        self.name = "whisper"
         self.model = WhisperModel(model, device=device, compute_type=compute_type, cpu_threads=threads)
 
     def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
@@ -39,3 +160,9 @@ class Whisper:
                 text=" ".join(segment.text.strip() for segment in segments),
                 coverage=end / max(info.duration, 1e-9),
             )
+
+
+def _counted(before: dict[str, Any], statistics: SparsityStatistics) -> dict[str, Any]:
+    """What was counted since `before`; the share of pages is left to be computed from sums."""
+    after = statistics.to_dict()
+    return {name: after[name] - before[name] for name in after if name != "share_of_pages_read"}
