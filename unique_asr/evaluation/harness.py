@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..data import Recording
+from ..transcript import Segment
 from .scoring import Errors, Score
+from .timing import TimingErrors, timing_errors
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Hypothesis:
     coverage: float = 1.0  # share of the speech that the text covers, as far as the system can tell
     passes: int = 1  # prefills of the decoder: more than one if decoding had to be continued
     sparsity: dict = field(default_factory=dict)  # SparsityStatistics.to_dict()
+    segments: list[Segment] = field(default_factory=list)
     seconds: float = 0.0  # wall time, filled in by `evaluate`
 
 
@@ -79,6 +82,15 @@ class Result:
     def share_of_pages_read(self) -> float:
         return self.total("pages_read") / max(self.total("pages_total"), 1)
 
+    @property
+    def timing(self) -> TimingErrors:
+        """Of the systems that give times to words."""
+        errors = TimingErrors()
+        for recording, hypothesis in zip(self.recordings, self.hypotheses, strict=True):
+            words = [word for segment in hypothesis.segments for word in segment.words]
+            errors += timing_errors(recording.utterances, words)
+        return errors
+
     def to_dict(self) -> dict:
         return {
             "system": self.system,
@@ -91,6 +103,7 @@ class Result:
             "share_of_pages_read": self.share_of_pages_read,
             "stop_reasons": dict(Counter(hypothesis.stop_reason for hypothesis in self.hypotheses)),
             "passes": sum(hypothesis.passes for hypothesis in self.hypotheses),
+            "timing": self.timing.to_dict(),
         }
 
     def row(self, index: int) -> dict:
@@ -107,6 +120,10 @@ class Result:
             "coverage": hypothesis.coverage,
             "passes": hypothesis.passes,
             "sparsity": hypothesis.sparsity,
+            "segments": [
+                {"start": round(segment.start, 3), "end": round(segment.end, 3), "text": segment.text}
+                for segment in hypothesis.segments
+            ],
         }
 
     def __str__(self) -> str:
@@ -114,6 +131,9 @@ class Result:
         if self.total("steps"):
             sparse = f"sparse steps {self.total('sparse_steps')}/{self.total('steps')}"
             parts.append(f"{sparse}, pages read {self.share_of_pages_read:.1%}")
+        timing = self.timing
+        if timing.words:
+            parts.append(f"words misplaced {timing.misplaced / timing.words:.1%}")
         reasons = Counter(hypothesis.stop_reason for hypothesis in self.hypotheses)
         stops = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         passes = sum(hypothesis.passes for hypothesis in self.hypotheses)

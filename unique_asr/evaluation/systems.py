@@ -73,6 +73,7 @@ class SpeechLLM:
                 coverage=report.coverage,
                 passes=report.passes,
                 sparsity=_counted(before, decoder.statistics),
+                segments=segments,
                 seconds=encode_seconds + time.perf_counter() - started,
             )
 
