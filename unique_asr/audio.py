@@ -71,7 +71,9 @@ class AudioFile:
                 raise AudioError(f"{path}: is a folder; name a file in it")
             if not path.exists():
                 raise AudioError(f"{path}: no such file")
-            if path.is_file() and path.stat().st_size == 0:
+            if not path.is_file():
+                raise AudioError(f"{path}: is not a regular file; save it to one first")
+            if path.stat().st_size == 0:
                 raise AudioError(f"{path}: the file is empty")
             # The prefix keeps FFmpeg from reading a name such as "a:b.mp3" as a protocol.
             return av.open(f"file:{path}", metadata_errors="replace")
@@ -129,7 +131,9 @@ class AudioFile:
             if resampler is not None:
                 yield from _resample(resampler, None)
             if filled:
-                self.warnings.append(f"{self.path}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them")
+                self.warnings.append(
+                    f"{self.path}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them"
+                )
 
     def _fits(self, time: float) -> bool:
         """Whether a frame may start at `time`: a damaged timestamp usually lies beyond the end."""
