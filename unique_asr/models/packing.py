@@ -1,0 +1,114 @@
+"""Weights packed to 8 or 6 bits a value, so that the default model fits in a package of less than 150 MB.
+
+Each row is cut into groups of 32 values that share one fp16 scale: value = scale * integer, symmetric. 8-bit groups of 32
+are GGUF's Q8_0, so a table that came as Q8_0 is kept exactly. Packing is storage only: loading gives ordinary weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+GROUP = 32  # values that share a scale
+INDEX = "packed_weights.json"
+
+
+def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """weight [..., C] with C a multiple of 32 -> (packed uint8 [..., C * bits / 8], scale fp16 [..., C / 32])."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    limit = 2 ** (bits - 1) - 1
+    scale = (groups.abs().amax(-1) / limit).half()
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    integers = (groups / divisor[..., None]).round().clamp(-limit, limit).flatten(-2)
+    return _pack((integers + limit).to(torch.uint8), bits), scale
+
+
+def dequantize(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `quantize` up to rounding: [..., C] in `dtype`."""
+    limit = 2 ** (bits - 1) - 1
+    integers = _unpack(packed, bits).to(torch.int8 if bits < 8 else torch.int16) - limit
+    return (integers.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2).to(dtype)
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return values
+    if bits != 6:
+        raise ValueError(f"bits must be 6 or 8, not {bits}")
+    a, b, c, d = values.unflatten(-1, (-1, 4)).unbind(-1)
+    return torch.stack([a | (d & 3) << 6, b | (d & 12) << 4, c | (d & 48) << 2], -1).flatten(-2)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    if bits == 8:
+        return packed
+    x, y, z = packed.unflatten(-1, (-1, 3)).unbind(-1)
+    return torch.stack([x & 63, y & 63, z & 63, x >> 6 | y >> 6 << 2 | z >> 6 << 4], -1).flatten(-2)
+
+
+def save_packed(
+    state: Mapping[str, Tensor], folder: Path, bits: Mapping[str, int], shard_bytes: int = 45_000_000
+) -> None:
+    """Write `state` to `folder` in shards.
+
+    bits: name prefix -> bits for its matrices, the longest matching prefix wins; vectors and everything else stay fp16
+    (integers as they are).
+    """
+    index: dict[str, dict] = {}
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in state.items():
+        prefix = max((p for p in bits if name.startswith(p)), key=len, default=None)
+        if prefix is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0:
+            packed, scale = quantize(value, bits[prefix])
+            parts, entry = {name + ".packed": packed, name + ".scale": scale}, {"bits": bits[prefix]}
+        else:
+            parts, entry = {name: value.half() if value.is_floating_point() else value}, {}
+        added = sum(part.numel() * part.element_size() for part in parts.values())
+        if size + added > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        size += added
+        shards[-1].update({key: part.contiguous() for key, part in parts.items()})
+        index[name] = {"file": len(shards), **entry}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file)
+    for entry in index.values():
+        entry["file"] = files[entry["file"] - 1]
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def save_packed_model(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, bits: Mapping[str, int]) -> None:
+    """Model and processor in one folder that `unique_asr.models.load` reads."""
+    tied = set(model.all_tied_weights_keys)
+    save_packed({name: value for name, value in model.state_dict().items() if name not in tied}, folder, bits)
+    model.config.save_pretrained(folder)
+    model.language_model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def load_packed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict in `folder`, floating-point values in `dtype`."""
+    index = json.loads((folder / INDEX).read_text())
+    state = {}
+    for file in sorted({entry["file"] for entry in index.values()}):
+        with safe_open(folder / file, framework="pt") as shard:
+            for name, entry in index.items():
+                if entry["file"] != file:
+                    continue
+                if "bits" in entry:
+                    packed, scale = shard.get_tensor(name + ".packed"), shard.get_tensor(name + ".scale")
+                    state[name] = dequantize(packed, scale, entry["bits"], dtype)
+                else:
+                    value = shard.get_tensor(name)
+                    state[name] = value.to(dtype) if value.is_floating_point() else value
+    return state

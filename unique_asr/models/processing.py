@@ -1,0 +1,219 @@
+"""Audio and text in and out of a speech LLM."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from .configuration import SpeechLLMConfig
+
+SAMPLE_RATE = 16_000  # Hz
+AUDIO_TOKEN = "<|audio|>"
+
+
+@dataclass
+class WindowBatch:
+    """W windows of one recording: the encoder's inputs, the frames [start, end) to keep [W, 2], the seconds they cover."""
+
+    features: dict[str, Tensor]
+    spans: Tensor
+    duration: float
+
+
+class SpeechLLMProcessor(ProcessorMixin):
+    """Cuts audio into windows, builds prompts and decodes transcripts.
+
+    Args:
+        feature_extractor: the audio encoder's.
+        tokenizer: the LLM's; gets the placeholder `<|audio|>` if it has none.
+        frame_seconds, window_seconds, margin_seconds: as in `SpeechLLMConfig`.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        frame_seconds: float = 0.08,
+        window_seconds: float = 30.0,
+        margin_seconds: float = 0.96,
+        **kwargs: Any,
+    ) -> None:
+        if AUDIO_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+        self.frame_seconds = frame_seconds
+        self.window_seconds = window_seconds
+        self.margin_seconds = margin_seconds
+        self._ctc_words: dict[str, list[int]] = {}
+        super().__init__(feature_extractor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: SpeechLLMConfig, feature_extractor: Any, tokenizer: Any) -> SpeechLLMProcessor:
+        return cls(
+            feature_extractor,
+            tokenizer,
+            frame_seconds=config.frame_seconds,
+            window_seconds=config.window_seconds,
+            margin_seconds=config.margin_seconds,
+        )
+
+    @property
+    def audio_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a transcript."""
+        return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    # Audio
+
+    def windows(self, blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Blocks of float32 samples at 16 kHz -> (samples, first frame, last frame + 1 to keep) of each window."""
+        window = round(self.window_seconds * SAMPLE_RATE)
+        margin = round(self.margin_seconds / self.frame_seconds)  # frames
+        frame = self.frame_seconds * SAMPLE_RATE  # samples
+        hop = self._hop()
+        buffer, first = np.zeros(0, np.float32), True
+        for block in blocks:
+            buffer = np.concatenate([buffer, np.asarray(block, np.float32)])
+            while len(buffer) > window:
+                yield buffer[:window], 0 if first else margin, int(window / frame) - margin
+                buffer, first = buffer[hop:], False
+        if len(buffer):
+            yield buffer, 0 if first else margin, int(np.ceil(len(buffer) / frame))
+
+    def _hop(self) -> int:
+        """Samples between the beginnings of two windows: a window less its two margins, in whole frames."""
+        margin = round(self.margin_seconds / self.frame_seconds)
+        return round((self.window_seconds - 2 * margin * self.frame_seconds) * SAMPLE_RATE)
+
+    def window_spans(self, samples: int) -> list[tuple[int, int, int, int]]:
+        """(first sample, last sample + 1, first frame, last frame + 1 to keep) of each window of a recording in memory."""
+        blocks = [np.zeros(samples, np.float32)]
+        hop = self._hop()
+        return [
+            (index * hop, index * hop + len(window), first, last)
+            for index, (window, first, last) in enumerate(self.windows(blocks))
+        ]
+
+    def features(self, windows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """The encoder's inputs for W windows."""
+        options: dict[str, Any] = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
+        if self.feature_extractor.__class__.__name__ == "WhisperFeatureExtractor":
+            return {"input_features": self.feature_extractor(list(windows), **options)["input_features"]}
+        return dict(self.feature_extractor(list(windows), padding=True, **options))
+
+    def window_batches(self, blocks: Iterable[np.ndarray], size: int) -> Iterator[WindowBatch]:
+        """Windows in groups of `size`, so that an hour never has all its features in memory."""
+        group: list[tuple[np.ndarray, int, int]] = []
+        for window in self.windows(blocks):
+            group.append(window)
+            if len(group) == size:
+                yield self._window_batch(group)
+                group = []
+        if group:
+            yield self._window_batch(group)
+
+    def _window_batch(self, group: list[tuple[np.ndarray, int, int]]) -> WindowBatch:
+        spans = torch.tensor([(start, end) for _, start, end in group])
+        duration = 0.0
+        for samples, start, end in group:
+            duration += min(end * self.frame_seconds, len(samples) / SAMPLE_RATE) - start * self.frame_seconds
+        return WindowBatch(self.features([samples for samples, _, _ in group]), spans, duration)
+
+    # Text
+
+    def prompt(self, prompt: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the audio positions. `prompt`: an instruction, e.g. `lower case`."""
+        before, after = self._template(prompt).split(AUDIO_TOKEN)
+        return tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+
+    @staticmethod
+    def _template(prompt: str | None) -> str:
+        return f"<|im_start|>user\n{AUDIO_TOKEN}{prompt or ''}<|im_end|>\n<|im_start|>assistant\n"
+
+    def apply_transcription_request(
+        self, audio: np.ndarray | Sequence[np.ndarray], prompt: str | None = None
+    ) -> BatchFeature:
+        """A batch for `model.generate(**batch)`: one recording or several, as float32 samples at 16 kHz."""
+        recordings = [audio] if isinstance(audio, np.ndarray) else list(audio)
+        windows = [list(self.windows([samples])) for samples in recordings]
+        for index, found in enumerate(windows):
+            if not found:
+                raise ValueError(f"recording {index} of the batch has no samples")
+        flat = [window for recording in windows for window in recording]
+        features = self.features([samples for samples, _, _ in flat])
+        before, after = self.prompt(prompt)
+        ids = torch.tensor([before + [self.audio_token_id] + after] * len(recordings))
+        if "attention_mask" in features:
+            features["feature_attention_mask"] = features.pop("attention_mask")
+        return BatchFeature(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "window_frames": torch.tensor([[start, end] for _, start, end in flat]),
+                "window_counts": torch.tensor([len(recording) for recording in windows]),
+                **features,
+            }
+        )
+
+    def __call__(self, audio: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Audio alone is a transcription request, text alone is tokenised."""
+        if audio is not None:
+            return self.apply_transcription_request(audio, prompt=text if isinstance(text, str) else None)
+        return self.tokenizer(text, **kwargs)
+
+    def decode(self, token_ids: Any, return_format: str = "transcription", **kwargs: Any) -> Any:
+        """return_format: `transcription` (plain text) or `raw` (with special tokens)."""
+        if return_format not in ("transcription", "raw"):
+            raise ValueError(f"return_format must be 'transcription' or 'raw', not {return_format!r}")
+        kwargs.setdefault("skip_special_tokens", return_format == "transcription")
+        text = self.tokenizer.decode(token_ids, **kwargs)
+        return text.strip() if return_format == "transcription" and isinstance(text, str) else text
+
+    def batch_decode(self, token_ids: Any, **kwargs: Any) -> list[Any]:
+        return [self.decode(ids, **kwargs) for ids in token_ids]
+
+    def ctc_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The CTC tokens of a text, and for each the index of its whitespace-separated word.
+
+        The CTC head writes lower-case words without punctuation; a word without a letter has no token.
+        """
+        ids: list[int] = []
+        words: list[int] = []
+        for index, word in enumerate(text.split()):
+            tokens = self._word_ids(word)
+            ids += tokens
+            words += [index] * len(tokens)
+        return ids, words
+
+
+    def _word_ids(self, word: str) -> list[int]:
+        if word not in self._ctc_words:
+            spoken = ctc_text(word)
+            self._ctc_words[word] = self.tokenizer(" " + spoken, add_special_tokens=False)["input_ids"] if spoken else []
+        return self._ctc_words[word]
+
+
+def ctc_text(text: str) -> str:
+    """What the CTC head writes: lower-case ASCII letters and apostrophes, words separated by a space."""
+    plain = unicodedata.normalize("NFKD", text.replace("\u2019", "'")).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z' ]+", " ", plain).split()
+    return " ".join(word for word in (word.strip("'") if word.strip("'") == "" else word for word in words) if word)
+
+
+def ctc_token_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that `ctc_text` can contain."""
+    pattern = re.compile(r"[Ġ▁]?[a-z']+")
+    return sorted(index for token, index in tokenizer.get_vocab().items() if pattern.fullmatch(token))
+
+
+AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor)

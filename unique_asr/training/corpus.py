@@ -1,0 +1,234 @@
+"""Speech and texts in memory, and the joined items that training draws from them.
+
+All audio sits as int16 in one tensor per source on the training device (an hour is 115 MB), so that joining utterances to any
+length, augmenting them and computing features costs no loading.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unique_asr.models.processing import SAMPLE_RATE, ctc_text
+
+LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
+MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: with a pause it would not fit into a window of the encoder
+
+
+@dataclass
+class Utterance:
+    """Samples [start, end) of its source's audio. `cased`: the text with case and punctuation, None where unknown."""
+
+    start: int
+    end: int
+    text: str
+    cased: str | None
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.start) / SAMPLE_RATE
+
+
+@dataclass
+class Source:
+    """Recordings of one kind: each a list of consecutive utterances. `weight`: share of the items drawn from it."""
+
+    name: str
+    audio: Tensor  # [samples] int16
+    recordings: list[list[Utterance]]
+    weight: float
+    cased_runs: list[list[Utterance]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cased_runs = [run for recording in self.recordings for run in _cased_runs(recording)]
+
+    @property
+    def hours(self) -> float:
+        return sum(utterance.seconds for recording in self.recordings for utterance in recording) / 3600
+
+
+@dataclass
+class Item:
+    """Utterances joined in this order. `pieces`: (source, utterance, seconds of silence before it)."""
+
+    pieces: list[tuple[Source, Utterance, float]]
+    cased: bool
+
+    @property
+    def text(self) -> str:
+        if self.cased:
+            return " ".join(utterance.cased or "" for _, utterance, _ in self.pieces)
+        return ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
+
+    @property
+    def prompt(self) -> str | None:
+        return None if self.cased else LOWER_CASE
+
+    @property
+    def seconds(self) -> float:
+        return sum(utterance.seconds + gap for _, utterance, gap in self.pieces)
+
+
+class Corpus:
+    """Draws items of a wanted length from several sources.
+
+    Args:
+        cased_share: share of the items drawn from utterances whose case and punctuation are known.
+        max_gap_seconds: longest silence put between two utterances.
+    """
+
+    def __init__(self, sources: Sequence[Source], seed: int, cased_share: float = 0.7, max_gap_seconds: float = 0.8):
+        self.sources = list(sources)
+        if not any(source.recordings for source in sources):
+            raise ValueError("data: no utterance left to train on; check the manifests and the filters")
+        self.random = np.random.default_rng(seed)
+        self.cased_share = cased_share
+        self.max_gap_seconds = max_gap_seconds
+
+    def item(self, seconds: float) -> Item:
+        """Consecutive utterances of at most `seconds` in all; further recordings follow where one is too short."""
+        cased = self.random.random() < self.cased_share and any(source.cased_runs for source in self.sources)
+        pieces: list[tuple[Source, Utterance, float]] = []
+        total = 0.0
+        while True:
+            source, run = self._run(cased)
+            for utterance in run[self.random.integers(len(run)) :]:
+                gap = float(self.random.uniform(0, self.max_gap_seconds)) if pieces else 0.0
+                if pieces and total + gap + utterance.seconds > seconds:
+                    return Item(pieces, cased)
+                pieces.append((source, utterance, gap))
+                total += gap + utterance.seconds
+            if total > 0.7 * seconds:
+                return Item(pieces, cased)
+
+    def _run(self, cased: bool) -> tuple[Source, list[Utterance]]:
+        pools = [source.cased_runs if cased else source.recordings for source in self.sources]
+        weights = np.array([source.weight if pool else 0.0 for source, pool in zip(self.sources, pools, strict=True)])
+        chosen = self.random.choice(len(pools), p=weights / weights.sum())
+        pool = pools[chosen]
+        return self.sources[chosen], pool[self.random.integers(len(pool))]
+
+
+def _cased_runs(recording: Iterable[Utterance]) -> Iterator[list[Utterance]]:
+    run: list[Utterance] = []
+    for utterance in recording:
+        if utterance.cased:
+            run.append(utterance)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def read_manifests(
+    paths: Iterable[str | Path],
+    weights: dict[str, float],
+    device: torch.device,
+    min_match: float = 0.8,
+    workers: int = 8,
+) -> list[Source]:
+    """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
+
+    A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a recogniser
+    heard: segments below `min_match` are dropped as misread). weights: by source name; unnamed sources weigh 1.
+    Raises ValueError naming the file for a missing or empty manifest and for missing audio.
+    """
+    rows = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such manifest")
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"{path}: the manifest is empty")
+        rows += [(path.parent / row["audio_filepath"], row) for row in found]
+    missing = [str(path) for path, _ in rows if not path.is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]}: missing audio ({len(missing)} of {len(rows)} files of the manifests)")
+    with ThreadPoolExecutor(workers) as pool:
+        audio = list(pool.map(_read_int16, [path for path, _ in rows]))
+    by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
+    for samples, (_, row) in zip(audio, rows, strict=True):
+        by_source.setdefault(row.get("source", "manifest"), []).append((samples, row))
+    return [
+        _source(name, entries, weights.get(name, 1.0), device, min_match)
+        for name, entries in by_source.items()
+        if weights.get(name, 1.0) > 0
+    ]
+
+
+def _read_int16(path: Path) -> np.ndarray:
+    import soundfile
+
+    samples, rate = soundfile.read(path, dtype="int16", always_2d=True)
+    if rate != SAMPLE_RATE:
+        raise ValueError(f"{path}: sampled at {rate} Hz; convert training audio to {SAMPLE_RATE} Hz")
+    return samples[:, 0]
+
+
+def _source(
+    name: str,
+    entries: list[tuple[np.ndarray, dict]],
+    weight: float,
+    device: torch.device,
+    min_match: float,
+) -> Source:
+    recordings, offset = [], 0
+    for samples, row in entries:
+        segments = row.get("segments") or [{"start": 0.0, "end": len(samples) / SAMPLE_RATE, "text": row["text"]}]
+        recording = []
+        for segment in segments:
+            start, end = round(segment["start"] * SAMPLE_RATE), round(segment["end"] * SAMPLE_RATE)
+            long = end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE
+            if long or end > len(samples) + SAMPLE_RATE // 10 or segment.get("match", 1.0) < min_match:
+                continue
+            cased = segment.get("cased") or (segment["text"] if has_case(segment["text"]) else None)
+            recording.append(Utterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))
+        if recording:
+            recordings.append(recording)
+        offset += len(samples)
+    audio = torch.from_numpy(np.concatenate([samples for samples, _ in entries])).to(device)
+    return Source(name, audio, recordings, weight)
+
+
+def has_case(text: str) -> bool:
+    return any(character.isupper() for character in text)
+
+
+def log_uniform(random: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(random.uniform(math.log(low), math.log(high)))
+
+
+def read_synthetic(folder: str | Path, weights: dict[str, float], device: torch.device) -> list[Source]:
+    """Sources from the shards of scripts/synthesize.py: the lines of one synthetic speaker are one recording."""
+    folder = Path(folder)
+    index = folder / "index.jsonl"
+    if not index.is_file():
+        raise ValueError(f"{index}: no such file; make it with scripts/synthesize.py speak")
+    rows = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
+    shards = sorted({row["shard"] for row in rows})
+    audio = {shard: np.load(folder / shard, mmap_mode="r") for shard in shards}
+    offsets = dict(zip(shards, np.cumsum([0, *(len(audio[shard]) for shard in shards)]).tolist(), strict=False))
+    flat = torch.empty(sum(map(len, audio.values())), dtype=torch.int16, device=device)
+    for shard in shards:
+        flat[offsets[shard] : offsets[shard] + len(audio[shard])] = torch.from_numpy(np.array(audio[shard])).to(device)
+    recordings: dict[str, dict[str, list[Utterance]]] = {}
+    for row in rows:
+        start = offsets[row["shard"]] + row["offset"]
+        cased = row["text"] if has_case(row["text"]) else row.get("cased")
+        utterance = Utterance(start, start + row["samples"], row["text"], cased)
+        if utterance.seconds <= MAX_UTTERANCE_SECONDS:
+            recordings.setdefault(row["source"], {}).setdefault(row["speaker"], []).append(utterance)
+    return [
+        Source(name, flat, list(speakers.values()), weights.get(name, 1.0))
+        for name, speakers in recordings.items()
+        if weights.get(name, 1.0) > 0
+    ]

@@ -1,0 +1,49 @@
+"""Word error rates while training: of the CTC head's best path and of the LLM, on recordings of one window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unique_asr.data import Recording
+from unique_asr.evaluation.scoring import Score
+from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+
+@torch.no_grad()
+def validate(
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    recordings: Sequence[Recording],
+    autocast: torch.dtype | None = torch.bfloat16,
+    batch: int = 32,
+    with_llm: bool = True,
+) -> dict[str, float]:
+    """`ctc` and `llm` word error rates in percent (Whisper's English normaliser); greedy, dense attention."""
+    ctc, llm = Score(), Score()
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(recordings), batch):
+        group = recordings[first : first + batch]
+        inputs = processor.apply_transcription_request([recording.audio() for recording in group]).to(model.device)
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+            frames = model.encode_windows({"input_features": inputs["input_features"]})
+            windows = iter(zip(frames.logits.argmax(-1), inputs["window_frames"].tolist(), strict=True))
+            for recording, count in zip(group, inputs["window_counts"].tolist(), strict=True):
+                best = torch.cat([path[start:end] for path, (start, end) in (next(windows) for _ in range(count))])
+                ctc.add(recording.text, greedy_text(model, processor, best))
+            if with_llm:
+                tokens = model.generate(**inputs, max_new_tokens=256, do_sample=False)
+                for recording, text in zip(group, processor.batch_decode(tokens), strict=True):
+                    llm.add(recording.text, text)
+    model.train(was_training)
+    return {"ctc": 100 * ctc.wer, **({"llm": 100 * llm.wer} if with_llm else {})}
+
+
+def greedy_text(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor
+) -> str:
+    """The text of a CTC path [T] of indices into `model.ctc_tokens`, the blank being one past the last."""
+    path = torch.unique_consecutive(best)
+    return processor.tokenizer.decode(model.ctc_tokens[path[path < len(model.ctc_tokens)]]).strip()
