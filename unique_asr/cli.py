@@ -79,6 +79,7 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
     for number, job in enumerate(jobs, start=1):
         if len(jobs) > 1:
             display.note(f"{job.audio} ({number} of {len(jobs)})")
+        begin = time.perf_counter()
         try:
             missing = missing_formats(job, formats, config.output.overwrite, settings, display)
             if not missing:
@@ -86,7 +87,7 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
             if transcriber is None:
                 with display:
                     transcriber = load(**settings, progress=display.progress)
-            transcribe_one(job, missing, config.output.keep_log, transcriber, config.decoding.prompt, display)
+            transcribe_one(job, missing, config.output.keep_log, transcriber, config.decoding.prompt, display, begin)
         except KeyboardInterrupt:
             return INTERRUPTED
         except Exception as error:
@@ -134,10 +135,18 @@ def missing_formats(
 
 
 def transcribe_one(
-    job: Job, formats: Sequence[str], keep_log: bool, transcriber: Transcriber, prompt: str | None, display: Display
+    job: Job,
+    formats: Sequence[str],
+    keep_log: bool,
+    transcriber: Transcriber,
+    prompt: str | None,
+    display: Display,
+    begin: float,
 ) -> None:
-    """One recording to its files. Whatever stops it, the segments decoded until then are on disk."""
-    begin = time.perf_counter()
+    """One recording to its files. Whatever stops it, the segments decoded until then are on disk.
+
+    begin: the clock when work on the recording began; loading the model for it counts.
+    """
     log = SegmentLog(job.partial_path("jsonl"))
     transcript: Transcript | None = None
     try:

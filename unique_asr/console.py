@@ -75,6 +75,8 @@ class Display:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(STAGES.get(stage, stage), total=total or None)
+        elif self._progress.tasks[self._tasks[stage]].completed > done:
+            self._progress.reset(self._tasks[stage])  # another pass begins: its time left is its own
         for other, task in self._tasks.items():
             self._progress.update(task, visible=other == stage)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
