@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from unique_asr import decoding
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
@@ -100,3 +102,15 @@ def test_progress(llama, embeds):
     calls = []
     GreedyDecoder(llama, prefill_chunk=64).prefill(embeds, progress=lambda *call: calls.append(call))
     assert calls == [(64, 200), (128, 200), (192, 200), (200, 200)]
+
+
+@pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "quest"}, {"score": "second_moment"}])
+def test_the_static_step_reads_nothing_on_the_host(llama, attention):
+    """Tensors without data on a CUDA device: reading one, or mixing it with one of the CPU, would raise."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(llama.config, dtype=torch.bfloat16)
+        decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, **attention), capture=False)
+        decoder.prefill(torch.randn(1, PROMPT, 90, dtype=torch.bfloat16))
+        with torch.no_grad():
+            decoder._static_step(sparse=False)
+            decoder._static_step(sparse=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityStatistics
-from unique_asr.attention.cache import HEADROOM, StaticStep
+from unique_asr.attention.cache import HEADROOM
 from unique_asr.attention.huggingface import NAME, set_attention
 
 
@@ -154,11 +154,8 @@ class GreedyDecoder:
 
     def _static_step(self, sparse: bool) -> None:
         """The step as a CUDA graph sees it: fixed shapes and addresses, nothing read on the host."""
-        self.cache.set_static_step(StaticStep(self._position, sparse))
-        try:
+        with self.cache.static_step(self._position, sparse):
             self._choose(self._forward(input_ids=self._token, position_ids=self._position.unsqueeze(0)))
-        finally:
-            self.cache.set_static_step(None)
 
     def _captured(self, sparse: bool) -> torch.cuda.CUDAGraph:
         """Capture the step. The warm-up run writes what the first replay writes again, but for the token chosen."""
@@ -170,6 +167,6 @@ class GreedyDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         self._token.copy_(token)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
             self._static_step(sparse)
         return graph

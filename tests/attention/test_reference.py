@@ -114,10 +114,10 @@ def test_the_static_step_is_the_step(length, score, combine):
     expected = sparse_step(layer, query, DIM**-0.5)
     for statistic in layer.statistics:
         statistic[:, :, (length - 1) // 8 :] = 1e3
-    layer.step = StaticStep(torch.tensor([length - 1]), sparse=True)
+    layer.step = StaticStep.at(torch.tensor([length - 1]), True, config, layer.capacity)
     torch.testing.assert_close(static_step(layer, query, DIM**-0.5), expected)
 
-    layer.step = StaticStep(torch.tensor([length - 1]), sparse=False)
+    layer.step = StaticStep.at(torch.tensor([length - 1]), False, config, layer.capacity)
     dense = reference.attend(
         reference.group_queries(query, HEADS), layer.keys[:, :, :length], layer.values[:, :, :length], DIM**-0.5
     )

@@ -6,6 +6,8 @@ the host; `StaticStep` adds the device's view of one decode step, so that the st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +27,34 @@ STATISTICS_BATCH = 4096  # pages whose statistics are computed at once: bounds t
 
 @dataclass
 class StaticStep:
-    """One decode step whose shapes and addresses never change; lengths live on the device."""
+    """One decode step whose shapes and addresses never change: what all layers share, computed from the position."""
 
     position: Tensor  # int64 [1]: where the step writes its token
     sparse: bool  # selected pages, or everything up to `position`
+    newest: Tensor  # int64 [1]: the page of `position`
+    slots: Tensor  # int64 [S]: the positions of that page
+    page_bias: Tensor  # float32 [1, P]: see `reference.page_bias`
+    selected_bias: Tensor  # float32 [budget]: -inf past `position` in the selected pages, the newest last
+    dense_bias: Tensor  # float32 [capacity]: -inf past `position`
+
+    @classmethod
+    def at(cls, position: Tensor, sparse: bool, config: SparseAttentionConfig, capacity: int) -> StaticStep:
+        def bias(keep: Tensor) -> Tensor:
+            return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+
+        size, budget = config.page_size, config.budget or 0
+        newest = position // size
+        candidates = torch.arange(capacity // size, device=position.device) < newest
+        slot = torch.arange(budget, device=position.device) - (budget - size)  # of the newest page, if not negative
+        return cls(
+            position=position,
+            sparse=sparse,
+            newest=newest,
+            slots=newest * size + torch.arange(size, device=position.device),
+            page_bias=reference.page_bias(candidates.unsqueeze(0), config, newest),
+            selected_bias=bias(slot <= position % size),
+            dense_bias=bias(torch.arange(capacity, device=position.device) <= position),
+        )
 
 
 class PagedLayer(CacheLayerMixin):
@@ -118,12 +144,9 @@ class PagedLayer(CacheLayerMixin):
 
         Until the page is complete its statistics cover slots that are still empty; they are not used before.
         """
-        size = self.config.page_size
-        page = self.step.position // size
-        slots = page * size + torch.arange(size, device=self.device)
-        new = reference.page_statistics(self.keys.index_select(2, slots), size, self.score)
+        new = reference.page_statistics(self.keys.index_select(2, self.step.slots), self.config.page_size, self.score)
         for statistic, values in zip(self.statistics, new):
-            statistic.index_copy_(2, page, values)
+            statistic.index_copy_(2, self.step.newest, values)
 
     def count_step(self, length: int) -> None:
         """Count one decode step at a context of `length` tokens, the new one included."""
@@ -251,12 +274,22 @@ class PagedCache(Cache):
             else:
                 layer.requested = max(layer.requested, tokens)
 
-    def set_static_step(self, step: StaticStep | None) -> None:
-        """Make `update` and the attention function run `step` until it is set to None; every layer must be paged."""
+    @contextmanager
+    def static_step(self, position: Tensor, sparse: bool) -> Iterator[None]:
+        """Within the block `update` and the attention function run one static step, at `position` (int64 [1]).
+
+        Lengths on the host stay: call `advance` after every run, or replay, of the step.
+        """
         if len(self.paged_layers) != len(self.layers):
             raise ValueError("a static decode step needs full attention in every layer")
+        step = StaticStep.at(position, sparse, self.attention, self.capacity)
         for layer in self.paged_layers:
             layer.step = step
+        try:
+            yield
+        finally:
+            for layer in self.paged_layers:
+                layer.step = None
 
     def update_statistics(self) -> None:
         """Bring the page statistics of every layer up to date."""

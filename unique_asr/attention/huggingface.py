@@ -111,7 +111,8 @@ def sparse_step(layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor 
     else:
         valid = valid.expand(query.shape[0], -1)
         candidates = valid[:, : newest * size].unflatten(1, (newest, size)).any(dim=-1)
-        scores = reference.masked_scores(scores, config, scaling, candidates, newest)
+        bias = reference.page_bias(candidates, config, newest)
+        scores = reference.combine_biased(scores, config.combine, scaling, bias)
     best = reference.top_pages(scores, config.pages - 1)
     pages = torch.cat([best, best.new_full((*best.shape[:2], 1), newest)], dim=-1)
 
@@ -127,23 +128,18 @@ def sparse_step(layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor 
 
 def static_step(layer: PagedLayer, query: Tensor, scaling: float) -> Tensor:
     """The same, dense or sparse, with the length on the device and shapes of the whole capacity."""
-    config, size = layer.config, layer.config.page_size
-    position = layer.step.position
+    config, step = layer.config, layer.step
     queries = reference.group_queries(query, layer.keys.shape[1])
-    if not (layer.step.sparse and layer.sparse_layer):
-        mask = torch.arange(layer.capacity, device=query.device) <= position
-        return reference.attend_masked(queries, layer.keys, layer.values, scaling, mask)
+    if not (step.sparse and layer.sparse_layer):
+        return reference.attend_biased(queries, layer.keys, layer.values, scaling, step.dense_bias)
     layer.update_touched_page()
-    newest = position // size
     scores = layer.score.scores(queries, layer.statistics, config.scale)
-    candidates = (torch.arange(scores.shape[-1], device=query.device) < newest).unsqueeze(0)
-    scores = reference.masked_scores(scores, config, scaling, candidates, newest)
+    scores = reference.combine_biased(scores, config.combine, scaling, step.page_bias)
     best = reference.top_pages(scores, config.pages - 1)
-    pages = torch.cat([best, newest.expand(*best.shape[:2], 1)], dim=-1)
-    keys = reference.gather_pages(layer.keys, pages, size)
-    values = reference.gather_pages(layer.values, pages, size)
-    slot = torch.arange(config.budget, device=query.device) - (config.budget - size)  # of the newest page, if >= 0
-    return reference.attend_masked(queries, keys, values, scaling, slot <= position % size)
+    pages = torch.cat([best, step.newest.expand(*best.shape[:2], 1)], dim=-1)
+    keys = reference.gather_pages(layer.keys, pages, config.page_size)
+    values = reference.gather_pages(layer.values, pages, config.page_size)
+    return reference.attend_biased(queries, keys, values, scaling, step.selected_bias)
 
 
 AttentionInterface.register(NAME, unique_attention_forward)

@@ -17,7 +17,7 @@ from torch import Tensor
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.scores import PageScore
 
-PARTIAL_SUM = 256  # tokens of a partial sum in `attend_masked`; cache capacities are multiples of it
+PARTIAL_SUM = 256  # tokens of a partial sum in `attend_biased`; cache capacities are multiples of it
 
 
 def split_pages(tokens: Tensor, page_size: int) -> Tensor:
@@ -64,20 +64,23 @@ def force_pages(scores: Tensor, config: SparseAttentionConfig, newest: int) -> T
     return scores
 
 
-def masked_scores(
-    scores: Tensor, config: SparseAttentionConfig, scaling: float, candidates: Tensor, newest: int | Tensor
-) -> Tensor:
-    """`combine_group` and `force_pages` in one for scores [B, K, G, P] of which only `candidates` [B, P] count.
+def page_bias(candidates: Tensor, config: SparseAttentionConfig, newest: int | Tensor) -> Tensor:
+    """What to add to scores instead, [B, P]: inf for forced pages, 0 for the other `candidates` [B, P], -inf elsewhere.
 
     For padded batches, where the sink is the first page with a token, and for a `newest` that only the device knows.
     """
-    scores = scores.masked_fill(~candidates[:, None, None], -torch.inf)
-    scores = combine_group(scores, config.combine, scaling)
     page = torch.arange(candidates.shape[-1], device=candidates.device)
     first = candidates.int().argmax(dim=-1, keepdim=True)
-    forced = candidates & ((page < first + config.sink_pages) | (page > newest - config.recent_pages))
-    scores = scores.masked_fill(~candidates[:, None], -torch.inf)  # a softmax has made them zeros
-    return scores.masked_fill(forced[:, None], torch.inf)
+    forced = (page < first + config.sink_pages) | (page > newest - config.recent_pages)
+    bias = torch.zeros(candidates.shape, device=candidates.device)
+    return bias.masked_fill(forced, torch.inf).masked_fill(~candidates, -torch.inf)
+
+
+def combine_biased(scores: Tensor, combine: str, scaling: float, bias: Tensor) -> Tensor:
+    """`combine_group` with a `page_bias`: [B, K, G, P] -> [B, K, P]."""
+    if combine == "share":
+        scores = scores + bias.clamp(max=0)[:, None, None]
+    return combine_group(scores, combine, scaling) + bias[:, None]
 
 
 def top_pages(scores: Tensor, count: int) -> Tensor:
@@ -109,8 +112,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Te
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
 
 
-def attend_masked(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor) -> Tensor:
-    """`attend` in matrix products, for a length that only the device knows.
+def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor) -> Tensor:
+    """`attend` in matrix products, for a length that only the device knows: `bias` [N] is 0, or -inf past the end.
 
     Fused kernels give one block to a KV head here and leave a GPU idle; partial sums over tokens keep it busy.
     """
@@ -121,10 +124,9 @@ def attend_masked(query: Tensor, keys: Tensor, values: Tensor, scaling: float, m
         logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
     else:
         logits = torch.bmm(flat_query, flat_keys)
-    logits = logits.view(batch, heads, -1, length) * scaling
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(values.dtype)
+    weights = torch.add(bias, logits, alpha=scaling).softmax(dim=-1).to(values.dtype)  # [B K, G, N]
     chunk = length if length % PARTIAL_SUM else PARTIAL_SUM
-    weights = weights.unflatten(-1, (-1, chunk)).transpose(2, 3).flatten(0, 2)  # [B K N/chunk, G, chunk]
+    weights = weights.unflatten(-1, (-1, chunk)).transpose(1, 2).flatten(0, 1)  # [B K N/chunk, G, chunk]
     chunks = values.reshape(-1, chunk, dim)
     partial = torch.bmm(weights, chunks, out_dtype=torch.float32) if half else torch.bmm(weights, chunks)
     return partial.view(batch, heads, -1, query.shape[2], dim).sum(dim=2).to(query.dtype)
