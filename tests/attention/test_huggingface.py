@@ -14,8 +14,6 @@ from transformers import (
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, huggingface, sparse_attention
 
-BUDGETS = {"dense": None, "budget over the context": 1024, "sparse": 64}
-
 
 @pytest.fixture
 def batch():
@@ -138,6 +136,16 @@ def test_everything_is_put_back(llama, tmp_path):
     assert "unique" not in (tmp_path / "config.json").read_text()
     sparse.restore()
     assert isinstance(llama.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2), torch.Tensor)
+
+
+def test_the_inner_block_counts(llama, batch):
+    with sparse_attention(llama, budget=1024) as outer:
+        with sparse_attention(llama, budget=64) as inner:
+            generate(llama, batch)
+        assert (outer.statistics.steps, inner.statistics.sparse_steps) == (0, 19)
+        generate(llama, batch)
+        assert (outer.statistics.steps, inner.statistics.steps) == (19, 19)
+    assert llama.config._attn_implementation == "sdpa"
 
 
 def test_restored_after_an_error(llama):

@@ -177,7 +177,7 @@ class SparseAttention:
         self.model = model
         self.config = config
         self.statistics = SparsityStatistics()
-        self._generators: list[GenerationMixin] = []
+        self._prepared: list[tuple[GenerationMixin, object]] = []  # with what each had of its own before, if nested
         self._former = set_attention(model, NAME)
         for module in model.modules():
             if isinstance(module, GenerationMixin):
@@ -202,8 +202,8 @@ class SparseAttention:
                 )
             return prepare(generation_config, model_kwargs, *args, **kwargs)
 
+        self._prepared.append((generator, vars(generator).get("_prepare_cache_for_generation")))
         generator._prepare_cache_for_generation = prepare_paged_cache
-        self._generators.append(generator)
 
     def cache(self, capacity: int = 0) -> PagedCache:
         """A new cache for this model that adds to these statistics."""
@@ -215,8 +215,10 @@ class SparseAttention:
             return
         set_attention(self.model, self._former)
         self._former = None
-        for generator in self._generators:
+        for generator, former in self._prepared:
             del generator._prepare_cache_for_generation
+            if former is not None:
+                generator._prepare_cache_for_generation = former
 
     def __enter__(self) -> SparseAttention:
         return self
