@@ -73,7 +73,8 @@ def test_normalized_and_raw():
     assert score.wer == score.cer == 0
     assert score.raw_wer == pytest.approx(4 / 5)
     assert score.to_dict()["words"] == 4
-    assert str(score).startswith("WER 0.00%")
+    assert str(score).startswith("WER 0.00% (S"), "one recording gives no interval"
+    assert score.to_dict()["interval"] is None
 
 
 def test_errors_are_summed_before_dividing():

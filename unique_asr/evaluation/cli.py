@@ -90,7 +90,8 @@ def summary(result: Result, results: Sequence[Result]) -> str:
     if dense is None or not result.total("sparse_steps"):
         return str(result)
     difference, low, high = relative_difference(result.errors, dense.errors)
-    return f"{result} | {difference:+.1%} [{low:+.1%}, {high:+.1%}] to dense"
+    interval = f"[{low:+.1%}, {high:+.1%}] " if len(result.recordings) > 1 else ""
+    return f"{result} | {difference:+.1%} {interval}to dense"
 
 
 def build_systems(config: DictConfig) -> Iterator[System]:

@@ -113,12 +113,15 @@ class Score:
         return sum(self.characters, Errors(0)).rate
 
     def to_dict(self) -> dict:
-        """Rates as fractions of the reference's words (characters for `cer`); the interval is of the WER at 95 %."""
+        """Rates as fractions of the reference's words (characters for `cer`).
+
+        The interval is of the WER at 95 %; a single recording gives none.
+        """
         total = self.total
         words = max(total.reference, 1)
         return {
             "wer": self.wer,
-            "interval": list(bootstrap_interval(self.words)),
+            "interval": list(bootstrap_interval(self.words)) if len(self.words) > 1 else None,
             "substitutions": total.substitutions / words,
             "deletions": total.deletions / words,
             "insertions": total.insertions / words,
@@ -130,11 +133,11 @@ class Score:
 
     def __str__(self) -> str:
         rates = self.to_dict()
-        low, high = rates["interval"]
+        interval = "[{:.2%}, {:.2%}] ".format(*rates["interval"]) if rates["interval"] else ""
         edits = " ".join(
             f"{name[0].upper()} {rates[name]:.2%}" for name in ("substitutions", "deletions", "insertions")
         )
-        return f"WER {self.wer:.2%} [{low:.2%}, {high:.2%}] ({edits}) of {self.total.reference} words"
+        return f"WER {self.wer:.2%} {interval}({edits}) of {self.total.reference} words"
 
 
 def bootstrap_interval(errors: Sequence[Errors], level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
