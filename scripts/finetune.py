@@ -27,7 +27,10 @@ def finetune(config: DictConfig) -> None:
         model, processor = load(config.init.model, device=config.device, dtype="float32")
     else:
         options = OmegaConf.to_container(config.init.options, resolve=True)
-        model, processor = compose(config.init.encoder, config.init.language_model, **options)
+        texts = [line for path in config.init.ctc_texts for line in Path(path).read_text().splitlines()]
+        model, processor = compose(
+            config.init.encoder, config.init.language_model, texts, config.init.ctc_units, **options
+        )
         model.to(device)
     # Dropout stays off: the augmentation regularises, and frozen parts must give what they give at inference.
     model.eval()
@@ -40,7 +43,7 @@ def finetune(config: DictConfig) -> None:
         sources += read_synthetic(folder, weights, device)
     for source in sources:
         print(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
-    corpus = Corpus(sources, config.seed, config.data.cased_share, config.data.max_gap_seconds)
+    corpus = Corpus(sources, config.seed, config.data.max_gap_seconds)
 
     validation = config.validation
     recordings = []

@@ -3,9 +3,9 @@
     python scripts/restore_case.py --model whisper-base --manifest train.jsonl --output train_cased.jsonl
     python scripts/restore_case.py --model whisper-base --synthetic speech/ --hours 30
 
-Whisper (a transformers folder or hub id) transcribes the segments of a recording in windows of at most 28 s, many windows
-at a time. Its words are aligned with the reference; a matching word lends its case and trailing punctuation. Every
-segment gets `match`, the share of its words that Whisper heard too (a low share marks a misread prompt), and `cased`,
+Whisper (a transformers folder or hub id) transcribes the segments of a recording in windows of at most 28 s, many
+windows at a time. Its words are aligned with the reference; a matching word lends its case and trailing punctuation.
+Every segment gets `match`, the share of its words that Whisper heard too (a low share marks a misread prompt), and `cased`,
 the new text, or null where fewer than `--min-match` of the words matched or Whisper wrote a long window without
 punctuation. With --synthetic the lines of scripts/synthesize.py's index get `cased` in place.
 """

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from unique_asr.models.ctc import ctc_text
 from unique_asr.models.modeling import EncodedAudio
-from unique_asr.models.processing import ctc_text
 
 FRAME_SECONDS = 0.08
 HIDDEN = 4

@@ -205,8 +205,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> list[Tensor]:
         """Positions [M, text hidden] of each recording of a batch.
 
-        input_features: the W windows of all recordings, one after the other; window_frames: [W, 2], the frames kept of each;
-        window_counts: [B], windows of each recording. Further features go to the encoder.
+        input_features: the W windows of all recordings, one after the other; window_frames: [W, 2], the frames kept of
+        each; window_counts: [B], windows of each recording. Further features go to the encoder.
         """
         frames = self.encode_windows({"input_features": input_features, **features})
         positions = self.window_positions(frames, window_frames)
@@ -226,7 +226,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """With features: input_ids [B, N] hold one audio placeholder a row; labels [B, N], -100 where no loss is due."""
+        """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N], -100 where no loss is due."""
         if input_features is not None:
             extra = {} if feature_attention_mask is None else {"attention_mask": feature_attention_mask}
             audio = self.audio_embeds(input_features, window_frames, window_counts, **extra)

@@ -1,7 +1,8 @@
 """Weights packed to 8 or 6 bits a value, so that the default model fits in a package of less than 150 MB.
 
-Each row is cut into groups of 32 values that share one fp16 scale: value = scale * integer, symmetric. 8-bit groups of 32
-are GGUF's Q8_0, so a table that came as Q8_0 is kept exactly. Packing is storage only: loading gives ordinary weights.
+Each row is cut into groups of 32 values that share one fp16 scale: value = scale * integer, symmetric. 8-bit groups of
+32 are GGUF's Q8_0, so a table that came as Q8_0 is kept exactly. Packing is storage only: loading gives ordinary
+weights.
 """
 
 from __future__ import annotations

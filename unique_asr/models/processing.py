@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from .configuration import SpeechLLMConfig
+from .ctc import CTCUnits, ctc_vocabulary
 
 SAMPLE_RATE = 16_000  # Hz
 AUDIO_TOKEN = "<|audio|>"
@@ -21,7 +20,10 @@ AUDIO_TOKEN = "<|audio|>"
 
 @dataclass
 class WindowBatch:
-    """W windows of one recording: the encoder's inputs, the frames [start, end) to keep [W, 2], the seconds they cover."""
+    """W windows of one recording.
+
+    features: the encoder's inputs; spans [W, 2]: the frames [start, end) to keep; duration: the seconds they cover.
+    """
 
     features: dict[str, Tensor]
     spans: Tensor
@@ -35,6 +37,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         feature_extractor: the audio encoder's.
         tokenizer: the LLM's; gets the placeholder `<|audio|>` if it has none.
         frame_seconds, window_seconds, margin_seconds: as in `SpeechLLMConfig`.
+        ctc_tokens: ids of the tokens that the CTC head writes; None: every one in lower case.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         frame_seconds: float = 0.08,
         window_seconds: float = 30.0,
         margin_seconds: float = 0.96,
+        ctc_tokens: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         if AUDIO_TOKEN not in tokenizer.get_vocab():
@@ -51,17 +55,26 @@ class SpeechLLMProcessor(ProcessorMixin):
         self.frame_seconds = frame_seconds
         self.window_seconds = window_seconds
         self.margin_seconds = margin_seconds
-        self._ctc_words: dict[str, list[int]] = {}
+        self.ctc_tokens = ctc_vocabulary(tokenizer) if ctc_tokens is None else list(ctc_tokens)
+        names = tokenizer.convert_ids_to_tokens(self.ctc_tokens)
+        self._units = CTCUnits(dict(zip(names, self.ctc_tokens, strict=True)))
         super().__init__(feature_extractor, tokenizer, **kwargs)
 
     @classmethod
-    def from_config(cls, config: SpeechLLMConfig, feature_extractor: Any, tokenizer: Any) -> SpeechLLMProcessor:
+    def from_config(
+        cls,
+        config: SpeechLLMConfig,
+        feature_extractor: Any,
+        tokenizer: Any,
+        ctc_tokens: Sequence[int] | None = None,
+    ) -> SpeechLLMProcessor:
         return cls(
             feature_extractor,
             tokenizer,
             frame_seconds=config.frame_seconds,
             window_seconds=config.window_seconds,
             margin_seconds=config.margin_seconds,
+            ctc_tokens=ctc_tokens,
         )
 
     @property
@@ -96,7 +109,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         return round((self.window_seconds - 2 * margin * self.frame_seconds) * SAMPLE_RATE)
 
     def window_spans(self, samples: int) -> list[tuple[int, int, int, int]]:
-        """(first sample, last sample + 1, first frame, last frame + 1 to keep) of each window of a recording in memory."""
+        """(first sample, last sample + 1, first frame, last frame + 1 to keep) of each window of so many samples."""
         blocks = [np.zeros(samples, np.float32)]
         hop = self._hop()
         return [
@@ -183,37 +196,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         return [self.decode(ids, **kwargs) for ids in token_ids]
 
     def ctc_ids(self, text: str) -> tuple[list[int], list[int]]:
-        """The CTC tokens of a text, and for each the index of its whitespace-separated word.
-
-        The CTC head writes lower-case words without punctuation; a word without a letter has no token.
-        """
-        ids: list[int] = []
-        words: list[int] = []
-        for index, word in enumerate(text.split()):
-            tokens = self._word_ids(word)
-            ids += tokens
-            words += [index] * len(tokens)
-        return ids, words
-
-
-    def _word_ids(self, word: str) -> list[int]:
-        if word not in self._ctc_words:
-            spoken = ctc_text(word)
-            self._ctc_words[word] = self.tokenizer(" " + spoken, add_special_tokens=False)["input_ids"] if spoken else []
-        return self._ctc_words[word]
-
-
-def ctc_text(text: str) -> str:
-    """What the CTC head writes: lower-case ASCII letters and apostrophes, words separated by a space."""
-    plain = unicodedata.normalize("NFKD", text.replace("\u2019", "'")).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z' ]+", " ", plain).split()
-    return " ".join(word for word in (word.strip("'") if word.strip("'") == "" else word for word in words) if word)
-
-
-def ctc_token_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that `ctc_text` can contain."""
-    pattern = re.compile(r"[Ġ▁]?[a-z']+")
-    return sorted(index for token, index in tokenizer.get_vocab().items() if pattern.fullmatch(token))
+        """The units that the CTC head writes for a text, and for each the index of its white-space separated word."""
+        return self._units.ids(text)
 
 
 AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor)

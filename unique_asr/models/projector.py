@@ -1,9 +1,9 @@
 """From encoder frames to positions of the LLM.
 
-The projector maps stacked encoder frames into the LLM's embedding space, where a CTC head reads them as tokens: logit(v) =
-c . E_v / |E_v|, with E the LLM's own embedding table. Most frames are blank, so the frames between two spikes merge into one
-position: its expected token embedding plus a learned linear map of the mean hidden state, which carries what the CTC head
-could not decide. Ten minutes of speech are 7,500 frames and about 2,000 positions.
+The projector maps stacked encoder frames into the LLM's embedding space, where a CTC head reads them as tokens:
+logit(v) = c . E_v / |E_v|, with E the LLM's own embedding table. Most frames are blank, so the frames between two
+spikes merge into one position: its expected token embedding plus a learned linear map of the mean hidden state, which
+carries what the CTC head could not decide. Ten minutes of speech are 7,500 frames and about 2,400 positions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .configuration import SpeechLLMConfig
 class Frames:
     """The projector's output for W windows of T frames.
 
-    hidden [W, T, projector_size]; ctc [W, T, text hidden]; logits [W, T, C + 1] over the C CTC tokens and, last, the blank.
+    hidden [W, T, projector_size]; ctc [W, T, text hidden]; logits [W, T, C + 1] over the C CTC tokens and, last, the
+    blank.
     """
 
     hidden: Tensor

@@ -12,14 +12,14 @@ from torch import Tensor
 class AugmentConfig:
     """Strengths; zero switches a part off."""
 
-    speed: float = 0.1  # tempo and pitch together, up to this share faster or slower
+    speed: float = 0.12  # tempo and pitch together, up to this share faster or slower
     gain_db: float = 8.0
     noise_share: float = 0.5  # share of the items that get noise
     snr_db: tuple[float, float] = (8.0, 40.0)
     frequency_masks: int = 2
-    frequency_mask_bins: int = 14
-    time_masks: int = 6  # per window of the encoder
-    time_mask_frames: int = 30  # of 10 ms
+    frequency_mask_bins: int = 20
+    time_masks: int = 10  # per window of the encoder
+    time_mask_frames: int = 50  # of 10 ms
 
 
 def augment_waveform(samples: Tensor, config: AugmentConfig, random: torch.Generator) -> Tensor:
@@ -40,7 +40,7 @@ def augment_waveform(samples: Tensor, config: AugmentConfig, random: torch.Gener
 
 
 def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:
-    """SpecAugment (arXiv 1904.08779) without time warping; features [W, bins, frames], masked with each window's mean."""
+    """SpecAugment (arXiv 1904.08779) without warping; features [W, bins, frames], masked with each window's mean."""
     windows, bins, frames = features.shape
     fill = features.mean((1, 2), keepdim=True)
     for axis, size, count, longest in (
@@ -59,9 +59,10 @@ def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:
 def log_mel(windows: Tensor, mel_filters: Tensor, n_fft: int = 400, hop: int = 160) -> Tensor:
     """Whisper's log-mel features of W padded windows on their device: [W, samples] -> [W, mels, samples / hop].
 
-    mel_filters: [n_fft / 2 + 1, mels], the feature extractor's. Equal to WhisperFeatureExtractor, which returns to the CPU.
+    mel_filters: [n_fft / 2 + 1, mels], the feature extractor's. WhisperFeatureExtractor gives the same on the CPU.
     """
-    spectrum = torch.stft(windows, n_fft, hop, window=torch.hann_window(n_fft, device=windows.device), return_complex=True)
+    taper = torch.hann_window(n_fft, device=windows.device)
+    spectrum = torch.stft(windows, n_fft, hop, window=taper, return_complex=True)
     power = spectrum[..., :-1].abs().square()
     log_power = (mel_filters.T @ power).clamp_min(1e-10).log10()
     floor = log_power.amax((1, 2), keepdim=True) - 8.0

@@ -19,9 +19,10 @@ from .corpus import Item
 class Batch:
     """B items in W windows.
 
-    features [W, mels, frames]; spans [W, 2]: frames to keep of each window; windows [B]: windows of each item;
-    ctc_targets: per item, indices into the model's `ctc_tokens`; before, after: per item, token ids around the positions,
-    `after` ending with the transcript's `labels` last ids.
+    features [W, mels, frames]; spans [W, 2]: frames to keep of each window; windows [B]: windows of each item (both on
+    the CPU, where the sizes are needed); seconds: audio in all;
+    ctc_targets: per item, indices into the model's `ctc_tokens`; before, after: per item, token ids around the
+    positions, the last `labels` ids of `after` being the transcript.
     """
 
     features: dict[str, Tensor]
@@ -65,8 +66,8 @@ class Batcher:
         texts = [self._text(item) for item in items]
         return Batch(
             features=self._features(windows),
-            spans=torch.tensor(spans, device=self.device),
-            windows=torch.tensor(counts, device=self.device),
+            spans=torch.tensor(spans),
+            windows=torch.tensor(counts),
             ctc_targets=[self._ctc_target(item) for item in items],
             before=[before for before, _, _ in texts],
             after=[after for _, after, _ in texts],

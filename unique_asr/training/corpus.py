@@ -1,7 +1,7 @@
 """Speech and texts in memory, and the joined items that training draws from them.
 
-All audio sits as int16 in one tensor per source on the training device (an hour is 115 MB), so that joining utterances to any
-length, augmenting them and computing features costs no loading.
+All audio sits as int16 in one tensor per source on the training device (an hour is 115 MB), so that joining utterances
+to any length, augmenting them and computing features costs no loading.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unique_asr.models.processing import SAMPLE_RATE, ctc_text
+from unique_asr.models.ctc import ctc_text
+from unique_asr.models.processing import SAMPLE_RATE
 
 LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
-MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: with a pause it would not fit into a window of the encoder
+MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it would not fit into the encoder's window
 
 
 @dataclass
@@ -81,21 +82,22 @@ class Corpus:
     """Draws items of a wanted length from several sources.
 
     Args:
-        cased_share: share of the items drawn from utterances whose case and punctuation are known.
         max_gap_seconds: longest silence put between two utterances.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, cased_share: float = 0.7, max_gap_seconds: float = 0.8):
+    def __init__(self, sources: Sequence[Source], seed: int, max_gap_seconds: float = 0.8):
         self.sources = list(sources)
         if not any(source.recordings for source in sources):
             raise ValueError("data: no utterance left to train on; check the manifests and the filters")
         self.random = np.random.default_rng(seed)
-        self.cased_share = cased_share
         self.max_gap_seconds = max_gap_seconds
 
-    def item(self, seconds: float) -> Item:
-        """Consecutive utterances of at most `seconds` in all; further recordings follow where one is too short."""
-        cased = self.random.random() < self.cased_share and any(source.cased_runs for source in self.sources)
+    def item(self, seconds: float, cased_share: float) -> Item:
+        """Consecutive utterances of at most `seconds` in all; further recordings follow where one is too short.
+
+        cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
+        """
+        cased = self.random.random() < cased_share and any(source.cased_runs for source in self.sources)
         pieces: list[tuple[Source, Utterance, float]] = []
         total = 0.0
         while True:
@@ -138,8 +140,8 @@ def read_manifests(
 ) -> list[Source]:
     """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
 
-    A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a recogniser
-    heard: segments below `min_match` are dropped as misread). weights: by source name; unnamed sources weigh 1.
+    A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a
+    recogniser heard: segments below `min_match` are dropped as misread). weights: by source name; others weigh 1.
     Raises ValueError naming the file for a missing or empty manifest and for missing audio.
     """
     rows = []

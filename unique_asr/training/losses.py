@@ -12,7 +12,7 @@ from .batches import Batch
 
 
 def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood a target token, over the items of a single window (texts of cut windows are unknown)."""
+    """Mean negative log-likelihood a target token, over the items of one window (texts of cut windows are unknown)."""
     single = (batch.windows == 1).tolist()
     first = (batch.windows.cumsum(0) - batch.windows).tolist()
     rows = [row for row, alone in zip(first, single, strict=True) if alone]
@@ -23,7 +23,7 @@ def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
         log_probs,
         torch.tensor([token for target in targets for token in target], device=log_probs.device),
         lengths,
-        torch.tensor([len(target) for target in targets], device=log_probs.device),
+        torch.tensor([len(target) for target in targets]),
         blank=frames.logits.shape[-1] - 1,
         reduction="sum",
         zero_infinity=True,

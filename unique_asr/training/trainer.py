@@ -26,13 +26,14 @@ class StageConfig:
 
     name: str
     steps: int
-    train: dict[str, float]  # part of the model -> peak learning rate; parts: encoder, projector, residual, language_model
+    train: dict[str, float]  # encoder, projector, residual, language_model: those that train, peak learning rates
     seconds: tuple[float, float] = (5.0, 29.0)  # length of the joined items, log-uniform
     windows: int = 64  # encoder windows a micro-batch
     micro_batches: int = 1  # a step
     ctc_weight: float = 1.0
     llm_weight: float = 0.0
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
+    cased_share: float = 0.5  # of the items; the transcripts of the rest are lower case without punctuation
     position_dropout: float = 0.0  # share of the LLM's audio positions that are zeroed
     warmup: float = 0.05  # share of the stage
     final_rate: float = 0.05  # of the peak learning rate
@@ -122,7 +123,7 @@ class Trainer:
                 kept = torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout
                 embeds = embeds * kept
             recording = torch.repeat_interleave(batch.windows)
-            counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts)
+            counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
             measures["llm"], measures["tokens"] = language_model_loss(self.model, embeds.split(counts.tolist()), batch)
             loss = loss + stage.llm_weight * measures["llm"]
         return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
@@ -133,9 +134,11 @@ class Trainer:
             low, high = min(5.0, low), min(29.0, high)
         windows = self.processor.window_seconds
         if high <= windows:
-            return [self.corpus.item(self.corpus.random.uniform(low, high)) for _ in range(stage.windows)]
-        seconds = log_uniform(self.corpus.random, low, high)
-        return [self.corpus.item(seconds) for _ in range(max(1, round(stage.windows * windows / max(seconds, windows))))]
+            lengths = self.corpus.random.uniform(low, high, stage.windows).tolist()
+        else:
+            seconds = log_uniform(self.corpus.random, low, high)
+            lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
+        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths]
 
     def _parameter_groups(self, stage: StageConfig) -> list[dict]:
         projector = self.model.projector
@@ -168,8 +171,9 @@ class Trainer:
             raise FloatingPointError(f"stage {stage.name}: the loss is {means['loss']} near step {step}")
         left = elapsed * (1 - done) / max(done, 1e-9)
         self.log(
-            f"{stage.name} {step}/{stage.steps}  loss {means['loss']:.3f}  ctc {means['ctc']:.3f}  llm {means['llm']:.3f}"
-            f"  rate {rate:.2f}  {elapsed / step:.3f} s/step  {elapsed:.0f} s, {left:.0f} s left"
+            f"{stage.name} {step}/{stage.steps}  loss {means['loss']:.3f}  ctc {means['ctc']:.3f}"
+            f"  llm {means['llm']:.3f}  rate {rate:.2f}"
+            f"  {elapsed / step:.3f} s/step  {elapsed:.0f} s, {left:.0f} s left"
         )
         self._record({"stage": stage.name, "step": step, "elapsed": elapsed, "rate": rate, **means})
 

@@ -41,9 +41,7 @@ def validate(
     return {"ctc": 100 * ctc.wer, **({"llm": 100 * llm.wer} if with_llm else {})}
 
 
-def greedy_text(
-    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor
-) -> str:
+def greedy_text(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor) -> str:
     """The text of a CTC path [T] of indices into `model.ctc_tokens`, the blank being one past the last."""
     path = torch.unique_consecutive(best)
     return processor.tokenizer.decode(model.ctc_tokens[path[path < len(model.ctc_tokens)]]).strip()
