@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
 
 
 @pytest.fixture
@@ -24,3 +24,64 @@ def llama():
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Makes tokenizers of bytes that know "the", " the" and " a" as well; they write the space of a word as Ġ."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [("Ġ", "a"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
+    special = ["<|im_start|>", "<|im_end|>", "<|audio|>"]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(merge) for merge in merges), *special]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+
+    def make() -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            additional_special_tokens=["<|im_start|>", "<|im_end|>", "<|audio|>"],
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def speech_llm(byte_tokenizer):
+    """Makes a tiny speech LLM of random weights, encoder included, and its processor; Whisper-like, windows of 6 s."""
+    from unique_asr.models import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from unique_asr.models.ctc import ctc_vocabulary
+
+    def make(encoder=None, feature_extractor=None, **options):
+        torch.manual_seed(0)
+        tokenizer = byte_tokenizer()
+        ctc_tokens = ctc_vocabulary(tokenizer)
+        text = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        encoder = encoder or WhisperConfig(
+            d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1,
+            decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, max_source_positions=300, init_std=0.2,
+        )  # fmt: skip
+        options = {"projector_size": 32, "window_seconds": 6.0, **options}
+        audio = tokenizer.convert_tokens_to_ids("<|audio|>")
+        config = SpeechLLMConfig(encoder, text, ctc_vocabulary_size=len(ctc_tokens), audio_token_id=audio, **options)
+        feature_extractor = feature_extractor or WhisperFeatureExtractor(chunk_length=6)
+        processor = SpeechLLMProcessor.from_config(config, feature_extractor, tokenizer, ctc_tokens)
+        model = SpeechLLMForConditionalGeneration(config).eval()
+        model.ctc_tokens = torch.tensor(ctc_tokens)
+        return model, processor
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tiny(speech_llm):
+    """A tiny speech LLM of random weights and its processor."""
+    return speech_llm()

@@ -2,42 +2,14 @@
 
 import numpy as np
 import pytest
-import torch
 from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
 
 import unique_asr
 from unique_asr import pipeline
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.models import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.pipeline import PipelineError, Transcriber, transcribe
 
 TEXT = "A boy came up the road with a basket of bread. Nobody had opened the shutters. He knocked and waited politely!"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """A speech LLM of random weights with a tokenizer of bytes."""
-    torch.manual_seed(0)
-    special = ["<|im_start|>", "<|im_end|>", "<|audio|>"]
-    vocabulary = {piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()) + special)}
-    bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, eos_token="<|im_end|>", additional_special_tokens=special
-    )
-    text = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    audio = WhisperConfig(
-        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1, vocab_size=60,
-        decoder_attention_heads=2, decoder_ffn_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config = SpeechLLMConfig(audio, text, projector_size=32)
-    processor = SpeechLLMProcessor.from_config(config, WhisperFeatureExtractor(), tokenizer)
-    return SpeechLLMForConditionalGeneration(config).eval(), processor
 
 
 @pytest.fixture
