@@ -67,7 +67,7 @@ def speech_llm(byte_tokenizer):
         encoder = encoder or WhisperConfig(
             d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=1,
             decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, max_source_positions=300, init_std=0.2,
+            eos_token_id=2, decoder_start_token_id=1, max_source_positions=300, init_std=0.2,
         )  # fmt: skip
         options = {"projector_size": 32, "window_seconds": 6.0, **options}
         audio = tokenizer.convert_tokens_to_ids("<|audio|>")
