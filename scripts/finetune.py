@@ -15,6 +15,7 @@ from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests, read_synthetic
+from unique_asr.training.positions import PositionBank, PositionBatcher
 from unique_asr.training.trainer import StageConfig, Trainer
 from unique_asr.training.validation import validate
 
@@ -41,6 +42,13 @@ def finetune(config: DictConfig) -> None:
         sources += read_manifests(config.data.manifests, weights, device, config.data.min_match)
     for folder in config.data.synthetic or []:
         sources += read_synthetic(folder, weights, device)
+    positions = None
+    if config.data.positions:
+        texts = [Path(path).read_text().splitlines() for path in config.data.texts]
+        bank = PositionBank.load(map(Path, config.data.positions))
+        positions = PositionBatcher(
+            model, processor, bank, texts, config.seed, config.data.simulated, config.data.workers
+        )
     for source in sources:
         print(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
     corpus = Corpus(sources, config.seed, config.data.max_gap_seconds)
@@ -59,6 +67,7 @@ def finetune(config: DictConfig) -> None:
         output,
         seed=config.seed,
         autocast=torch.bfloat16 if device.type == "cuda" else None,
+        positions=positions,
         log_every=config.log_every,
         log=lambda line: print(line, flush=True),
     )

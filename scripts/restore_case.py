@@ -5,9 +5,9 @@
 
 Whisper (a transformers folder or hub id) transcribes the segments of a recording in windows of at most 28 s, many
 windows at a time. Its words are aligned with the reference; a matching word lends its case and trailing punctuation.
-Every segment gets `match`, the share of its words that Whisper heard too (a low share marks a misread prompt), and `cased`,
-the new text, or null where fewer than `--min-match` of the words matched or Whisper wrote a long window without
-punctuation. With --synthetic the lines of scripts/synthesize.py's index get `cased` in place.
+Every segment gets `match`, the share of its words that Whisper heard too (a low share marks a misread prompt), and
+`cased`, the new text, or null where fewer than `--min-match` of the words matched or Whisper wrote a long window
+without punctuation. With --synthetic the lines of scripts/synthesize.py's index get `cased` in place.
 """
 
 import argparse

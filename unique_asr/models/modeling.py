@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import SpeechLLMConfig
-from .projector import Frames, Positions, Projector
+from .projector import Frames, Positions, Projector, Residual
 
 if TYPE_CHECKING:
     from .processing import SpeechLLMProcessor
@@ -82,10 +82,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Projector):
-            # The LLM first sees what the CTC head reads, and learns to use the rest.
-            nn.init.zeros_(module.residual.weight)
-            nn.init.zeros_(module.residual.bias)
+        if isinstance(module, Residual):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -118,7 +117,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
         spans = spans.to(index.device)
         keep = (index >= spans[:, :1]) & (index < spans[:, 1:])
-        return self.projector.positions(frames, keep, self.ctc_embeddings()[0])
+        return self.projector.positions(frames, keep)
+
+    def embed_positions(self, positions: Positions) -> Tensor:
+        """The LLM's input embeddings [M, text hidden] of merged positions."""
+        return self.projector.embed(positions, self.ctc_embeddings()[0])
 
     def join_windows(self, frames: Frames, spans: Tensor, duration: float) -> EncodedAudio:
         """Join windows of one recording, of which the frames [start, end) are kept; spans: [W, 2]."""
@@ -133,7 +136,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         top, best = logits.max(-1)
         ids = torch.cat([self.ctc_tokens, self.ctc_tokens.new_tensor([self.config.blank_id])])
         return EncodedAudio(
-            embeds=self.projector.embed(positions),
+            embeds=self.embed_positions(positions),
             frames=firsts,
             ctc=torch.cat([frames.ctc[window, span] for window, span in enumerate(kept)]),
             log_z=log_z,
@@ -212,7 +215,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         positions = self.window_positions(frames, window_frames)
         recording = torch.repeat_interleave(window_counts).to(positions.counts.device)
         counts = torch.zeros_like(window_counts, device=recording.device).index_add_(0, recording, positions.counts)
-        return list(self.projector.embed(positions).split(counts.tolist()))
+        return list(self.embed_positions(positions).split(counts.tolist()))
 
     def forward(
         self,
@@ -226,7 +229,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N], -100 where no loss is due."""
+        """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N]: -100 where no loss is."""
         if input_features is not None:
             extra = {} if feature_attention_mask is None else {"attention_mask": feature_attention_mask}
             audio = self.audio_embeds(input_features, window_frames, window_counts, **extra)

@@ -33,14 +33,18 @@ class Frames:
 class Positions:
     """M merged positions of W windows, in order: what the LLM's embeddings are made of.
 
-    expected [M, text hidden]: posterior-weighted token embeddings; hidden [M, projector_size]: mean hidden state;
+    posterior [M, C]: weights of the CTC tokens, their sum at most 1; hidden [M, projector_size]: mean hidden state;
     frames [M]: first frame of each position in its window; counts [W]: positions of each window.
     """
 
-    expected: Tensor
+    posterior: Tensor
     hidden: Tensor
     frames: Tensor
     counts: Tensor
+
+
+class Residual(nn.Linear):
+    """Starts at zero: the LLM first reads what the CTC head reads, and then learns to use the rest."""
 
 
 class Projector(nn.Module):
@@ -57,7 +61,7 @@ class Projector(nn.Module):
         self.up = nn.Linear(stacked, config.projector_size)
         self.down = nn.Linear(config.projector_size, text_size)
         self.blank = nn.Linear(config.projector_size, 1)
-        self.residual = nn.Linear(config.projector_size, text_size)
+        self.residual = Residual(config.projector_size, text_size)
 
     def forward(self, encoder_states: Tensor, directions: Tensor) -> Frames:
         """encoder_states [..., F, audio hidden] -> frames [..., F // stack_factor, ...].
@@ -74,11 +78,8 @@ class Projector(nn.Module):
     def ctc_logits(self, hidden: Tensor, ctc: Tensor, directions: Tensor) -> Tensor:
         return torch.cat([ctc @ directions.T, self.blank(hidden)], dim=-1)
 
-    def positions(self, frames: Frames, keep: Tensor, embeddings: Tensor) -> Positions:
-        """Merge the kept frames of each window.
-
-        keep: bool [W, T], one run of True in each window; embeddings: [C, text hidden], the CTC tokens' embeddings.
-        """
+    def positions(self, frames: Frames, keep: Tensor) -> Positions:
+        """Merge the kept frames of each window; keep: bool [W, T], one run of True in each window."""
         windows, length = keep.shape
         index = torch.arange(length, device=keep.device)
         first_kept = keep.int().argmax(-1, keepdim=True)
@@ -98,13 +99,12 @@ class Projector(nn.Module):
 
         logits = frames.logits[keep]
         posterior = logits.float().softmax(-1)
-        weight = total(1 - posterior[:, -1])
-        tokens = posterior[:, :-1].to(embeddings.dtype) @ embeddings
-        expected = total(tokens.float()) / weight.clamp_min(1.0)[:, None]
+        speech = total(1 - posterior[:, -1])
+        tokens = total(posterior[:, :-1]) / speech.clamp_min(1.0)[:, None]
         hidden = total(frames.hidden[keep].float()) / total(torch.ones_like(logits[:, 0], dtype=torch.float32))[:, None]
-        return Positions(expected, hidden, index.expand(windows, -1)[start], counts)
+        return Positions(tokens, hidden, index.expand(windows, -1)[start], counts)
 
-    def embed(self, positions: Positions) -> Tensor:
-        """The LLM's input embeddings [M, text hidden] of the positions."""
-        dtype = self.residual.weight.dtype
-        return positions.expected.to(dtype) + self.residual(positions.hidden.to(dtype))
+    def embed(self, positions: Positions, embeddings: Tensor) -> Tensor:
+        """The LLM's inputs [M, text hidden]; embeddings: [C, text hidden], the CTC tokens'."""
+        expected = positions.posterior.to(embeddings.dtype) @ embeddings
+        return expected + self.residual(positions.hidden.to(self.residual.weight.dtype))

@@ -87,8 +87,6 @@ class Corpus:
 
     def __init__(self, sources: Sequence[Source], seed: int, max_gap_seconds: float = 0.8):
         self.sources = list(sources)
-        if not any(source.recordings for source in sources):
-            raise ValueError("data: no utterance left to train on; check the manifests and the filters")
         self.random = np.random.default_rng(seed)
         self.max_gap_seconds = max_gap_seconds
 
@@ -96,7 +94,10 @@ class Corpus:
         """Consecutive utterances of at most `seconds` in all; further recordings follow where one is too short.
 
         cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
+        Raises ValueError if there is nothing to draw from.
         """
+        if not any(source.recordings for source in self.sources):
+            raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and the filters")
         cased = self.random.random() < cased_share and any(source.cased_runs for source in self.sources)
         pieces: list[tuple[Source, Utterance, float]] = []
         total = 0.0

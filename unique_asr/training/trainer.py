@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ from .augment import AugmentConfig
 from .batches import Batch, Batcher
 from .corpus import Corpus, log_uniform
 from .losses import ctc_loss, language_model_loss
+from .positions import PositionBatcher
+
+POSITIONS_A_SECOND = 4.0  # of speech, about
 
 
 @dataclass
@@ -32,6 +36,7 @@ class StageConfig:
     micro_batches: int = 1  # a step
     ctc_weight: float = 1.0
     llm_weight: float = 0.0
+    cached: bool = False  # train the LLM on cached positions instead of audio; `windows` half minutes a micro-batch
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
     cased_share: float = 0.5  # of the items; the transcripts of the rest are lower case without punctuation
     position_dropout: float = 0.0  # share of the LLM's audio positions that are zeroed
@@ -56,6 +61,7 @@ class Trainer:
     output_dir: Path
     seed: int = 0
     autocast: torch.dtype | None = torch.bfloat16
+    positions: PositionBatcher | None = None  # for stages with `cached`
     log_every: int = 20
     log: Callable[[str], None] = print
     batcher: Batcher = field(init=False)
@@ -79,6 +85,7 @@ class Trainer:
         groups = self._parameter_groups(stage)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
         parameters = [parameter for group in groups for parameter in group["params"]]
+        cached = self._cached_batches(stage) if stage.cached else None
         began, step, done = time.monotonic(), 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
         while step < stage.steps and done < 1:
@@ -86,11 +93,10 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             for _ in range(stage.micro_batches):
-                batch = self.batcher.batch(self._items(stage))
                 with torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast is not None):
-                    loss, measures = self.loss(batch, stage)
+                    loss, measures = self._cached_loss(stage, cached) if cached is not None else self._audio_loss(stage)
                 (loss / stage.micro_batches).backward()
-                for name, value in {"loss": loss.detach(), "seconds": batch.seconds, **measures}.items():
+                for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
             nn.utils.clip_grad_norm_(parameters, stage.clip_norm)
             optimizer.step()
@@ -105,11 +111,39 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
-    def loss(self, batch: Batch, stage: StageConfig) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _cached_loss(self, stage: StageConfig, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        batch = next(batches)
+        audio = self._drop(self.positions.embed(batch), stage)
+        loss, tokens = language_model_loss(self.model, audio, batch)
+        return loss, {"llm": loss.detach(), "tokens": tokens}
+
+    def _cached_batches(self, stage: StageConfig) -> Iterator[Batch]:
+        if self.positions is None:
+            raise ValueError(f"stage {stage.name}: cached needs data.positions, made with scripts/cache_positions.py")
+
+        def sizes(random: np.random.Generator) -> tuple[int, int]:
+            low, high = stage.seconds
+            if random.random() < stage.short_share:
+                low, high = min(5.0, low), min(29.0, high)
+            seconds = log_uniform(random, low, high)
+            return round(seconds * POSITIONS_A_SECOND), max(1, round(stage.windows * 30 / seconds))
+
+        return self.positions.batches(sizes, stage.cased_share)
+
+    def _drop(self, audio: Sequence[Tensor], stage: StageConfig) -> list[Tensor]:
+        """The positions of each item, some of them zeroed."""
+        if not stage.position_dropout:
+            return list(audio)
+        return [
+            embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout) for embeds in audio
+        ]
+
+    def _audio_loss(self, stage: StageConfig) -> tuple[Tensor, dict[str, Tensor | float]]:
+        batch = self.batcher.batch(self._items(stage))
         frames_train = {"encoder", "projector"} & set(stage.train)
         with torch.set_grad_enabled(bool(frames_train)):
             frames = self.model.encode_windows(batch.features)
-        measures: dict[str, Tensor | float] = {}
+        measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
         loss = frames.logits.new_zeros((), dtype=torch.float32)
         if stage.ctc_weight and frames_train and bool((batch.windows == 1).any()):
             measures["ctc"] = ctc_loss(frames, batch)
@@ -118,13 +152,11 @@ class Trainer:
             with torch.set_grad_enabled(bool(frames_train)):
                 positions = self.model.window_positions(frames, batch.spans)
             del frames
-            embeds = self.model.projector.embed(positions)
-            if stage.position_dropout:
-                kept = torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout
-                embeds = embeds * kept
+            embeds = self.model.embed_positions(positions)
             recording = torch.repeat_interleave(batch.windows)
             counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
-            measures["llm"], measures["tokens"] = language_model_loss(self.model, embeds.split(counts.tolist()), batch)
+            audio = self._drop(embeds.split(counts.tolist()), stage)
+            measures["llm"], measures["tokens"] = language_model_loss(self.model, audio, batch)
             loss = loss + stage.llm_weight * measures["llm"]
         return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
 
