@@ -215,9 +215,7 @@ class TextTracker:
         self.cursor = max(self.cursor, min(int(spans[-1, 1]) + 1, end))
         return placed
 
-    def _timed(
-        self, drafts: list[DraftWord], spans: np.ndarray, heard: np.ndarray
-    ) -> list[tuple[DraftWord, Word]]:
+    def _timed(self, drafts: list[DraftWord], spans: np.ndarray, heard: np.ndarray) -> list[tuple[DraftWord, Word]]:
         """Confidence is the mean of two witnesses: the probability that the LLM gave a word, and the CTC head's."""
         times = word_times(spans, self.frames, self.alignment, self._previous_end)
         placed = []
