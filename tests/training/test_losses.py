@@ -1,0 +1,90 @@
+"""The losses against torch's CTC and the model's own forward."""
+
+import numpy as np
+import pytest
+import torch
+
+from unique_asr.models.projector import Frames
+from unique_asr.training.batches import Batch
+from unique_asr.training.losses import ctc_loss, language_model_loss
+
+
+def frames(windows, length, classes=5):
+    torch.manual_seed(0)
+    logits = torch.randn(windows, length, classes + 1, requires_grad=True)
+    return Frames(torch.zeros(windows, length, 4), torch.zeros(windows, length, 4), logits)
+
+
+def batch(ctc_targets, spans, windows):
+    return Batch({}, torch.tensor(spans), torch.tensor(windows), ctc_targets, [], [], [], 0.0)
+
+
+def torch_ctc(logits, target):
+    """Negative log-likelihood of one target over the frames [T, C + 1] given."""
+    log_probs = logits.log_softmax(-1)[:, None]
+    lengths = torch.tensor([len(logits)]), torch.tensor([len(target)])
+    return torch.nn.functional.ctc_loss(
+        log_probs, torch.tensor([target]), *lengths, blank=logits.shape[-1] - 1, reduction="sum"
+    )
+
+
+def test_ctc_is_torchs_a_token():
+    heard = frames(1, 20)
+    loss = ctc_loss(heard, batch([[1, 2, 2, 0]], [(0, 17)], [1]))
+    torch.testing.assert_close(loss, torch_ctc(heard.logits[0, :17], [1, 2, 2, 0]) / 4)
+
+
+def test_ctc_leaves_cut_items_out():
+    """The second item has two windows, so the text of each is unknown."""
+    heard = frames(4, 20)
+    targets = [[1, 2], [0, 1, 2, 3, 4], [3]]
+    loss = ctc_loss(heard, batch(targets, [(0, 9), (0, 18), (2, 14), (0, 20)], [1, 2, 1]))
+    expected = torch_ctc(heard.logits[0, :9], [1, 2]) + torch_ctc(heard.logits[3], [3])
+    torch.testing.assert_close(loss, expected / 3)
+    loss.backward()
+    moved = heard.logits.grad.abs().amax((1, 2)) > 0
+    assert moved.tolist() == [True, False, False, True]
+
+
+def test_ctc_of_the_impossible_is_zero():
+    heard = frames(1, 3)
+    loss = ctc_loss(heard, batch([[1, 1, 1, 1]], [(0, 3)], [1]))
+    loss.backward()
+    assert loss == 0
+    assert torch.isfinite(heard.logits.grad).all()
+    assert torch.isfinite(ctc_loss(frames(1, 3), batch([[]], [(0, 3)], [1])))
+
+
+def test_ctc_spans_may_end_after_the_last_frame():
+    heard = frames(1, 20)
+    loss = ctc_loss(heard, batch([[1]], [(0, 21)], [1]))
+    torch.testing.assert_close(loss, torch_ctc(heard.logits[0], [1]))
+
+
+@pytest.mark.parametrize("prompt", [None, "lower case"])
+def test_the_llms_loss_is_that_of_forward(tiny, prompt):
+    model, processor = tiny
+    random = np.random.default_rng(0)
+    recordings = [random.normal(0, 0.1, length).astype(np.float32) for length in (120_000, 40_000)]
+    inputs = processor(recordings, prompt)
+    transcripts = [processor.tokenizer(text)["input_ids"] + [processor.end_token_id] for text in ("the end", "a thee")]
+    assert len(transcripts[0]) == 6
+    assert len(transcripts[1]) == 4
+
+    before, after = processor.prompt(prompt)
+    features = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    audio = model.audio_embeds(**features)
+    joined = batch([], [], [])
+    joined.before = [before] * 2
+    joined.after = [after + transcript for transcript in transcripts]
+    joined.labels = [len(transcript) for transcript in transcripts]
+    loss, tokens = language_model_loss(model, audio, joined)
+
+    ids = torch.tensor([[*prompt_ids, *transcripts[0]] for prompt_ids in inputs.pop("input_ids").tolist()])
+    ids[1, -6:] = torch.tensor([*transcripts[1], 0, 0])  # padded on the right
+    labels, mask = torch.full_like(ids, -100), torch.ones_like(ids)
+    labels[0, -6:], labels[1, -6:-2], mask[1, -2:] = ids[0, -6:], ids[1, -6:-2], 0
+    inputs.pop("attention_mask")
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels, **inputs).loss
+    torch.testing.assert_close(loss, expected)
+    assert tokens == 2 * max(len(a) + len(before) + len(b) for a, b in zip(audio, joined.after, strict=True))
