@@ -25,7 +25,8 @@ def write_manifest(tmp_path):
         for number, (file, found) in enumerate(segments.items()):
             samples = np.random.default_rng(number).normal(0, 3000, int(seconds * rate)).astype(np.int16)
             soundfile.write(tmp_path / file, samples, rate)
-            rows.append({"audio_filepath": file, "source": "news", "segments": found, **fields})
+            row = {"audio_filepath": file, "duration": seconds, "source": "news", "segments": found}
+            rows.append({**row, **fields})
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
