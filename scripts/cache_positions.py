@@ -48,15 +48,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
+    if arguments.output.suffix != ".npz" or not arguments.output.parent.is_dir():
+        parser.error(f"--output {arguments.output}: name a .npz file in an existing folder")
 
     torch.manual_seed(arguments.seed)
     model, processor = load(arguments.model, device=arguments.device, dtype="float32")
     batcher = Batcher(model, processor, AugmentConfig(), arguments.seed)
     random = np.random.default_rng(arguments.seed)
     bank = PositionBank([])
-    for source in read_manifests(arguments.manifests, {}, model.device):
-        if arguments.sources and source.name not in arguments.sources:
-            continue
+    sources = read_manifests(arguments.manifests, {}, model.device)
+    chosen = [source for source in sources if not arguments.sources or source.name in arguments.sources]
+    if not chosen:
+        parser.error(f"--sources: none of them is in the manifests, which have {[source.name for source in sources]}")
+    for source in chosen:
         for _ in range(arguments.passes):
             for items in spans(source, random):
                 recording = []

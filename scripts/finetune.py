@@ -24,6 +24,8 @@ def finetune(config: DictConfig) -> None:
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
     torch.set_float32_matmul_precision("high")
+    if not config.init.model and not (config.init.encoder and config.init.language_model):
+        raise ValueError("nothing to start from: give init.model, or init.encoder and init.language_model")
     if config.init.model:
         model, processor = load(config.init.model, device=config.device, dtype="float32")
     else:
@@ -44,10 +46,10 @@ def finetune(config: DictConfig) -> None:
         sources += read_synthetic(folder, weights, device)
     positions = None
     if config.data.positions:
-        texts = [Path(path).read_text().splitlines() for path in config.data.texts]
+        texts = [[line for line in Path(path).read_text().splitlines() if line.strip()] for path in config.data.texts]
         bank = PositionBank.load(map(Path, config.data.positions))
         positions = PositionBatcher(
-            model, processor, bank, texts, config.seed, config.data.simulated, config.data.workers
+            model, processor, bank, list(filter(None, texts)), config.seed, config.data.simulated, config.data.workers
         )
     for source in sources:
         print(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
@@ -66,19 +68,27 @@ def finetune(config: DictConfig) -> None:
         AugmentConfig(**OmegaConf.to_container(config.augment)),
         output,
         seed=config.seed,
-        autocast=torch.bfloat16 if device.type == "cuda" else None,
+        autocast=torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else None,
         positions=positions,
         log_every=config.log_every,
+        save_minutes=config.output.save_minutes,
         log=lambda line: print(line, flush=True),
     )
 
-    def after_stage(stage: StageConfig) -> None:
+    def save(stage: StageConfig) -> None:
         save_packed_model(model, processor, output / stage.name, OmegaConf.to_container(config.output.bits))
+
+    trainer.save = save
+
+    def after_stage(stage: StageConfig) -> None:
         if recordings:
             measures = validate(model, processor, recordings, trainer.autocast, with_llm=stage.llm_weight > 0)
             trainer.report(stage, measures)
 
-    stages = [StageConfig(**stage) for stage in OmegaConf.to_container(config.stages)]
+    try:
+        stages = [StageConfig(**stage) for stage in OmegaConf.to_container(config.stages)]
+    except TypeError as error:
+        raise ValueError(f"stages: {error}; the fields are those of StageConfig") from None
     trainer.run([stage for stage in stages if stage.steps], after_stage)
 
 
@@ -86,7 +96,7 @@ def finetune(config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     try:
         finetune(config)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"finetune: {error}")
 
 

@@ -197,9 +197,6 @@ def drop(name):
     return lambda folder: (folder / name).unlink()
 
 
-not_yet = pytest.mark.xfail(reason="not seen by load", strict=True)
-
-
 @pytest.mark.parametrize(
     "harm",
     [
@@ -207,8 +204,8 @@ not_yet = pytest.mark.xfail(reason="not seen by load", strict=True)
         tear_index,
         drop("model-00001-of-00001.safetensors"),
         drop("tokenizer.json"),
-        pytest.param(tear_shard, marks=not_yet),
-        pytest.param(drop_weight, marks=not_yet),
+        tear_shard,
+        drop_weight,
     ],
 )
 def test_a_broken_folder_is_one_line(broken, harm):
@@ -225,7 +222,6 @@ def become_whisper(folder):
     (folder / INDEX).unlink()
 
 
-@not_yet
 @pytest.mark.parametrize("harm", [drop("config.json"), become_whisper])
 def test_no_model_is_made_of_defaults(broken, harm, monkeypatch):
     """A configuration without an LLM would be that of a default Llama, of seven billion parameters."""

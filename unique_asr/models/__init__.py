@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .configuration import SpeechLLMConfig
@@ -45,16 +46,19 @@ def load(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        kind = SpeechLLMConfig.get_config_dict(source)[0].get("model_type", "nothing")
+        if kind != SpeechLLMConfig.model_type:
+            raise ValueError(f"its config.json describes {kind}, not {SpeechLLMConfig.model_type}")
         processor = SpeechLLMProcessor.from_pretrained(source)
+        options = {"dtype": precision, "output_loading_info": True}
         if (folder / INDEX).is_file():
-            config = SpeechLLMConfig.from_pretrained(folder)
-            state = load_packed(folder, precision)
-            model = SpeechLLMForConditionalGeneration.from_pretrained(
-                None, config=config, state_dict=state, dtype=precision
-            )
+            options |= {"config": SpeechLLMConfig.from_pretrained(folder), "state_dict": load_packed(folder, precision)}
+            model, info = SpeechLLMForConditionalGeneration.from_pretrained(None, **options)
         else:
-            model = SpeechLLMForConditionalGeneration.from_pretrained(source, dtype=precision)
-    except (OSError, ValueError) as error:
+            model, info = SpeechLLMForConditionalGeneration.from_pretrained(source, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model={name_or_path}: cannot be loaded as a speech LLM ({reason}); try model=default"

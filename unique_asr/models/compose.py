@@ -44,5 +44,6 @@ def compose(
     processor = SpeechLLMProcessor.from_config(config, feature_extractor, tokenizer, ctc_tokens)
     config.audio_token_id = processor.audio_token_id
     model.ctc_tokens = torch.tensor(ctc_tokens)
+    config.text_config.eos_token_id = processor.end_token_id
     model.language_model.generation_config.eos_token_id = processor.end_token_id
     return model, processor

@@ -54,6 +54,9 @@ class SpeechLLMConfig(PretrainedConfig):
         self.ctc_vocabulary_size = ctc_vocabulary_size or self.text_config.vocab_size
         self.merge = merge
         self.merge_frames = merge_frames
+        frames = window_seconds / (encoder_frame_seconds * stack_factor)
+        if abs(frames - round(frames)) > 1e-6:
+            raise ValueError(f"window_seconds={window_seconds} is not a whole number of stacked frames ({frames:.2f})")
         self.window_seconds = window_seconds
         self.margin_seconds = margin_seconds
         self.audio_token_id = self.text_config.vocab_size if audio_token_id is None else audio_token_id

@@ -157,7 +157,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         self, audio: np.ndarray | Sequence[np.ndarray], prompt: str | None = None
     ) -> BatchFeature:
         """A batch for `model.generate(**batch)`: one recording or several, as float32 samples at 16 kHz."""
-        recordings = [audio] if isinstance(audio, np.ndarray) else list(audio)
+        recordings = [audio] if isinstance(audio, np.ndarray) and audio.ndim == 1 else list(audio)
         windows = [list(self.windows([samples])) for samples in recordings]
         for index, found in enumerate(windows):
             if not found:

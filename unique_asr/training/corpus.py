@@ -21,6 +21,7 @@ from unique_asr.models.ctc import ctc_text
 from unique_asr.models.processing import SAMPLE_RATE
 
 LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
+MIN_SAMPLES = SAMPLE_RATE // 20  # of an utterance
 MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it would not fit into the encoder's window
 
 
@@ -91,7 +92,7 @@ class Corpus:
         self.max_gap_seconds = max_gap_seconds
 
     def item(self, seconds: float, cased_share: float) -> Item:
-        """Consecutive utterances of at most `seconds` in all; further recordings follow where one is too short.
+        """Consecutive utterances of at most `seconds`, or one longer; more recordings follow where one is too short.
 
         cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
         Raises ValueError if there is nothing to draw from.
@@ -149,7 +150,12 @@ def read_manifests(
     for path in map(Path, paths):
         if not path.is_file():
             raise ValueError(f"{path}: no such manifest")
-        found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        try:
+            found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON lines ({error})") from None
+        if any("audio_filepath" not in row or not (row.get("segments") or row.get("text")) for row in found):
+            raise ValueError(f"{path}: each row needs audio_filepath and text or segments")
         if not found:
             raise ValueError(f"{path}: the manifest is empty")
         rows += [(path.parent / row["audio_filepath"], row) for row in found]
@@ -171,7 +177,10 @@ def read_manifests(
 def _read_int16(path: Path) -> np.ndarray:
     import soundfile
 
-    samples, rate = soundfile.read(path, dtype="int16", always_2d=True)
+    try:
+        samples, rate = soundfile.read(path, dtype="int16", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: not readable as audio ({error})") from None
     if rate != SAMPLE_RATE:
         raise ValueError(f"{path}: sampled at {rate} Hz; convert training audio to {SAMPLE_RATE} Hz")
     return samples[:, 0]
@@ -186,12 +195,14 @@ def _source(
 ) -> Source:
     recordings, offset = [], 0
     for samples, row in entries:
-        segments = row.get("segments") or [{"start": 0.0, "end": len(samples) / SAMPLE_RATE, "text": row["text"]}]
+        segments = row.get("segments") or [_whole(row, len(samples) / SAMPLE_RATE)]
         recording = []
         for segment in segments:
             start, end = round(segment["start"] * SAMPLE_RATE), round(segment["end"] * SAMPLE_RATE)
             long = end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE
-            if long or end > len(samples) + SAMPLE_RATE // 10 or segment.get("match", 1.0) < min_match:
+            outside = end > len(samples) + SAMPLE_RATE // 10 or min(end, len(samples)) - start < MIN_SAMPLES
+            misread = segment.get("match") is not None and segment["match"] < min_match
+            if long or outside or misread:
                 continue
             cased = segment.get("cased") or (segment["text"] if has_case(segment["text"]) else None)
             recording.append(Utterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))
@@ -202,8 +213,15 @@ def _source(
     return Source(name, audio, recordings, weight)
 
 
+def _whole(row: dict, seconds: float) -> dict:
+    """The one segment of a row without segments, as NeMo writes it."""
+    start = float(row.get("offset") or 0.0)
+    return {"start": start, "end": start + float(row.get("duration") or seconds - start), "text": row["text"]}
+
+
 def has_case(text: str) -> bool:
-    return any(character.isupper() for character in text)
+    """Both cases occur: a text all in capitals says nothing about them."""
+    return text != text.lower() and text != text.upper()
 
 
 def log_uniform(random: np.random.Generator, low: float, high: float) -> float:

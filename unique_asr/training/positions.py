@@ -46,7 +46,7 @@ class PositionBank:
         spans = [span for recording in self.recordings for span in recording]
         np.savez_compressed(
             path,
-            units=np.concatenate([span.units for span in spans]).astype(np.int16),
+            units=np.concatenate([span.units for span in spans]).astype(np.int32),
             weights=np.concatenate([span.weights for span in spans]).astype(np.float16),
             lengths=np.array([len(span.units) for span in spans]),
             spans=np.array([len(recording) for recording in self.recordings]),
@@ -89,8 +89,8 @@ class PositionBank:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Positions ([M, 8], [M, 8]) for the units of a text.
 
-        A unit never heard gets weight `clean`, alone. noise: share of the units lost or replaced by any other, since the
-        head errs more on new speech than on what it was trained on.
+        A unit never heard gets weight `clean`, alone. noise: share of the units lost or replaced by any other, since
+        the head errs more on new speech than on what it was trained on.
         """
         rows: list[tuple[np.ndarray, np.ndarray]] = []
         known = list(self.heard)
@@ -105,13 +105,13 @@ class PositionBank:
             if event is not None:
                 rows.append(event)
             if random.random() < 0.12:  # a pause or a long sound has positions without a unit
-                rows.append((np.zeros(UNITS, np.int16), np.zeros(UNITS, np.float16)))
+                rows.append((np.zeros(UNITS, np.int32), np.zeros(UNITS, np.float16)))
         rows = rows or [_alone(0, 0.0)]
         return np.stack([units for units, _ in rows]), np.stack([weights for _, weights in rows])
 
 
 def _alone(unit: int, weight: float) -> tuple[np.ndarray, np.ndarray]:
-    units, weights = np.zeros(UNITS, np.int16), np.zeros(UNITS, np.float16)
+    units, weights = np.zeros(UNITS, np.int32), np.zeros(UNITS, np.float16)
     units[0], weights[0] = unit, weight
     return units, weights
 
@@ -122,10 +122,11 @@ def listen(model: SpeechLLMForConditionalGeneration, batcher: Batcher, items: Se
     batch = batcher.batch(items)
     positions = model.window_positions(model.encode_windows(batch.features), batch.spans)
     weights, units = positions.posterior.float().topk(min(UNITS, positions.posterior.shape[-1]), dim=-1)
-    counts = positions.counts.tolist()
+    recording = torch.repeat_interleave(batch.windows)  # an item slowed down beyond a window has two
+    counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu()).tolist()
     return [
         Heard(
-            row_units.cpu().numpy().astype(np.int16),
+            row_units.cpu().numpy().astype(np.int32),
             row_weights.cpu().numpy().astype(np.float16),
             ctc_text(" ".join(utterance.text for _, utterance, _ in item.pieces)),
             item.text if item.cased else None,
@@ -153,6 +154,8 @@ class PositionBatcher:
     ) -> None:
         self.processor, self.bank, self.texts, self.workers = processor, bank, texts, workers
         self.simulated = simulated if texts else 0.0
+        self.cased_heard = any(span.cased for recording in bank.recordings for span in recording)
+        self.cased_texts = any(has_case(lines[0]) for lines in texts)
         self.random = np.random.default_rng(seed)
         self.index = {token: place for place, token in enumerate(model.ctc_tokens.tolist())}
         self.embeddings = model.ctc_embeddings()[0].detach()
@@ -176,8 +179,9 @@ class PositionBatcher:
         heard: list[list[Heard]] = []
         before, after, labels = [], [], []
         for _ in range(rows):
-            cased = bool(random.random() < cased_share)
-            run = self._simulated_run if random.random() < self.simulated else self._heard_run
+            simulated = random.random() < self.simulated
+            cased = random.random() < cased_share and (self.cased_texts if simulated else self.cased_heard)
+            run = self._simulated_run if simulated else self._heard_run
             spans = run(random, cased, positions)
             text = " ".join(span.cased or "" if cased else ctc_text(span.text) for span in spans)
             ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -188,7 +192,7 @@ class PositionBatcher:
             labels.append(len(ids) + 1)
         spans = [span for row in heard for span in row]
         features = {
-            "units": torch.from_numpy(np.concatenate([span.units for span in spans]).astype(np.int16)),
+            "units": torch.from_numpy(np.concatenate([span.units for span in spans]).astype(np.int32)),
             "weights": torch.from_numpy(np.concatenate([span.weights for span in spans]).astype(np.float16)),
         }
         counts = torch.tensor([sum(len(span.units) for span in row) for row in heard])

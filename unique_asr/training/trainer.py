@@ -64,6 +64,8 @@ class Trainer:
     positions: PositionBatcher | None = None  # for stages with `cached`
     log_every: int = 20
     log: Callable[[str], None] = print
+    save: Callable[[StageConfig], None] | None = None  # called every `save_minutes` and at the end of a stage
+    save_minutes: float = 5.0
     batcher: Batcher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,8 @@ class Trainer:
     def run(self, stages: Sequence[StageConfig], after_stage: Callable[[StageConfig], None] | None = None) -> None:
         for stage in stages:
             self.run_stage(stage)
+            if self.save:
+                self.save(stage)
             if after_stage:
                 after_stage(stage)
 
@@ -86,7 +90,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
         parameters = [parameter for group in groups for parameter in group["params"]]
         cached = self._cached_batches(stage) if stage.cached else None
-        began, step, done = time.monotonic(), 0, 0.0
+        began = saved = time.monotonic()
+        step, done = 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
         while step < stage.steps and done < 1:
             rate = _rate(done, stage)
@@ -108,6 +113,9 @@ class Trainer:
                 count = ((step - 1) % self.log_every + 1) * stage.micro_batches
                 self._progress(stage, step, done, elapsed, rate, count, totals)
                 totals = dict.fromkeys(totals, 0.0)
+            if self.save and time.monotonic() - saved > self.save_minutes * 60:
+                self.save(stage)
+                saved = time.monotonic()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -158,6 +166,11 @@ class Trainer:
             audio = self._drop(embeds.split(counts.tolist()), stage)
             measures["llm"], measures["tokens"] = language_model_loss(self.model, audio, batch)
             loss = loss + stage.llm_weight * measures["llm"]
+        if not loss.requires_grad:
+            raise ValueError(
+                f"stage {stage.name}: nothing to learn from; CTC needs `seconds` below one window and the encoder or"
+                " the projector in `train`, the LLM needs `llm_weight`"
+            )
         return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
 
     def _items(self, stage: StageConfig) -> list:

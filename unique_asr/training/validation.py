@@ -28,7 +28,10 @@ def validate(
         group = recordings[first : first + batch]
         inputs = processor.apply_transcription_request([recording.audio() for recording in group]).to(model.device)
         with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-            frames = model.encode_windows({"input_features": inputs["input_features"]})
+            features = {"input_features": inputs["input_features"]}
+            if "feature_attention_mask" in inputs:
+                features["attention_mask"] = inputs["feature_attention_mask"]
+            frames = model.encode_windows(features)
             windows = iter(zip(frames.logits.argmax(-1), inputs["window_frames"].tolist(), strict=True))
             for recording, count in zip(group, inputs["window_counts"].tolist(), strict=True):
                 best = torch.cat([path[start:end] for path, (start, end) in (next(windows) for _ in range(count))])
