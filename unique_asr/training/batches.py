@@ -54,7 +54,8 @@ class Batcher:
         self.on_device = type(processor.feature_extractor).__name__ == "WhisperFeatureExtractor"
         self.mel_filters = torch.as_tensor(filters, dtype=torch.float32).to(self.device) if self.on_device else None
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], transcripts: bool = True) -> Batch:
+        """transcripts: whether the LLM's side of the batch is needed."""
         windows, spans, counts, seconds = [], [], [], 0.0
         for item in items:
             samples = augment_waveform(self._waveform(item), self.augment, self.random)
@@ -63,7 +64,7 @@ class Batcher:
             spans += [(first, last) for _, _, first, last in cuts]
             counts.append(len(cuts))
             seconds += len(samples) / SAMPLE_RATE
-        texts = [self._text(item) for item in items]
+        texts = [self._text(item) for item in items] if transcripts else []
         return Batch(
             features=self._features(windows),
             spans=torch.tensor(spans),

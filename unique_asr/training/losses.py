@@ -38,22 +38,27 @@ def language_model_loss(
 
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
     """
-    table = model.get_input_embeddings()
     device = audio[0].device
-    rows, targets, places = [], [], []
-    longest = max(
+    lengths = [
         len(before) + len(positions) + len(after)
         for before, positions, after in zip(batch.before, audio, batch.after, strict=True)
-    )
+    ]
+    rows, longest = len(lengths), max(lengths)
+    ids = torch.zeros(rows, longest, dtype=torch.long)
+    heard, read = [], []  # places of the positions, and of the tokens before those to predict, in the flat batch
     for row, (before, positions, after, labels) in enumerate(
         zip(batch.before, audio, batch.after, batch.labels, strict=True)
     ):
-        text = table(torch.tensor([*before, *after], device=device))
-        parts = torch.cat([text[: len(before)], positions.to(text.dtype), text[len(before) :]])
-        end = row * longest + len(parts) - 1
-        places.append(torch.arange(end - labels, end, device=device))
-        targets.append(torch.tensor(after[-labels:], device=device))
-        rows.append(nn.functional.pad(parts, (0, 0, 0, longest - len(parts))))
-    states = model.get_decoder()(inputs_embeds=torch.stack(rows), use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(states.flatten(0, 1)[torch.cat(places)])
-    return nn.functional.cross_entropy(logits.float(), torch.cat(targets)), len(rows) * longest
+        first, last = len(before), len(before) + len(positions)
+        ids[row, :first] = torch.tensor(before)
+        ids[row, last : lengths[row]] = torch.tensor(after)
+        heard.append(torch.arange(first, last) + row * longest)
+        read.append(torch.arange(lengths[row] - labels - 1, lengths[row] - 1) + row * longest)
+    read_at = torch.cat(read)
+    targets = ids.flatten()[read_at + 1].to(device)
+    embeds = model.get_input_embeddings()(ids.to(device)).flatten(0, 1)
+    embeds = embeds.index_copy(0, torch.cat(heard).to(device), torch.cat(list(audio)).to(embeds.dtype))
+    decoder = model.get_decoder()
+    states = decoder(inputs_embeds=embeds.unflatten(0, (rows, longest)), use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(states.flatten(0, 1)[read_at.to(device)])
+    return nn.functional.cross_entropy(logits.float(), targets), rows * longest

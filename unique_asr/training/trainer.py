@@ -87,7 +87,8 @@ class Trainer:
     def run_stage(self, stage: StageConfig) -> None:
         """Raises FloatingPointError if the loss is no longer a number."""
         groups = self._parameter_groups(stage)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+        fused = self.model.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=fused)
         parameters = [parameter for group in groups for parameter in group["params"]]
         cached = self._cached_batches(stage) if stage.cached else None
         began = saved = time.monotonic()
@@ -147,7 +148,7 @@ class Trainer:
         ]
 
     def _audio_loss(self, stage: StageConfig) -> tuple[Tensor, dict[str, Tensor | float]]:
-        batch = self.batcher.batch(self._items(stage))
+        batch = self.batcher.batch(self._items(stage), transcripts=stage.llm_weight > 0)
         frames_train = {"encoder", "projector"} & set(stage.train)
         with torch.set_grad_enabled(bool(frames_train)):
             frames = self.model.encode_windows(batch.features)
