@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pipeline import tiny  # noqa: F401
 
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
@@ -18,7 +17,7 @@ BUDGET = SparseAttentionConfig(budget=64)
 
 
 @pytest.fixture(scope="module")
-def speech_llm(tiny):  # noqa: F811
+def speech_llm(tiny):
     model, processor = tiny
     model.config.audio_token_id = processor.audio_token_id
     return tiny

@@ -28,11 +28,13 @@ def compose(
         ctc_texts, ctc_units: the CTC head writes this many of the tokens most frequent in the texts; None: all.
         options: fields of `SpeechLLMConfig`.
     """
+    audio_config, text_config = AutoConfig.from_pretrained(encoder), AutoConfig.from_pretrained(language_model)
+    audio_config.name_or_path = text_config.name_or_path = ""  # folders of this machine say nothing elsewhere
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     ctc_tokens = ctc_vocabulary(tokenizer, ctc_texts, ctc_units)
     config = SpeechLLMConfig(
-        AutoConfig.from_pretrained(encoder),
-        AutoConfig.from_pretrained(language_model),
+        audio_config,
+        text_config,
         ctc_vocabulary_size=len(ctc_tokens),
         **options,
     )
