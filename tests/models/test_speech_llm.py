@@ -380,8 +380,6 @@ def test_any_encoder_composes_and_runs(kind, byte_tokenizer, tmp_path):
     batch = processor([samples, samples[:48_000]])
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 2
     features = without_text(batch)
-    if "feature_attention_mask" in features:
-        features["attention_mask"] = features.pop("feature_attention_mask")
     for together, recording in zip(model.audio_embeds(**features), (samples, samples[:48_000]), strict=True):
         alone = model.encode([recording], processor).embeds
         certain = len(alone) - 1  # beside a longer window, the last frame may be one of padding

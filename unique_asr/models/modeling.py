@@ -204,14 +204,21 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return embeds, mask, padded
 
     def audio_embeds(
-        self, input_features: Tensor, window_frames: Tensor, window_counts: Tensor, **features: Tensor
+        self,
+        input_features: Tensor,
+        window_frames: Tensor,
+        window_counts: Tensor,
+        feature_attention_mask: Tensor | None = None,
     ) -> list[Tensor]:
         """Positions [M, text hidden] of each recording of a batch.
 
         input_features: the W windows of all recordings, one after the other; window_frames: [W, 2], the frames kept of
-        each; window_counts: [B], windows of each recording. Further features go to the encoder.
+        each; window_counts: [B], windows of each recording; feature_attention_mask: the encoder's, if it has one.
         """
-        frames = self.encode_windows({"input_features": input_features, **features})
+        features = {"input_features": input_features}
+        if feature_attention_mask is not None:
+            features["attention_mask"] = feature_attention_mask
+        frames = self.encode_windows(features)
         positions = self.window_positions(frames, window_frames)
         recording = torch.repeat_interleave(window_counts).to(positions.counts.device)
         counts = torch.zeros_like(window_counts, device=recording.device).index_add_(0, recording, positions.counts)
@@ -231,8 +238,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N]: -100 where no loss is."""
         if input_features is not None:
-            extra = {} if feature_attention_mask is None else {"attention_mask": feature_attention_mask}
-            audio = self.audio_embeds(input_features, window_frames, window_counts, **extra)
+            audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
             inputs_embeds, attention_mask, labels = self._inputs_embeds(input_ids, attention_mask, audio, labels)
             input_ids = None
         return self.language_model(
@@ -253,8 +259,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The new tokens [B, N'] only; every option of transformers' `generate` goes to the LLM."""
         if input_features is None:
             return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        extra = {} if feature_attention_mask is None else {"attention_mask": feature_attention_mask}
-        audio = self.audio_embeds(input_features, window_frames, window_counts, **extra)
+        audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
         embeds, mask, _ = self._inputs_embeds(input_ids, attention_mask, audio)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
