@@ -1,0 +1,377 @@
+"""Scores of all pages for the query of one decode step, and the choice of the best, in one launch.
+
+`query` [B, H, D]; `statistics` and `block_table` as in `page_statistics.py`; `lengths` (int [B], on the device) counts
+the tokens of each sequence, the newest included. The page of the newest token is read in any case and never scored.
+The first `sink` pages (of those that hold a token; `starts` (int [B]) is the padding on the left, in tokens) and the
+last `recent` pages, the newest one counted, are forced: their score is inf. Shapes depend on the capacity alone and
+nothing waits for the host, so that a step can be captured in a CUDA graph; run it once before: that allocates counters.
+
+A program scores a tile of pages for all heads of a group at once. The last program of a row to finish does what needs
+the whole row: the softmax over pages of `share`, and the choice of the best pages.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from unique_asr.kernels.page_statistics import LARGEST, four
+from unique_asr.kernels.paging import counters, is_last, locate, table_arguments
+from unique_asr.kernels.top_pages import sortable, store_chosen, top_pages
+
+FUSED_PAGES = 8192  # of a row: up to here the last program of a row chooses, beyond it a launch of its own
+
+
+class ScoreTile(NamedTuple):
+    """How the work is cut: pages of a tile, tiles of a program, warps of a program, stages of its pipeline."""
+
+    pages: int
+    tiles: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+def score_tile(rows: int, pages: int, head_dim: int, bytes_each: int) -> ScoreTile:
+    """Tiles of about 32 KB keep enough reads in flight; smaller ones where they would leave the GPU idle."""
+    size = max(32, min(256, 32768 // (triton.next_power_of_2(head_dim) * bytes_each)))
+    while size > 32 and rows * triton.cdiv(pages, size) < 264:
+        size //= 2
+    return ScoreTile(size, warps=8 if size >= 128 else 4)
+
+
+@triton.jit
+def _power_below(x):
+    """The power of two at or below each positive float32 (0 for 0), and the one that its product with is 1."""
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(
+    query, unit, values, scales, place, read, d,
+    D: tl.constexpr, QUANTIZED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products [pages, G] of statistics at `place` [pages] with query [G, D] in units of `unit` [G]."""
+    x = tl.load(values + place[:, None] * D + d[None, :], mask=read[:, None] & (d < D)[None, :], other=0.0)
+    product = tl.dot(x.to(OPERAND), tl.trans(query.to(OPERAND)), input_precision=PRECISION) * unit[None, :]
+    if QUANTIZED:
+        product *= tl.load(scales + place, mask=read, other=0.0).to(tl.float32)[:, None]
+    return product
+
+
+@triton.jit
+def _locate_candidates(
+    position, row, within, candidates, supers, first, newest,
+    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """Page of each position among the candidates, whether it may be chosen, and whether it must be.
+
+    `first` and `newest` are pages of the sequence's first and newest token; a candidate is UNIT of these pages.
+    """
+    newest_candidate = newest // UNIT
+    page = position
+    exists = position < candidates
+    if FAN > 1:
+        index = position // FAN
+        above = tl.load(within + row * supers + index, mask=index < supers, other=-1)
+        above = tl.where(index == supers, newest_candidate // FAN, above)
+        exists &= above >= 0
+        page = above * FAN + position % FAN
+    eligible = exists & (page >= first // UNIT) & (page < newest_candidate)
+    forced = page * UNIT + UNIT - 1 > newest - RECENT
+    if SINK > 0:
+        forced |= (page * UNIT < first + SINK) & (page * UNIT + UNIT > first)
+    return page, eligible, forced
+
+
+@triton.jit
+def _scores(
+    query, s0, s1, s2, s3, lengths, starts, table, within, head_scores, peaks, sums, scores, chosen, arrivals,
+    scale, scaling, heads, query_row, query_head, table_stride, pages_each, candidates, supers,
+    SCORE: tl.constexpr, SHARE: tl.constexpr, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr,
+    CANDIDATES_PAD: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr, FAN: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    PROGRAMS_PAD: tl.constexpr, PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, QUANTIZED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [R, candidates] of the rows, and `chosen` [R, COUNT] if COUNT > 0; PROGRAMS programs a row."""
+    part = tl.program_id(0) % PROGRAMS
+    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    sequence, head = row // heads, row % heads
+    newest = (tl.load(lengths + sequence).to(tl.int32) - 1) // S
+    first = 0
+    if HAS_STARTS:
+        first = tl.load(starts + sequence).to(tl.int32) // S
+
+    d = tl.arange(0, D_PAD)
+    g = tl.arange(0, G_PAD)
+    own = query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :]
+    q = tl.load(own, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    power, inverse = _power_below(tl.max(tl.abs(q), axis=1))  # exact, and nothing leaves the range of 16 bits
+    norm = scale * tl.sqrt(tl.sum(q * q, axis=1))
+    q *= inverse[:, None]
+
+    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
+    total = tl.zeros((G_PAD,), tl.float32)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        position = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        page, eligible, forced = _locate_candidates(
+            position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+        )
+        block, place = locate(page, sequence, table, table_stride, eligible, PER_BLOCK)
+        place += (block * heads + head) * pages_each
+        if SCORE == "quest":
+            if QUANTIZED:
+                score = _product(
+                    tl.maximum(q, 0.0), power, s2, s3, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION
+                )
+            else:
+                score = _product(
+                    tl.maximum(q, 0.0), power, s1, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION
+                )
+            score += _product(tl.minimum(q, 0.0), power, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+        else:
+            score = _product(q, power, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+        spread = s1
+        spread_scale = s1
+        if QUANTIZED:
+            spread = s2
+            spread_scale = s3
+        if SCORE == "unique":
+            score += norm[None, :] * tl.load(spread + place, mask=eligible, other=0.0).to(tl.float32)[:, None]
+        elif SCORE == "second_moment":
+            square = scale * power * power
+            score += _product(q * q, square, spread, spread_scale, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+
+        if SHARE:
+            score *= scaling * 1.4426950408889634  # in units of log 2
+            score = tl.where(eligible[:, None] & (g < G)[None, :], score, -float("inf"))
+            target = head_scores + (row * G + g[None, :]) * candidates + position[:, None]
+            tl.store(target, score, mask=(g < G)[None, :] & (position < candidates)[:, None])
+            highest = tl.maximum(peak, tl.max(score, axis=0))
+            base = tl.where(highest > -float("inf"), highest, 0.0)
+            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(score - base[None, :]), axis=0)
+            peak = highest
+        else:
+            best = tl.max(tl.where((g < G)[None, :], score, -float("inf")), axis=1)
+            best = tl.where(forced, float("inf"), best)
+            best = tl.where(eligible, best, -float("inf"))
+            tl.store(scores + row * candidates + position, best, mask=position < candidates)
+
+    if SHARE:
+        tl.store(peaks + (row * PROGRAMS + part) * G_PAD + g, peak)
+        tl.store(sums + (row * PROGRAMS + part) * G_PAD + g, total)
+    if SHARE or COUNT > 0:  # noqa: SIM102 (compiled or not, then at run time)
+        if is_last(arrivals + row, PROGRAMS):
+            if SHARE:
+                _share(
+                    head_scores, peaks, sums, scores, row, within, candidates, supers, first, newest,
+                    UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
+                )  # fmt: skip
+                tl.debug_barrier()
+            if COUNT > 0:
+                position = tl.arange(0, CANDIDATES_PAD)
+                page, eligible, _ = _locate_candidates(
+                    position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+                )
+                score = tl.load(
+                    scores + row * candidates + position, mask=eligible, other=-float("inf"), cache_modifier=".cg"
+                )
+                store_chosen(chosen + row * COUNT, page, sortable(score), COUNT, COUNT_PAD)
+
+
+@triton.jit
+def _share(
+    head_scores, peaks, sums, scores, row, within, candidates, supers, first, newest,
+    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Scores of one row: the mean over heads of each head's softmax over pages, from the parts of its programs."""
+    HEADS: tl.constexpr = triton.next_power_of_2(G)
+    TILE: tl.constexpr = 4096 // HEADS
+    g = tl.arange(0, HEADS)
+    part = tl.arange(0, PROGRAMS_PAD)
+    mask = (part < PROGRAMS)[:, None] & (g < G)[None, :]
+    own = (row * PROGRAMS + part[:, None]) * G_PAD + g[None, :]
+    peak_parts = tl.load(peaks + own, mask=mask, other=-float("inf"), cache_modifier=".cg")
+    total_parts = tl.load(sums + own, mask=mask, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peak_parts, axis=0)
+    peak = tl.where(peak > -float("inf"), peak, 0.0)
+    total = tl.sum(total_parts * tl.exp2(peak_parts - peak[None, :]), axis=0)
+    weight = 1.0 / (G * tl.where(total > 0, total, 1.0))
+    for begin in range(0, candidates, TILE):
+        position = begin + tl.arange(0, TILE)
+        _, eligible, forced = _locate_candidates(
+            position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+        )
+        score = tl.load(
+            head_scores + (row * G + g[:, None]) * candidates + position[None, :],
+            mask=(g < G)[:, None] & eligible[None, :], other=-float("inf"), cache_modifier=".cg",
+        )  # fmt: skip
+        share = tl.sum(tl.exp2(score - peak[:, None]) * weight[:, None], axis=0)
+        share = tl.where(eligible, tl.where(forced, float("inf"), share), -float("inf"))
+        tl.store(scores + row * candidates + position, share, mask=position < candidates)
+
+
+def _launch(
+    query: Tensor,
+    statistics: Sequence[Tensor],
+    lengths: Tensor,
+    score: str,
+    scale: float,
+    page_size: int,
+    combine: str,
+    sink: int,
+    recent: int,
+    starts: Tensor | None,
+    block_table: Tensor | None,
+    scaling: float | None,
+    unit: int,
+    tile: ScoreTile | None,
+    scores: Tensor | None = None,
+    count: int = 0,
+    chosen: Tensor | None = None,
+    within: Tensor | None = None,
+    fan: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, K, candidates], and the pages [B, K, count] chosen if count > 0."""
+    sequences, query_heads, dim = query.shape
+    heads, per_block = statistics[0].shape[1:3]
+    rows, group = sequences * heads, query_heads // heads
+    candidates = per_block if block_table is None else block_table.shape[1] * per_block
+    supers = 0
+    if within is not None:
+        supers = within.shape[-1]
+        candidates = (supers + 1) * fan
+    if scores is None:
+        scores = query.new_empty(sequences, heads, candidates, dtype=torch.float32)
+    if count and chosen is None:
+        chosen = query.new_empty(sequences, heads, count, dtype=torch.int32)
+
+    stored = statistics[0].dtype
+    tile = tile or score_tile(rows, candidates, dim, stored.itemsize)
+    programs = triton.cdiv(candidates, tile.pages * tile.tiles)
+    share = combine == "share"
+    group_pad = max(16, triton.next_power_of_2(group))
+    head_scores = peaks = scores
+    if share:
+        head_scores = query.new_empty(rows, group, candidates, dtype=torch.float32)
+        peaks = query.new_empty(2, rows, programs, group_pad, dtype=torch.float32)
+    sums = peaks[1] if share else peaks
+    candidates_pad = triton.next_power_of_2(candidates)
+    warps = 8 if count and candidates_pad > 4096 else tile.warps
+    if query.dtype == torch.float32:
+        operand, precision = tl.float32, "ieee"
+    else:
+        operand, precision = tl.bfloat16 if stored == torch.bfloat16 else tl.float16, "tf32"
+    table, table_stride = table_arguments(block_table, query)
+    _scores[(rows * programs,)](
+        query, *four(statistics, query), lengths, query if starts is None else starts, table,
+        query if within is None else within, head_scores, peaks, sums, scores, chosen if count else scores,
+        counters(rows, query.device) if share or count else lengths,
+        scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling,
+        heads, *query.stride()[:2], table_stride, per_block, candidates, supers,
+        SCORE=score, SHARE=share, COUNT=count, COUNT_PAD=triton.next_power_of_2(max(1, count)),
+        CANDIDATES_PAD=candidates_pad, S=page_size, UNIT=unit, FAN=fan if within is not None else 1,
+        SINK=sink, RECENT=recent, G=group, G_PAD=group_pad, D=dim, D_PAD=triton.next_power_of_2(dim),
+        BLOCK=tile.pages, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,
+        PROGRAMS_PAD=triton.next_power_of_2(programs), PER_BLOCK=0 if block_table is None else per_block,
+        HAS_STARTS=starts is not None,
+        QUANTIZED=stored in LARGEST, OPERAND=operand, PRECISION=precision, num_warps=warps,
+    )  # fmt: skip
+    return scores, chosen
+
+
+def page_scores(
+    query: Tensor,
+    statistics: Sequence[Tensor],
+    lengths: Tensor,
+    score: str,
+    scale: float,
+    page_size: int,
+    combine: str = "max",
+    sink: int = 1,
+    recent: int = 2,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scaling: float | None = None,
+    out: Tensor | None = None,
+    unit: int = 1,
+    tile: ScoreTile | None = None,
+) -> Tensor:
+    """Scores of every page for every KV head: float32 [B, K, P]; inf where forced, -inf from the newest page on.
+
+    score: unique, mean, quest, second_moment; `scale` is its lambda. combine: max over the heads of a group, or share,
+    the mean of their softmax over pages of score * scaling (default 1 / sqrt(D)). With the statistics of super-pages,
+    `unit` is the number of pages in each; a super-page that holds a forced page is forced.
+    """
+    how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
+    return _launch(query, statistics, lengths, *how, scores=out)[0]
+
+
+def select_pages(
+    query: Tensor,
+    statistics: Sequence[Tensor],
+    lengths: Tensor,
+    count: int,
+    score: str,
+    scale: float,
+    page_size: int,
+    combine: str = "max",
+    sink: int = 1,
+    recent: int = 2,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scaling: float | None = None,
+    within: Tensor | None = None,
+    fan: int = 1,
+    out: Tensor | None = None,
+    unit: int = 1,
+    fused: bool | None = None,
+    tile: ScoreTile | None = None,
+) -> Tensor:
+    """`top_pages(page_scores(...), count)`: int32 [B, K, count], ascending, -1 at the end where there are too few.
+
+    `within` (int32 [B, K, m], contiguous) limits the choice to the pages of these super-pages of `fan` pages, as this
+    function chose them with the statistics of super-pages and `unit` = fan, and to those of the newest super-page.
+    `fused` says whether scores and choice are one launch (default: up to 8192 pages a row).
+    """
+    how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
+    if within is not None:
+        return _launch(query, statistics, lengths, *how, count=count, chosen=out, within=within, fan=fan)[1]
+    if fused is None:
+        per_block = statistics[0].shape[2]
+        fused = (per_block if block_table is None else block_table.shape[1] * per_block) <= FUSED_PAGES
+    if fused:
+        return _launch(query, statistics, lengths, *how, count=count, chosen=out)[1]
+    return top_pages(_launch(query, statistics, lengths, *how)[0], count, out)
+
+
+def select_pages_in_two_levels(
+    query: Tensor,
+    statistics: Sequence[Tensor],
+    super_statistics: Sequence[Tensor],
+    lengths: Tensor,
+    count: int,
+    super_count: int,
+    score: str,
+    scale: float,
+    page_size: int,
+    fan: int,
+    combine: str = "max",
+    sink: int = 1,
+    recent: int = 2,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """The `count` best pages of the `super_count` best super-pages of `fan` pages and of the newest: [B, K, count].
+
+    As `select_pages`, once for super-pages and once for pages. Forced pages are forced on both levels.
+    """
+    how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling
+    best = select_pages(query, super_statistics, lengths, super_count, *how, unit=fan)
+    return select_pages(query, statistics, lengths, count, *how, within=best, fan=fan)

@@ -1,0 +1,50 @@
+"""Where tokens and pages lie: by position, or by a block table. And the counters of kernels whose last program merges.
+
+Without a table sequence b of buffers [B, K, n, width] holds its tokens, or pages, in order. With one, int32
+[B, blocks], the buffers are [blocks in all, K, n, width], and entry i of sequence b is [table[b, i // n], :, i % n].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def locate(index, sequence, table, table_stride, mask, PER_BLOCK: tl.constexpr):
+    """Block and place within it, int64, of entries `index` where `mask`; PER_BLOCK 0: there is no table."""
+    if PER_BLOCK > 0:
+        block = tl.load(table + sequence * table_stride + index // PER_BLOCK, mask=mask, other=0).to(tl.int64)
+        place = (index % PER_BLOCK).to(tl.int64)
+    else:
+        block = sequence
+        place = index.to(tl.int64)
+    return block, place
+
+
+@triton.jit
+def is_last(counter, PROGRAMS: tl.constexpr):
+    """Whether this program is the last of PROGRAMS to get here: what the others wrote is then visible. Resets it."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == PROGRAMS - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def counters(rows: int, device: torch.device) -> Tensor:
+    """At least `rows` counters, int32, of value 0 between launches. Launches that overlap must not share a device."""
+    kept = _counters.get(device)
+    if kept is None or len(kept) < rows:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("run the step once before it is captured: its counters are not allocated yet")
+        kept = _counters[device] = torch.zeros(max(16384, rows), dtype=torch.int32, device=device)
+    return kept
+
+
+def table_arguments(block_table: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """Table and its stride; without one `other` takes its place."""
+    return (other, 0) if block_table is None else (block_table, block_table.stride(0))

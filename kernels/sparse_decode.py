@@ -1,0 +1,170 @@
+"""Attention of one query token a sequence over selected pages, split over programs and merged in one launch.
+
+All query heads of a group share a program, so that keys and values are read once. Few rows are divided over more
+programs; the last program of a row to finish merges their parts by log-sum-exp, always in the same order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from unique_asr.kernels.paging import counters, is_last, locate, table_arguments
+
+
+class DecodeTile(NamedTuple):
+    """How the work is cut: tokens of a tile, tiles of a program, warps of a program, stages of its pipeline."""
+
+    tokens: int
+    tiles: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+def decode_tile(rows: int, tokens: int, splits: int | None = None) -> DecodeTile:
+    """Large tiles where rows fill the GPU, small ones where they do not; one tile a program, read all at once."""
+    size = 128 if rows >= 256 else 64 if rows >= 32 else 32
+    tiles = 1 if splits is None else triton.cdiv(triton.cdiv(tokens, size), splits)
+    return DecodeTile(size, tiles, warps=8 if size == 128 else 4, stages=1 if tiles == 1 else 2)
+
+
+@triton.jit
+def _sparse_decode(
+    query, keys, values, pages, lengths, starts, table, out, parts, peaks, sums, arrivals,
+    scaling, count, heads, query_row, query_head, table_stride, stride_block, stride_head, stride_token,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    PROGRAMS_PAD: tl.constexpr, PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0) % PROGRAMS
+    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    sequence, head = row // heads, row % heads
+    length = tl.load(lengths + sequence).to(tl.int32)
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(starts + sequence).to(tl.int32)
+
+    d = tl.arange(0, D_PAD)
+    g = tl.arange(0, G_PAD)
+    real = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(
+        query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :], mask=real, other=0.0
+    ).to(keys.dtype.element_ty)
+
+    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
+    total = tl.zeros((G_PAD,), tl.float32)
+    output = tl.zeros((G_PAD, D_PAD), tl.float32)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        slot = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        entry = slot // S
+        page = tl.load(pages + row * count + entry, mask=entry < count, other=-1)
+        page = tl.where(entry == count, (length - 1) // S, page)  # the newest page comes last
+        token = page * S + slot % S
+        valid = (page >= 0) & (token >= start) & (token < length)
+        block, place = locate(page, sequence, table, table_stride, valid, PER_BLOCK)
+        offset = block * stride_block + head * stride_head + (place * S + slot % S) * stride_token
+        offset = offset[:, None] + d[None, :]
+        mask = valid[:, None] & (d < D)[None, :]
+        k = tl.load(keys + offset, mask=mask, other=0.0)
+        v = tl.load(values + offset, mask=mask, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * 1.4426950408889634)
+        logit = tl.where(valid[None, :], logit, -float("inf"))
+        highest = tl.maximum(peak, tl.max(logit, axis=1))
+        base = tl.where(highest > -float("inf"), highest, 0.0)
+        weight = tl.exp2(logit - base[:, None])
+        rescale = tl.exp2(peak - base)
+        total = total * rescale + tl.sum(weight, axis=1)
+        output = output * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        peak = highest
+
+    own = out + (row * G + g[:, None]) * D + d[None, :]
+    if PROGRAMS == 1:
+        output /= tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(own, output.to(out.dtype.element_ty), mask=real)
+    else:
+        mine = (row * PROGRAMS + part) * G + g
+        tl.store(parts + mine[:, None] * D + d[None, :], output, mask=real)
+        tl.store(peaks + mine, peak, mask=g < G)
+        tl.store(sums + mine, total, mask=g < G)
+        if is_last(arrivals + row, PROGRAMS):
+            _merge(out, parts, peaks, sums, row, G, D, D_PAD, PROGRAMS, PROGRAMS_PAD)
+
+
+@triton.jit
+def _merge(
+    out, parts, peaks, sums, row,
+    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts [PROGRAMS, G, D] of one row by log-sum-exp, as many heads at once as registers hold."""
+    ROOM: tl.constexpr = 8192 // (PROGRAMS_PAD * D_PAD)
+    HEADS: tl.constexpr = min(max(ROOM, 1), triton.next_power_of_2(G))
+    d = tl.arange(0, D_PAD)
+    part = tl.arange(0, PROGRAMS_PAD)
+    for begin in tl.static_range(0, G, HEADS):
+        g = begin + tl.arange(0, HEADS)
+        mine = (row * PROGRAMS + part[:, None]) * G + g[None, :]
+        real = (part < PROGRAMS)[:, None] & (g < G)[None, :]
+        peak_parts = tl.load(peaks + mine, mask=real, other=-float("inf"), cache_modifier=".cg")
+        total_parts = tl.load(sums + mine, mask=real, other=0.0, cache_modifier=".cg")
+        output = tl.load(
+            parts + mine[:, :, None] * D + d[None, None, :],
+            mask=real[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        peak = tl.max(peak_parts, axis=0)
+        weight = tl.exp2(peak_parts - tl.where(peak > -float("inf"), peak, 0.0)[None, :])
+        total = tl.sum(total_parts * weight, axis=0)
+        merged = tl.sum(output * weight[:, :, None], axis=0) / tl.where(total > 0, total, 1.0)[:, None]
+        own = out + (row * G + g[:, None]) * D + d[None, :]
+        tl.store(own, merged.to(out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
+
+
+def sparse_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    page_size: int,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    splits: int | None = None,
+    out: Tensor | None = None,
+    tile: DecodeTile | None = None,
+) -> Tensor:
+    """softmax(q K^T * scaling) V over the tokens of `pages` and of the newest page: [B, H, D] -> [B, H, D].
+
+    `pages` (int32 [B, K, k], contiguous) are complete pages of keys and values [B, K, N, D], -1 for none; the newest
+    page, of token lengths - 1, is added here and must not be among them. `starts` and `block_table` as in
+    `page_statistics.py`. A sequence of length 0 gets zeros. `splits` is the number of programs a row is divided over
+    (default: by the number of rows).
+    """
+    if keys.stride() != values.stride() or keys.shape != values.shape:
+        raise ValueError("keys and values must have the same shape and strides")
+    sequences, query_heads, dim = query.shape
+    heads, block_tokens = keys.shape[1:3]
+    rows, group, count = sequences * heads, query_heads // heads, pages.shape[-1]
+    tokens = (count + 1) * page_size
+    tile = tile or decode_tile(rows, tokens, splits)
+    programs = triton.cdiv(tokens, tile.tokens * tile.tiles)
+    if out is None:
+        out = query.new_empty(sequences, query_heads, dim)
+    parts = peaks = sums = out
+    arrivals = lengths
+    if programs > 1:
+        parts = query.new_empty(rows, programs, group, dim, dtype=torch.float32)
+        peaks, sums = query.new_empty(2, rows, programs, group, dtype=torch.float32)
+        arrivals = counters(rows, query.device)
+    table, table_stride = table_arguments(block_table, query)
+    _sparse_decode[(rows * programs,)](
+        query, keys, values, pages, lengths, query if starts is None else starts, table,
+        out, parts, peaks, sums, arrivals,
+        scaling, count, heads, *query.stride()[:2], table_stride, *keys.stride()[:3],
+        G=group, G_PAD=max(16, triton.next_power_of_2(group)), D=dim, D_PAD=triton.next_power_of_2(dim), S=page_size,
+        BLOCK=tile.tokens, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,
+        PROGRAMS_PAD=triton.next_power_of_2(programs), HAS_STARTS=starts is not None,
+        PER_BLOCK=0 if block_table is None else block_tokens // page_size,
+        PRECISION="ieee" if keys.dtype == torch.float32 else "tf32", num_warps=tile.warps,
+    )  # fmt: skip
+    return out
