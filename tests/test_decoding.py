@@ -109,8 +109,8 @@ def test_the_static_step_reads_nothing_on_the_host(llama, attention):
     """Tensors without data on a CUDA device: reading one, or mixing it with one of the CPU, would raise."""
     with FakeTensorMode(), torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(llama.config, dtype=torch.bfloat16)
-        decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, **attention), capture=False)
+        decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, backend="torch", **attention), capture=False)
         decoder.prefill(torch.randn(1, PROMPT, 90, dtype=torch.bfloat16))
         with torch.no_grad():
-            decoder._static_step(sparse=False)
-            decoder._static_step(sparse=True)
+            decoder.step.static(sparse=False)
+            decoder.step.static(sparse=True)

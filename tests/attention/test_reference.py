@@ -114,10 +114,10 @@ def test_the_static_step_is_the_step(length, score, combine):
     expected = sparse_step(layer, query, DIM**-0.5)
     for statistic in layer.statistics:
         statistic[:, :, (length - 1) // 8 :] = 1e3
-    layer.step = StaticStep.at(torch.tensor([length - 1]), True, config, layer.capacity)
+    layer.step = StaticStep(torch.tensor([length - 1]), True, config, layer.capacity)
     torch.testing.assert_close(static_step(layer, query, DIM**-0.5), expected)
 
-    layer.step = StaticStep.at(torch.tensor([length - 1]), False, config, layer.capacity)
+    layer.step = StaticStep(torch.tensor([length - 1]), False, config, layer.capacity)
     dense = reference.attend(
         reference.group_queries(query, HEADS), layer.keys[:, :, :length], layer.values[:, :, :length], DIM**-0.5
     )
@@ -188,6 +188,10 @@ def test_quest_bounds_every_key_of_a_page():
         ({"combine": "sum"}, "max, share"),
         ({"backend": "cuda"}, "auto, torch"),
         ({"recent_pages": 0}, "page being written"),
+        ({"statistics_dtype": "fp4"}, "keys, fp8, int8"),
+        ({"super_page_size": 8}, "above the page size"),
+        ({"super_page_size": 48}, "super_page_size is 48"),
+        ({"super_page_size": 64, "super_pages": 7}, "at least 8"),
     ],
 )
 def test_a_wrong_option_is_named(wrong, named):

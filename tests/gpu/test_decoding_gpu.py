@@ -39,7 +39,18 @@ def test_attention_with_a_bias_against_float64(length, dtype):
     torch.testing.assert_close(output.double().cpu(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "quest"}, {"dense_layers": 1}])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"backend": "torch"},
+        {"combine": "share"},
+        {"score": "quest", "page_size": 16},
+        {"dense_layers": 1, "statistics_dtype": "fp8"},
+        {"super_page_size": 32},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("budget", [None, 64, 224, 1024])
 def test_graphs_give_the_tokens_of_eager_steps(llama, budget, attention, monkeypatch):
     """In float32, across the budget (224) and across a growth of the cache."""
@@ -50,7 +61,7 @@ def test_graphs_give_the_tokens_of_eager_steps(llama, budget, attention, monkeyp
     config = SparseAttentionConfig(budget=budget, **attention)
     eager = GreedyDecoder(llama, config, static=False)
     graphs = GreedyDecoder(llama, config)
-    assert graphs.capture
+    assert graphs.step.capture
     expected = decode(eager, embeds, 60)
     assert decode(graphs, embeds, 60) == expected
     assert decode(graphs, embeds, 60) == expected  # replayed without another capture
@@ -73,6 +84,34 @@ def smollm2():
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"statistics_dtype": "fp8", "super_page_size": 64}])
+def test_kernels_choose_as_pytorch_does(smollm2, attention):
+    """In bf16, on the shape of SmolLM2: log-probabilities of the first tokens, by static steps and captured."""
+    torch.manual_seed(0)
+    embeds = torch.randn(1, 4000, 576, device="cuda", dtype=torch.bfloat16)
+    results = {}
+    for name in ("torch", "triton"):
+        for capture in (False, True):
+            config = SparseAttentionConfig(backend=name, **attention)
+            decoder = GreedyDecoder(smollm2, config, capture=capture)
+            results[name, capture] = decode(decoder, embeds, 12), decoder.log_probs
+    for name in ("torch", "triton"):
+        assert results[name, True][0] == results[name, False][0]
+    torch.testing.assert_close(results["triton", True][1][:4], results["torch", True][1][:4], rtol=0.05, atol=0.2)
+
+
+def test_a_compiled_step(smollm2):
+    """Fused by torch.compile, then captured: nearly the same log-probabilities."""
+    torch.manual_seed(0)
+    embeds = torch.randn(1, 2000, 576, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for compiled in (False, True):
+        decoder = GreedyDecoder(smollm2, SparseAttentionConfig(), compile=compiled)
+        decode(decoder, embeds, 12)
+        results.append(decoder.log_probs[:4])
+    torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.2)
 
 
 @pytest.mark.parametrize("budget", [None, 512])

@@ -1,14 +1,17 @@
 """A paged KV cache for transformers: preallocated, with the statistics of every complete page beside the keys.
 
-Page p of a row is tokens pS .. pS + S - 1: no block table and no copies. Buffers grow in big steps. Lengths are kept on
-the host; `StaticStep` adds the device's view of one decode step, so that the step can be captured in a CUDA graph.
+Page p of a row is tokens pS .. pS + S - 1: no block table and no copies. Buffers grow in big steps. All rows have the
+same length; shorter ones are padded on the left. Lengths are kept on the host; `StaticStep` adds the device's view of
+one decode step, so that the step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,8 +19,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from unique_asr.attention import reference
+from unique_asr.attention.backend import kernels, uses_triton
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.scores import SCORES
+from unique_asr.attention.scores import LARGEST, SCORES
 from unique_asr.attention.stats import SparsityStatistics
 
 HEADROOM = 1024  # tokens allocated beyond the first prompt
@@ -29,36 +33,91 @@ STATISTICS_BATCH = 4096  # pages whose statistics are computed at once: bounds t
 class StaticStep:
     """One decode step whose shapes and addresses never change: what all layers share, computed from the position."""
 
-    position: Tensor  # int64 [1]: where the step writes its token
+    position: Tensor  # int64 [1]: where every row writes its token
     sparse: bool  # selected pages, or everything up to `position`
-    newest: Tensor  # int64 [1]: the page of `position`
-    slots: Tensor  # int64 [S]: the positions of that page
-    page_bias: Tensor  # float32 [1, P]: see `reference.page_bias`
-    selected_bias: Tensor  # float32 [budget]: -inf past `position` in the selected pages, the newest last
-    dense_bias: Tensor  # float32 [capacity]: -inf past `position`
+    config: SparseAttentionConfig
+    capacity: int  # tokens of the cache
+    starts: Tensor | None = None  # int64 [B]: tokens of padding on the left of each row
 
-    @classmethod
-    def at(cls, position: Tensor, sparse: bool, config: SparseAttentionConfig, capacity: int) -> StaticStep:
-        def bias(keep: Tensor) -> Tensor:
-            return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+    @cached_property
+    def touched(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every size of pages, the page of `position`, int64 [1], and the positions of its tokens, int64 [S]."""
+        pages = [self.position // size for size in page_sizes(self.config)]
+        return [(page, page * size + self._count(size)) for page, size in zip(pages, page_sizes(self.config))]
 
-        size, budget = config.page_size, config.budget or 0
-        newest = position // size
-        candidates = torch.arange(capacity // size, device=position.device) < newest
-        slot = torch.arange(budget, device=position.device) - (budget - size)  # of the newest page, if not negative
-        return cls(
-            position=position,
-            sparse=sparse,
-            newest=newest,
-            slots=newest * size + torch.arange(size, device=position.device),
-            page_bias=reference.page_bias(candidates.unsqueeze(0), config, newest),
-            selected_bias=bias(slot <= position % size),
-            dense_bias=bias(torch.arange(capacity, device=position.device) <= position),
-        )
+    @property
+    def newest(self) -> Tensor:
+        """int64 [1]: the page of `position`."""
+        return self.touched[0][0]
+
+    @cached_property
+    def page_bias(self) -> Tensor:
+        """float32 [1 or B, P]: see `reference.page_bias`."""
+        page = self._count(self.capacity // self.config.page_size).unsqueeze(0)
+        candidates = page < self.newest
+        if self.starts is not None:
+            candidates = candidates & (page >= self.starts.unsqueeze(1) // self.config.page_size)
+        return reference.page_bias(candidates, self.config, self.newest)
+
+    @cached_property
+    def super_page_bias(self) -> Tensor:
+        """float32 [1 or B, P / fan]: see `reference.super_page_bias`."""
+        return reference.super_page_bias(self.page_bias, self.config.fan, self.touched[1][0])
+
+    def selected_bias(self, pages: Tensor) -> Tensor:
+        """float32 [budget], or [B, K, budget] with padding: -inf past `position` and before the row's start."""
+        if self.starts is None:
+            return self._newest_bias
+        size = self.config.page_size
+        tokens = (pages.unsqueeze(-1) * size + self._count(size)).flatten(2)
+        return self._newest_bias.masked_fill(tokens < self.starts.view(-1, 1, 1), -torch.inf)
+
+    @cached_property
+    def _newest_bias(self) -> Tensor:
+        size, budget = self.config.page_size, self.config.budget
+        slot = self._count(budget) - (budget - size)  # of the newest page, which comes last, if not negative
+        return self._bias(slot <= self.position % size)
+
+    @cached_property
+    def dense_bias(self) -> Tensor:
+        """float32 [capacity], or [B, 1, capacity] with padding: -inf past `position` and before the row's start."""
+        token = self._count(self.capacity)
+        keep = token <= self.position
+        return self._bias(keep if self.starts is None else keep & (token >= self.starts.view(-1, 1, 1)))
+
+    def lengths(self, batch: int) -> Tensor:
+        """int32 [B]: tokens of every row, the new one included."""
+        if "_lengths" not in vars(self):
+            self._lengths = (self.position + 1).to(torch.int32).repeat(batch)
+        return self._lengths
+
+    def _count(self, number: int) -> Tensor:
+        return torch.arange(number, device=self.position.device)
+
+    @staticmethod
+    def _bias(keep: Tensor) -> Tensor:
+        return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+
+
+def page_sizes(config: SparseAttentionConfig) -> list[int]:
+    """Tokens of a page, and of a super-page if there are any."""
+    return [config.page_size] + ([] if config.super_page_size is None else [config.super_page_size])
+
+
+@dataclass
+class PageLevel:
+    """The statistics [B, K, capacity / S, width] of the pages, or of the super-pages, of a layer."""
+
+    size: int  # tokens of a page
+    statistics: tuple[Tensor, ...] = ()
+    done: int = 0  # pages whose statistics are up to date
+
+
+ACTIVE = threading.local()  # .cache: the one in a static step on this thread, for the operator of compiled models
 
 
 class PagedLayer(CacheLayerMixin):
-    """Keys and values [B, K, capacity, D] of one layer, and the statistics [B, K, capacity / S, width] of its pages.
+    """Keys and values [B, K, capacity, D] of one layer, and the statistics of its pages.
 
     Statistics are brought up to date by the attention function, which knows the padding: for complete pages only, as
     the page being written is read anyway.
@@ -74,23 +133,37 @@ class PagedLayer(CacheLayerMixin):
         self.closes_step = False  # the last paged layer counts the step, the others only their pages
         self.requested = capacity
         self.length = 0  # tokens written
-        self.pages_done = 0  # pages whose statistics are up to date
-        self.statistics: tuple[Tensor, ...] = ()
+        self.levels = [PageLevel(size) for size in page_sizes(config)]
         self.step: StaticStep | None = None
         self.sparse_layer = config.budget is not None
+        self.index = 0  # in the cache
 
     @property
     def capacity(self) -> int:
         """Tokens that fit before the buffers grow."""
         return self.keys.shape[2] if self.is_initialized else 0
 
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """What is stored of the pages: [B, K, capacity / S, width] each, see `scores`."""
+        return self.levels[0].statistics
+
+    @property
+    def pages_done(self) -> int:
+        """Pages whose statistics are up to date."""
+        return self.levels[0].done
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[-1])
         self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
         if self.sparse_layer:
-            widths = self.score.widths(key_states.shape[-1])
-            self.statistics = tuple(key_states.new_empty(*key_states.shape[:2], 0, width) for width in widths)
+            buffers = self.score.buffers(key_states.shape[-1], self.dtype, self.config.statistics_dtype)
+            for level in self.levels:
+                level.statistics = tuple(
+                    key_states.new_empty(*key_states.shape[:2], 0, width, dtype=dtype) for width, dtype in buffers
+                )
+        self.triton = key_states.shape == value_states.shape and uses_triton(self.config.backend, self.device)
         self.is_initialized = True
 
     def reserve(self, tokens: int) -> None:
@@ -105,48 +178,77 @@ class PagedLayer(CacheLayerMixin):
         capacity = -(-tokens // unit) * unit
         self.keys = grown(self.keys, self.length, capacity)
         self.values = grown(self.values, self.length, capacity)
-        pages = capacity // self.config.page_size
-        self.statistics = tuple(grown(statistic, self.pages_done, pages) for statistic in self.statistics)
+        for level in self.levels:
+            pages = capacity // level.size
+            level.statistics = tuple(grown(statistic, level.done, pages) for statistic in level.statistics)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write new tokens; returns views of all keys and values. The keys carry this layer as `paged_layer`."""
+        """Write new tokens; returns views of all keys and values. The keys carry this layer as `paged_layer`.
+
+        In a static step the attention function writes, and what is returned is the new token alone.
+        """
+        if self.step is not None:
+            key_states.paged_layer = self
+            return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.step is None:
-            start, end = self.length, self.length + key_states.shape[2]
-            self.reserve(end)
-            self.length = end
-            self.keys[:, :, start:end] = key_states
-            self.values[:, :, start:end] = value_states
-            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        else:
-            self.keys.index_copy_(2, self.step.position, key_states)
-            self.values.index_copy_(2, self.step.position, value_states)
-            keys, values = self.keys[:], self.values[:]
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end)
+        self.length = end
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         keys.paged_layer = self
         return keys, values
 
-    def update_statistics(self, valid: Tensor | None = None) -> None:
-        """Bring the statistics of every complete page up to date; `valid` [B, N] is False for padding."""
-        size = self.config.page_size
-        complete = self.length // size
-        while self.pages_done < complete:
-            last = min(complete, self.pages_done + STATISTICS_BATCH)
-            tokens = slice(self.pages_done * size, last * size)
-            mask = None if valid is None else valid[:, tokens]
-            new = reference.page_statistics(self.keys[:, :, tokens], size, self.score, mask)
-            for statistic, values in zip(self.statistics, new):
-                statistic[:, :, self.pages_done : last] = values
-            self.pages_done = last
-
-    def update_touched_page(self) -> None:
-        """The same inside a static step: recompute the page that holds the step's token, complete or not.
+    def write_token(self, key: Tensor, value: Tensor) -> None:
+        """Write the token [B, K, 1, D] of a static step, and bring the page that holds it up to date.
 
         Until the page is complete its statistics cover slots that are still empty; they are not used before.
         """
-        new = reference.page_statistics(self.keys.index_select(2, self.step.slots), self.config.page_size, self.score)
-        for statistic, values in zip(self.statistics, new):
-            statistic.index_copy_(2, self.step.newest, values)
+        if self.triton:
+            lengths = self.step.lengths(len(key))
+            more = {"super_statistics": self.levels[1].statistics} if len(self.levels) > 1 else {}
+            kernels().append(
+                key, value, self.keys, self.values, self.statistics, lengths, self.score.name, self.step.starts, **more
+            )
+            return
+        self.keys.index_copy_(2, self.step.position, key)
+        self.values.index_copy_(2, self.step.position, value)
+        if self.step.sparse and self.sparse_layer:
+            self.update_touched_pages()
+
+    def update_statistics(self, valid: Tensor | None = None, starts: Tensor | None = None) -> None:
+        """Bring the statistics of every complete page up to date; `valid` [B, N] is False for padding.
+
+        `starts` [B] says the same of padding that is all on the left, which is the only one that the kernels know.
+        """
+        for level in self.levels:
+            complete = self.length // level.size
+            if level.done < complete and self.triton and (valid is None or starts is not None):
+                span = level.done, complete
+                kernels().write_page_statistics(self.keys, level.statistics, *span, self.score.name, starts)
+                level.done = complete
+            while level.done < complete:
+                last = min(complete, level.done + STATISTICS_BATCH)
+                tokens = slice(level.done * level.size, last * level.size)
+                mask = None if valid is None else valid[:, tokens]
+                new = reference.page_statistics(self.keys[:, :, tokens], level.size, self.score, mask)
+                for statistic, values in zip(level.statistics, self.score.stored(new, self.config.statistics_dtype)):
+                    statistic[:, :, level.done : last] = values
+                level.done = last
+
+    @property
+    def behind(self) -> bool:
+        """Whether a complete page waits for its statistics."""
+        return any(level.done < self.length // level.size for level in self.levels)
+
+    def update_touched_pages(self) -> None:
+        """Recompute the pages that hold the token of a static step, complete or not."""
+        for level, (page, slots) in zip(self.levels, self.step.touched):
+            new = reference.page_statistics(self.keys.index_select(2, slots), level.size, self.score)
+            for statistic, values in zip(level.statistics, self.score.stored(new, self.config.statistics_dtype)):
+                raw(statistic).index_copy_(2, page, raw(values))
 
     def count_step(self, length: int) -> None:
         """Count one decode step at a context of `length` tokens, the new one included."""
@@ -158,7 +260,11 @@ class PagedLayer(CacheLayerMixin):
         if self.sparse_at(length):
             tokens = self.config.budget - (pages * size - length)
             page_bytes = sum(statistic.shape[-1] * statistic.element_size() for statistic in self.statistics)
-            read = self.config.pages, tokens * token_bytes + (pages - 1) * page_bytes
+            scored = pages - 1
+            if len(self.levels) > 1:
+                supers = (length - 1) // self.config.super_page_size
+                scored = supers + min(scored, (self.config.super_count + 1) * self.config.fan)
+            read = self.config.pages, tokens * token_bytes + scored * page_bytes
         else:
             read = pages, dense_bytes
         counters = self.counters
@@ -175,35 +281,38 @@ class PagedLayer(CacheLayerMixin):
         return self.sparse_layer and not self.config.reads_all(length)
 
     def get_seq_length(self) -> int:
-        return self.length
+        """0 in a static step, whose mask is made here, so that a compiled model does not depend on the length."""
+        return self.length if self.step is None else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
         """Forget the tokens and keep the buffers."""
-        self.length = self.pages_done = 0
+        self.length = 0
+        for level in self.levels:
+            level.done = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer")
         self.length = max(0, self.length + tokens_to_remove)
-        self.pages_done = min(self.pages_done, self.length // self.config.page_size)
+        for level in self.levels:
+            level.done = min(level.done, self.length // level.size)
 
-    def _map_rows(self, function) -> None:
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the rows that are in use of every buffer."""
         if not self.is_initialized:
             return
         self.keys = grown(function(self.keys[:, :, : self.length]), self.length, self.capacity)
         self.values = grown(function(self.values[:, :, : self.length]), self.length, self.keys.shape[2])
-        self.statistics = tuple(
-            grown(function(statistic[:, :, : self.pages_done]), self.pages_done, statistic.shape[2])
-            for statistic in self.statistics
-        )
+        for level in self.levels:
+            used = [(function(raw(each)[:, :, : level.done]).view(each.dtype), each) for each in level.statistics]
+            level.statistics = tuple(grown(rows, level.done, each.shape[2]) for rows, each in used)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
@@ -216,6 +325,11 @@ class PagedLayer(CacheLayerMixin):
 
     def offload(self):
         raise NotImplementedError("PagedCache keeps its layers on their device: offloading is not supported")
+
+
+def raw(statistic: Tensor) -> Tensor:
+    """Statistics of 8 bits as bytes, for operations that PyTorch has for few dtypes."""
+    return statistic.view(torch.uint8) if statistic.dtype in LARGEST else statistic
 
 
 def grown(buffer: Tensor, used: int, size: int) -> Tensor:
@@ -250,6 +364,7 @@ class PagedCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[index] = PagedLayer(self.attention, self.statistics, capacity)
                 layers[index].sparse_layer &= index >= self.attention.dense_layers
+                layers[index].index = index
                 self.paged_layers.append(layers[index])
         if not self.paged_layers:
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
@@ -275,27 +390,38 @@ class PagedCache(Cache):
                 layer.requested = max(layer.requested, tokens)
 
     @contextmanager
-    def static_step(self, position: Tensor, sparse: bool) -> Iterator[None]:
+    def static_step(self, position: Tensor, sparse: bool, starts: Tensor | None = None) -> Iterator[None]:
         """Within the block `update` and the attention function run one static step, at `position` (int64 [1]).
 
-        Lengths on the host stay: call `advance` after every run, or replay, of the step.
+        `starts` (int64 [B]) is the padding on the left of every row. Lengths on the host stay: call `advance` after
+        every run, or replay, of the step.
         """
         if len(self.paged_layers) != len(self.layers):
             raise ValueError("a static decode step needs full attention in every layer")
-        step = StaticStep.at(position, sparse, self.attention, self.capacity)
+        step = StaticStep(position, sparse, self.attention, self.capacity, starts)
+        former = getattr(ACTIVE, "cache", None)
+        ACTIVE.cache = self
         for layer in self.paged_layers:
             layer.step = step
         try:
             yield
         finally:
+            ACTIVE.cache = former
             for layer in self.paged_layers:
                 layer.step = None
 
-    def update_statistics(self) -> None:
-        """Bring the page statistics of every layer up to date."""
-        for layer in self.paged_layers:
-            if layer.sparse_layer:
-                layer.update_statistics()
+    def sparse_at(self, length: int) -> bool:
+        """Whether a decode step at this context length selects pages in any layer."""
+        return any(layer.sparse_at(length) for layer in self.paged_layers)
+
+    def update_statistics(self, starts: Tensor | None = None) -> None:
+        """Bring the page statistics of every layer up to date; `starts` [B] is the padding on the left of every row."""
+        layers = [layer for layer in self.paged_layers if layer.sparse_layer]
+        valid = None
+        if starts is not None and any(layer.behind for layer in layers):
+            valid = torch.arange(self.length, device=starts.device) >= starts.unsqueeze(1)
+        for layer in layers:
+            layer.update_statistics(valid, starts)
 
     def advance(self) -> None:
         """Account for one static step on the host: its token, its pages and the counters."""
@@ -303,4 +429,5 @@ class PagedCache(Cache):
             layer.length += 1
             layer.count_step(layer.length)
             if layer.sparse_at(layer.length):
-                layer.pages_done = layer.length // layer.config.page_size
+                for level in layer.levels:
+                    level.done = layer.length // level.size

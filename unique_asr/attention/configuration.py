@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from unique_asr.attention.scores import SCORES
 
 PAGE_SIZES = (8, 16, 32, 64)  # tokens
+SUPER_PAGE_SIZES = (16, 32, 64, 128, 256)  # tokens
 COMBINES = ("max", "share")
-BACKENDS = ("auto", "torch")
+STATISTICS_DTYPES = ("keys", "fp8", "int8")
+BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class SparseAttentionConfig:
     sink_pages: int = 1  # first pages, always read
     recent_pages: int = 2  # last pages, always read; the page being written is the last of them
     dense_layers: int = 0  # first layers that stay dense
-    backend: str = "auto"  # torch: plain PyTorch; auto: the fastest one for the device
+    super_page_size: int | None = None  # tokens of a super-page, scored first; null: every page is scored
+    super_pages: int | None = None  # super-pages whose pages are scored; null: as many as pages are read
+    statistics_dtype: str = "keys"  # of page statistics: keys (the dtype of the keys), fp8 or int8 with a scale a page
+    backend: str = "auto"  # torch: plain PyTorch; triton: kernels, CUDA only; auto: torch, until those are measured
 
     def __post_init__(self):
         if self.page_size not in PAGE_SIZES:
@@ -33,6 +38,10 @@ class SparseAttentionConfig:
             raise ValueError(f"attention.score is {self.score!r}: choose one of {', '.join(SCORES)}")
         if self.combine not in COMBINES:
             raise ValueError(f"attention.combine is {self.combine!r}: choose one of {', '.join(COMBINES)}")
+        if self.statistics_dtype not in STATISTICS_DTYPES:
+            raise ValueError(
+                f"attention.statistics_dtype is {self.statistics_dtype!r}: choose one of {', '.join(STATISTICS_DTYPES)}"
+            )
         if self.backend not in BACKENDS:
             raise ValueError(f"attention.backend is {self.backend!r}: choose one of {', '.join(BACKENDS)}")
         if self.sink_pages < 0 or self.recent_pages < 1:
@@ -46,12 +55,37 @@ class SparseAttentionConfig:
             raise ValueError(
                 f"attention.budget is {self.budget} tokens: give a multiple of the page size, {self.page_size}"
             )
+        if self.super_page_size is not None:
+            self._check_super_pages()
         forced = self.sink_pages + self.recent_pages
         if self.pages < forced:
             raise ValueError(
                 f"attention.budget is {self.budget} tokens, less than the {forced} pages of {self.page_size} that are "
                 "always read: raise it, or lower sink_pages or recent_pages"
             )
+
+    def _check_super_pages(self) -> None:
+        if self.super_page_size not in SUPER_PAGE_SIZES or self.super_page_size <= self.page_size:
+            raise ValueError(
+                f"attention.super_page_size is {self.super_page_size}: choose one of {SUPER_PAGE_SIZES} "
+                f"above the page size, {self.page_size}"
+            )
+        forced = self.sink_pages + self.recent_pages
+        if self.super_count * self.fan < self.pages or self.super_count < forced:
+            least = max(forced, -(-self.pages // self.fan))
+            raise ValueError(
+                f"attention.super_pages is {self.super_count}: give at least {least}, for they hold the pages read"
+            )
+
+    @property
+    def fan(self) -> int:
+        """Pages of a super-page; 1 without super-pages."""
+        return 1 if self.super_page_size is None else self.super_page_size // self.page_size
+
+    @property
+    def super_count(self) -> int | None:
+        """Super-pages whose pages are scored, besides the newest one."""
+        return self.pages if self.super_pages is None else self.super_pages
 
     @property
     def pages(self) -> int | None:

@@ -2,6 +2,8 @@
 
 The attention function equals `sdpa` but for one case: one query token a row over a `PagedCache` that holds more than
 the budget. It finds the cache layer on the keys that `PagedLayer.update` returned.
+
+Two backends run that case: plain PyTorch (`reference.py`), and the Triton kernels where the cache is on CUDA.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from unique_asr.attention import reference
-from unique_asr.attention.cache import PagedCache, PagedLayer
+from unique_asr.attention.backend import kernels
+from unique_asr.attention.cache import ACTIVE, PagedCache, PagedLayer
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.stats import SparsityStatistics
 
@@ -39,14 +42,18 @@ def unique_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: PagedLayer | None = getattr(key, "paged_layer", None)
     if layer is not None and layer.step is not None:
-        return static_step(layer, query, scaling).flatten(1, 2).unsqueeze(1), None
+        if torch.compiler.is_compiling():
+            return static_attention_operator(query, key, value, layer.index, scaling), None
+        return static_attention(layer, query, key, value, scaling), None
+    if layer is not None and layer.sparse_layer:
+        valid, starts = key_padding(attention_mask)
+        if query.shape[2] > 1:
+            layer.update_statistics(valid, starts)
+        elif layer.sparse_at(layer.length):
+            layer.count_step(layer.length)
+            return sparse_step(layer, query, scaling, valid, starts).flatten(1, 2).unsqueeze(1), None
     if layer is not None and query.shape[2] == 1:
         layer.count_step(layer.length)
-        if layer.sparse_at(layer.length):
-            valid = None if attention_mask is None else key_padding(attention_mask)
-            return sparse_step(layer, query, scaling, valid).flatten(1, 2).unsqueeze(1), None
-    elif layer is not None and layer.sparse_layer:
-        layer.update_statistics(None if attention_mask is None else key_padding(attention_mask))
     return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -62,20 +69,28 @@ def unique_mask(
 ) -> Tensor | None:
     """None for plain causal attention, [B, 1, 1, N] for causal attention with padding; otherwise as `sdpa`.
 
-    The causal part is never built for the whole prefill: `dense_attention` adds it by slices.
+    The causal part is never built for the whole prefill: `dense_attention` adds it by slices. A mask of padding that is
+    all on the left carries the number of padded tokens of each row as `starts`.
     """
     if mask_function is not causal_mask_function or kv_offset:
         arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
         return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, **arguments, **kwargs)
     if attention_mask is None or attention_mask[:, :kv_length].all():
         return None
-    return attention_mask[:, None, None, :kv_length]
+    tokens = attention_mask[:, :kv_length].bool()
+    mask = attention_mask[:, None, None, :kv_length]
+    starts = tokens.int().argmax(dim=1)
+    if torch.equal(tokens, torch.arange(tokens.shape[1], device=tokens.device) >= starts.unsqueeze(1)):
+        mask.starts = starts
+    return mask
 
 
-def key_padding(attention_mask: Tensor) -> Tensor:
-    """[B, N], False for padded tokens, of the mask that the last query sees."""
+def key_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of the mask that the last query sees: [B, N], False for padded tokens, and `starts` if it carries them."""
+    if attention_mask is None:
+        return None, None
     row = attention_mask[:, 0, -1]
-    return row if row.dtype == torch.bool else row == 0
+    return row if row.dtype == torch.bool else row == 0, getattr(attention_mask, "starts", None)
 
 
 def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
@@ -98,21 +113,35 @@ def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     return torch.cat(outputs, dim=1), None
 
 
-def sparse_step(layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor | None = None) -> Tensor:
-    """One decode step over the selected pages: [B, H, 1, D] -> [B, K, G, D]; `valid` [B, N] is False for padding."""
+def sparse_step(
+    layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor | None = None, starts: Tensor | None = None
+) -> Tensor:
+    """One decode step over the selected pages: [B, H, 1, D] -> [B, K, G, D].
+
+    `valid` [B, N] is False for padding, and `starts` [B] says the same of padding that is all on the left.
+    """
     config, size = layer.config, layer.config.page_size
     newest = (layer.length - 1) // size
-    layer.update_statistics(valid)
+    layer.update_statistics(valid, starts)
+    if layer.triton and (valid is None or starts is not None):
+        lengths = torch.full((len(query),), layer.length, dtype=torch.int32, device=query.device)
+        return kernel_step(layer, query, scaling, lengths, starts)
     queries = reference.group_queries(query, layer.keys.shape[1])
     scores = layer.score.scores(queries, [statistic[:, :, :newest] for statistic in layer.statistics], config.scale)
-    if valid is None:
+    if valid is None and config.fan == 1:
         scores = reference.combine_group(scores, config.combine, scaling)
         scores = reference.force_pages(scores, config, newest)
     else:
-        valid = valid.expand(query.shape[0], -1)
-        candidates = valid[:, : newest * size].unflatten(1, (newest, size)).any(dim=-1)
+        if valid is None:
+            candidates = torch.ones(1, newest, dtype=torch.bool, device=query.device)
+        else:
+            valid = valid.expand(query.shape[0], -1)
+            candidates = valid[:, : newest * size].unflatten(1, (newest, size)).any(dim=-1)
         bias = reference.page_bias(candidates, config, newest)
         scores = reference.combine_biased(scores, config.combine, scaling, bias)
+        if config.fan > 1 and newest // config.fan > config.super_count:
+            super_bias = reference.super_page_bias(bias, config.fan, newest // config.fan)
+            scores = keep_best_super_pages(layer, queries, scaling, scores, super_bias, newest // config.fan)
     best = reference.top_pages(scores, config.pages - 1)
     pages = torch.cat([best, best.new_full((*best.shape[:2], 1), newest)], dim=-1)
 
@@ -126,20 +155,81 @@ def sparse_step(layer: PagedLayer, query: Tensor, scaling: float, valid: Tensor 
     return reference.attend(queries, keys, values, scaling, mask)
 
 
+def keep_best_super_pages(
+    layer: PagedLayer, queries: Tensor, scaling: float, scores: Tensor, bias: Tensor, newest: int | Tensor
+) -> Tensor:
+    """Page scores [B, K, P], -inf outside of the best super-pages; `bias` and `newest` are those of super-pages."""
+    config = layer.config
+    statistics = [statistic[:, :, : bias.shape[-1]] for statistic in layer.levels[1].statistics]
+    super_scores = layer.score.scores(queries, statistics, config.scale)
+    super_scores = reference.combine_biased(super_scores, config.combine, scaling, bias)
+    best = reference.top_pages(super_scores, min(config.super_count, super_scores.shape[-1]))
+    return reference.keep_super_pages(scores, best, config.fan, newest)
+
+
+def kernel_step(
+    layer: PagedLayer, query: Tensor, scaling: float, lengths: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """`sparse_step` in kernels: `lengths` [B] on the device counts the tokens of each row, the new one included."""
+    pages = select_pages(layer, query.squeeze(2), scaling, lengths, starts)
+    output = kernels().sparse_decode(
+        query.squeeze(2), layer.keys, layer.values, pages, lengths, scaling, layer.config.page_size, starts=starts
+    )
+    return reference.group_queries(output, layer.keys.shape[1])
+
+
+def select_pages(
+    layer: PagedLayer, query: Tensor, scaling: float, lengths: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """The complete pages that a decode step reads, by kernels: query [B, H, D] -> int32 [B, K, k - 1]."""
+    config, kernel, count = layer.config, kernels(), layer.config.pages - 1
+    score = config.score, config.scale, config.page_size
+    how = {
+        "combine": config.combine, "sink": config.sink_pages, "recent": config.recent_pages,
+        "starts": starts, "scaling": scaling,
+    }  # fmt: skip
+    if config.fan > 1:
+        levels, counts = (layer.statistics, layer.levels[1].statistics), (count, config.super_count)
+        return kernel.select_pages_in_two_levels(query, *levels, lengths, *counts, *score, config.fan, **how)
+    if layer.statistics[0].shape[2] > kernel.MAX_PAGES:  # a quarter of a million tokens at pages of 8
+        return reference.top_pages(kernel.page_scores(query, layer.statistics, lengths, *score, **how), count).int()
+    return kernel.select_pages(query, layer.statistics, lengths, count, *score, **how)
+
+
+def static_attention(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Write the token of a static step, [B, K, 1, D], and attend: [B, H, 1, D] -> [B, 1, H, D]."""
+    layer.write_token(key, value)
+    return static_step(layer, query, scaling).flatten(1, 2).unsqueeze(1)
+
+
+@torch.library.custom_op("unique_asr::static_attention", mutates_args=())
+def static_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    """The same as one operator, so that a compiled model is one graph; `layer` is the index in the active cache."""
+    return static_attention(ACTIVE.cache.layers[layer], query, key, value, scaling)
+
+
+@static_attention_operator.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
+
+
 def static_step(layer: PagedLayer, query: Tensor, scaling: float) -> Tensor:
-    """The same, dense or sparse, with the length on the device and shapes of the whole capacity."""
+    """`sparse_step`, or a dense one, with the length on the device and shapes of the whole capacity; token written."""
     config, step = layer.config, layer.step
     queries = reference.group_queries(query, layer.keys.shape[1])
     if not (step.sparse and layer.sparse_layer):
         return reference.attend_biased(queries, layer.keys, layer.values, scaling, step.dense_bias)
-    layer.update_touched_page()
+    if layer.triton:
+        return kernel_step(layer, query, scaling, step.lengths(len(query)), step.starts)
     scores = layer.score.scores(queries, layer.statistics, config.scale)
     scores = reference.combine_biased(scores, config.combine, scaling, step.page_bias)
+    if config.fan > 1:
+        scores = keep_best_super_pages(layer, queries, scaling, scores, step.super_page_bias, step.touched[1][0])
     best = reference.top_pages(scores, config.pages - 1)
     pages = torch.cat([best, step.newest.expand(*best.shape[:2], 1)], dim=-1)
     keys = reference.gather_pages(layer.keys, pages, config.page_size)
     values = reference.gather_pages(layer.values, pages, config.page_size)
-    return reference.attend_biased(queries, keys, values, scaling, step.selected_bias)
+    return reference.attend_biased(queries, keys, values, scaling, step.selected_bias(pages))
 
 
 AttentionInterface.register(NAME, unique_attention_forward)

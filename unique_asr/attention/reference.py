@@ -96,6 +96,23 @@ def top_pages(scores: Tensor, count: int) -> Tensor:
     return best.sort(dim=-1).values
 
 
+def super_page_bias(bias: Tensor, fan: int, newest: int | Tensor) -> Tensor:
+    """The `page_bias` [B, P] of super-pages of `fan` pages, [B, P / fan rounded up]; `newest` is the newest of them.
+
+    What holds a forced page is forced. The newest super-page is left out: its pages are scored in any case.
+    """
+    bias = F.pad(bias, (0, -bias.shape[-1] % fan), value=-torch.inf)
+    bias = bias.unflatten(-1, (-1, fan)).amax(dim=-1)
+    return bias.masked_fill(torch.arange(bias.shape[-1], device=bias.device) >= newest, -torch.inf)
+
+
+def keep_super_pages(scores: Tensor, best: Tensor, fan: int, newest: int | Tensor) -> Tensor:
+    """Scores [B, K, P], -inf outside of the super-pages `best` [B, K, m] and `newest`, of `fan` pages each."""
+    supers = torch.arange(-(-scores.shape[-1] // fan), device=scores.device)
+    keep = (supers == newest).expand(*best.shape[:2], -1).scatter(-1, best, True)
+    return scores.masked_fill(~keep.repeat_interleave(fan, dim=-1)[..., : scores.shape[-1]], -torch.inf)
+
+
 def gather_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
     """Copy pages [B, K, k] out of tokens [B, K, N, D] (contiguous, N a multiple of S): [B, K, k * S, D]."""
     batch, heads, length, dim = tokens.shape
@@ -113,9 +130,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Te
 
 
 def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    """`attend` in matrix products, for a length that only the device knows: `bias` [N] is 0, or -inf past the end.
+    """`attend` in matrix products, for a length that only the device knows.
 
-    Fused kernels give one block to a KV head here and leave a GPU idle; partial sums over tokens keep it busy.
+    `bias` [N] or [B, K or 1, N] is 0, and -inf for what may not be read. Fused kernels give one block to a KV head here
+    and leave a GPU idle; partial sums over tokens keep it busy.
     """
     half = query.is_cuda and query.dtype != torch.float32
     batch, heads, length, dim = keys.shape
@@ -124,6 +142,8 @@ def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, b
         logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
     else:
         logits = torch.bmm(flat_query, flat_keys)
+    if bias.dim() > 1:
+        bias = bias.expand(-1, heads, -1).flatten(0, 1).unsqueeze(1)
     weights = torch.add(bias, logits, alpha=scaling).softmax(dim=-1).to(values.dtype)  # [B K, G, N]
     chunk = length if length % PARTIAL_SUM else PARTIAL_SUM
     weights = weights.unflatten(-1, (-1, chunk)).transpose(1, 2).flatten(0, 1)  # [B K N/chunk, G, chunk]

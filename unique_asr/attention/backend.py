@@ -1,0 +1,36 @@
+"""Which of the two backends runs a decode step: plain PyTorch anywhere, or the Triton kernels on CUDA."""
+
+import importlib
+import os
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+
+def uses_triton(backend: str, device: torch.device) -> bool:
+    """Whether `backend` (see the configuration) means the kernels for a cache on `device`."""
+    if backend != "triton":  # auto will mean the kernels on CUDA once they have been measured there
+        return False
+    if device.type == "cuda":
+        return True
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as NumPy, for tests
+    if not interpreted:
+        raise ValueError(f"attention.backend is triton, which needs a CUDA device: the model is on {device}")
+    return True
+
+
+@cache
+def kernels() -> SimpleNamespace:
+    """The kernels' functions, and what limits them; imported at the first use, as Triton may be missing elsewhere."""
+    names = {
+        "page_statistics": ("append", "write_page_statistics"),
+        "page_scores": ("page_scores", "select_pages", "select_pages_in_two_levels"),
+        "sparse_decode": ("sparse_decode",),
+        "top_pages": ("MAX_PAGES",),
+    }
+    found = {}
+    for module, members in names.items():
+        loaded = importlib.import_module(f"unique_asr.kernels.{module}")
+        found |= {member: getattr(loaded, member) for member in members}
+    return SimpleNamespace(**found)

@@ -1,0 +1,108 @@
+"""One greedy decode step for every row of a paged cache, with shapes and addresses that never change.
+
+On CUDA a whole step (embedding, layers, arg-max, its log-probability) is one CUDA graph: one for dense steps and one
+for sparse steps, captured anew when the cache grows. Elsewhere the steps run as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unique_asr.attention.cache import PagedCache
+
+
+class DecodeStep:
+    """Writes the token last chosen to the cache and chooses the next, for a model switched to UNIQUE attention.
+
+        step = DecodeStep(model, cache, batch=8)
+        step.choose(logits)                 # [B, V] of the prompt
+        while ...:
+            step.run()
+            tokens = step.result[0]         # [B]
+
+    `starts` (int64 [B]) is the padding on the left of every row. `compile` fuses the model's small operations with
+    torch.compile first, which takes a minute once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        batch: int = 1,
+        starts: Tensor | None = None,
+        capture: bool | None = None,
+        compile: bool = False,
+    ):
+        device = model.get_input_embeddings().weight.device
+        self.cache = cache
+        self.starts = starts
+        self.capture = device.type == "cuda" if capture is None else capture
+        self._model = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+
+        # The step reads and writes these in place: captured addresses stay valid.
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.result = torch.zeros(2, batch, dtype=torch.float64, device=device)  # tokens and their log-probabilities
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def choose(self, logits: Tensor) -> None:
+        """Make the arg-max of logits [B, V] the next token, on the device."""
+        logits = logits.float()
+        best, token = logits.max(dim=-1)
+        self.token.copy_(token.unsqueeze(1))
+        self.result[0].copy_(token)
+        self.result[1].copy_(best - logits.logsumexp(dim=-1))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room in the cache; a graph holds the addresses of its buffers, so it goes when they move."""
+        before = self.cache.capacity
+        self.cache.reserve(tokens)
+        if self.cache.capacity != before:
+            self._graphs.clear()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """One step; nothing waits for the device."""
+        length = self.cache.length
+        self.reserve(length + 1)
+        sparse = self.cache.sparse_at(length + 1)
+        if sparse:
+            self.cache.update_statistics(self.starts)
+        self.position.fill_(length)
+        if not self.capture:
+            self.static(sparse)
+        else:
+            if sparse not in self._graphs:
+                self._graphs[sparse] = self._captured(sparse)
+            self._graphs[sparse].replay()
+        self.cache.advance()
+
+    @torch.no_grad()
+    def static(self, sparse: bool) -> None:
+        """The step as a CUDA graph sees it: nothing read on the host."""
+        positions = self.position if self.starts is None else self.position - self.starts.unsqueeze(1)
+        with self.cache.static_step(self.position, sparse, self.starts):
+            output = self._model(
+                input_ids=self.token,
+                position_ids=positions.expand(len(self.token), 1),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self.choose(output.logits[:, -1])
+
+    def _captured(self, sparse: bool) -> torch.cuda.CUDAGraph:
+        """Capture the step. The warm-up run writes what the first replay writes again, but for the token chosen."""
+        token = self.token.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.static(sparse)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.token.copy_(token)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+            self.static(sparse)
+        return graph
