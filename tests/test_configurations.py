@@ -32,6 +32,6 @@ def test_every_choice_composes(choice):
         configuration(root, choice)
 
 
-@pytest.mark.parametrize("attention", ["unique", "dense"])
+@pytest.mark.parametrize("attention", ["unique", "dense", "fast"])
 def test_attention_is_an_attention_config(attention):
     SparseAttentionConfig(**configuration("transcribe", f"attention={attention}")["attention"])

@@ -1,0 +1,1 @@
+"""Measurements of UNIQUE attention: of kernels, of whole decode steps, and of what is selected."""

@@ -1,0 +1,118 @@
+"""Milliseconds a token of a whole model of random weights: dense and sparse, eager, captured and compiled, in one run.
+
+The cache is filled with random keys and values, which takes the time of any others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from ..attention import DecodeStep, PagedCache, SparseAttentionConfig
+from ..attention.huggingface import NAME, set_attention
+from .timing import attempt
+
+SHAPES = {
+    "qwen3-1.7b": Qwen3Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=262144, tie_word_embeddings=True,
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=262144, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+MODES = ("eager", "static", "captured", "compiled")
+WARM_UP = 5  # steps
+
+
+def benchmark(
+    shape: str,
+    cases: Sequence[Sequence[int]],
+    attention: SparseAttentionConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    modes: Sequence[str],
+    steps: int,
+) -> None:
+    """Print a line for every case [batch, context], for dense and for sparse attention, in every mode."""
+    if shape not in SHAPES:
+        raise ValueError(f"decode.shape is {shape!r}: choose one of {', '.join(SHAPES)}")
+    if not set(modes) <= set(MODES):
+        raise ValueError(f"decode.modes are {', '.join(modes)}: choose of {', '.join(MODES)}")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype).eval()
+    set_attention(model, NAME)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    print(f"{shape}, {str(dtype).removeprefix('torch.')}, weights {size / 1e9:.2f} GB")
+    for batch, context in cases:
+        print(f"\nbatch {batch}, context {context}", flush=True)
+        dense: dict[str, float] = {}
+        for name, config in (("dense", SparseAttentionConfig(budget=None)), ("sparse", attention)):
+            times = attempt(partial(measure_modes, model, config, batch, context, modes, steps)) or {}
+            for mode, seconds in times.items():
+                faster = f"  {dense[mode] / seconds:.2f} x dense" if mode in dense else ""
+                print(f"  {name:7s} {mode:9s} {seconds * 1000:9.3f} ms a step{faster}", flush=True)
+            dense = dense or times
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def measure_modes(
+    model: PreTrainedModel, config: SparseAttentionConfig, batch: int, context: int, modes: Sequence[str], steps: int
+) -> dict[str, float]:
+    """Seconds a step by mode; a mode that fails is left out."""
+    cache = filled_cache(model, config, batch, context, steps + WARM_UP)
+    times = {}
+    for mode in modes:
+        cache.crop(context - cache.length)
+        seconds = attempt(partial(measure, model, cache, batch, mode, steps))
+        if seconds is not None:
+            times[mode] = seconds
+    print(f"  {cache.statistics}", flush=True)
+    return times
+
+
+@torch.no_grad()
+def filled_cache(
+    model: PreTrainedModel, config: SparseAttentionConfig, batch: int, context: int, more: int
+) -> PagedCache:
+    """A cache of `context` random tokens, with room for `more`."""
+    text, weight = model.config, model.get_input_embeddings().weight
+    cache = PagedCache(text, config, capacity=context + more)
+    dim = text.head_dim or text.hidden_size // text.num_attention_heads
+    shape = batch, text.num_key_value_heads, context, dim
+    for layer in range(text.num_hidden_layers):
+        tokens = [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in range(2)]
+        cache.update(*tokens, layer)
+    if config.budget is not None:
+        cache.update_statistics()
+    return cache
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, cache: PagedCache, batch: int, mode: str, steps: int) -> float:
+    """The median of the seconds of a step, the tokens read back after each."""
+    step = DecodeStep(model, cache, batch, capture=False if mode == "static" else None, compile=mode == "compiled")
+    run: Callable[[], None] = step.run
+    if mode == "eager":
+
+        def run() -> None:
+            positions = torch.full((batch, 1), cache.length, device=step.token.device)
+            output = model(input_ids=step.token, position_ids=positions, past_key_values=cache, use_cache=True)
+            step.choose(output.logits[:, -1])
+
+    times = []
+    for index in range(WARM_UP + steps):
+        start = time.perf_counter()
+        run()
+        step.result.tolist()
+        if index >= WARM_UP:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)

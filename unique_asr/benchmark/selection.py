@@ -1,0 +1,187 @@
+"""The share of the true attention mass that the selected pages hold, by score, statistics, page size and combine.
+
+Measured while a model decodes densely: at each measured step, in every layer, every configuration selects pages for the
+query of the step, and the softmax over the whole context says how much of each head's attention they hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..attention import PagedCache, SparseAttentionConfig, reference
+from ..attention.huggingface import NAME, set_attention, unique_attention_forward
+from ..attention.scores import SCORES
+
+
+class Probe:
+    """Stands in for the attention function, attends densely, and measures every `every`-th decode step."""
+
+    def __init__(self, configs: Sequence[SparseAttentionConfig], every: int = 1, limit: int = 32):
+        self.configs = configs
+        self.every, self.limit = every, limit
+        self.steps = self.measured = 0
+        self.held: dict[SparseAttentionConfig | int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._statistics: dict[tuple, tuple[Tensor, ...]] = {}
+        self._sequence: object = None
+        self._first: int | None = None  # the index of the first layer
+        self.dim = 0  # of a head
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    ) -> tuple[Tensor, None]:
+        layer = getattr(key, "paged_layer", None)
+        if layer is not None and query.shape[2] == 1:
+            self._first = layer.index if self._first is None else self._first
+            self.steps += layer.index == self._first
+            if (self.steps - 1) % self.every == 0 and self.measured < self.limit * module.config.num_hidden_layers:
+                scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                if key.shape[2] > max(config.budget for config in self.configs):
+                    self.measured += 1
+                    self.measure(module.layer_idx, reference.group_queries(query, key.shape[1]), key, scaling)
+        elif layer is not None:
+            self._statistics.clear()  # another sequence, perhaps
+        return unique_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    def measure(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """One step of one layer: query [B, K, G, D], keys [B, K, N, D]."""
+        self.dim = keys.shape[-1]
+        logits = torch.matmul(query.float(), keys.float().transpose(-1, -2)) * scaling
+        mass = logits.softmax(dim=-1).mean(dim=2)  # [B, K, N], of the group
+        for size in {config.page_size for config in self.configs}:
+            pages = nn.functional.pad(mass, (0, -mass.shape[-1] % size)).unflatten(-1, (-1, size)).sum(dim=-1)
+            newest = pages.shape[-1] - 1
+            for config in self.configs:
+                if config.page_size == size:
+                    best = self.select(layer, query, keys, scaling, config, newest)
+                    held = pages[..., :-1].gather(-1, best).sum(dim=-1) + pages[..., -1]
+                    self.held[config][layer].append(held.mean().item())
+            oracle = (
+                pages[..., :-1].topk(max(c.budget for c in self.configs) // size - 1).values.sum(-1) + pages[..., -1]
+            )
+            self.held[size][layer].append(oracle.mean().item())
+
+    def select(
+        self, layer: int, query: Tensor, keys: Tensor, scaling: float, config: SparseAttentionConfig, newest: int
+    ) -> Tensor:
+        """The complete pages that a decode step reads: [B, K, k - 1]."""
+        scores = self.scores(layer, query, keys, config, config.page_size, newest)
+        bias = reference.page_bias(torch.ones(1, newest, dtype=torch.bool, device=keys.device), config, newest)
+        scores = reference.combine_biased(scores, config.combine, scaling, bias)
+        supers = newest // config.fan
+        if config.fan > 1 and supers > config.super_count:
+            super_bias = reference.super_page_bias(bias, config.fan, supers)[..., :supers]
+            super_scores = self.scores(layer, query, keys, config, config.super_page_size, supers)
+            super_scores = reference.combine_biased(super_scores, config.combine, scaling, super_bias)
+            best = reference.top_pages(super_scores, config.super_count)
+            scores = reference.keep_super_pages(scores, best, config.fan, supers)
+        return reference.top_pages(scores, config.pages - 1)
+
+    def scores(
+        self, layer: int, query: Tensor, keys: Tensor, config: SparseAttentionConfig, size: int, pages: int
+    ) -> Tensor:
+        score, key = SCORES[config.score], (layer, config.score, size, config.statistics_dtype)
+        done = self._statistics.get(key)
+        start = 0 if done is None or done[0].shape[2] > pages else done[0].shape[2]
+        if start < pages:
+            new = reference.page_statistics(keys[:, :, start * size : pages * size], size, score)
+            new = score.stored(new, config.statistics_dtype)
+            done = new if start == 0 else tuple(torch.cat(pair, dim=2) for pair in zip(done, new))
+            self._statistics[key] = done
+        return score.scores(query, done, config.scale)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block models with UNIQUE attention are measured."""
+        AttentionInterface.register(NAME, self)
+        try:
+            yield
+        finally:
+            AttentionInterface.register(NAME, unique_attention_forward)
+
+    def report(self) -> None:
+        """The table: shares of the mass in percent, the mean over layers and the worst layer."""
+        if not self.held:
+            print("nothing measured: no decode step had a context longer than the budget")
+            return
+        layers = len(next(iter(self.held.values())))
+        print(f"{self.measured // layers} steps of {layers} layers; share of the true attention mass, percent")
+        print(f"{'score':14s} {'statistics':10s} {'page':>4s} {'super':>8s} {'combine':8s} {'budget':>6s} "
+              f"{'mean':>6s} {'worst layer':>11s} {'memory':>7s}")  # fmt: skip
+        for config, by_layer in self.held.items():
+            means = {layer: 100 * sum(values) / len(values) for layer, values in by_layer.items()}
+            mean, worst = sum(means.values()) / len(means), min(means, key=means.get)
+            if isinstance(config, int):
+                head = f"{'oracle':14s} {'':10s} {config:4d} {'':8s} {'':8s} {'':6s}"
+                memory = ""
+            else:
+                supers = f"{config.super_count} x {config.super_page_size}" if config.super_page_size else ""
+                head = (f"{config.score:14s} {config.statistics_dtype:10s} {config.page_size:4d} "
+                        f"{supers:>8} {config.combine:8s} {config.budget:6d}")  # fmt: skip
+                memory = f"{100 * memory_share(config, self.dim):6.2f}%"
+            print(f"{head} {mean:6.2f} {means[worst]:6.2f} ({worst:2d}) {memory}", flush=True)
+
+
+def memory_share(config: SparseAttentionConfig, head_dim: int) -> float:
+    """Bytes of the statistics over those of the keys and values, for keys in 16 bits."""
+    stored = SCORES[config.score].buffers(head_dim, torch.bfloat16, config.statistics_dtype)
+    tokens = [config.page_size] + ([config.super_page_size] if config.super_page_size else [])
+    return sum(width * dtype.itemsize for width, dtype in stored) * sum(1 / size for size in tokens) / (4 * head_dim)
+
+
+def configurations(table: dict[str, list], base: SparseAttentionConfig) -> list[SparseAttentionConfig]:
+    """Every combination of the listed fields; super-pages no larger than a page are left out."""
+    configs = []
+    for values in itertools.product(*table.values()):
+        fields = dict(zip(table, values))
+        if (fields.get("super_page_size") or 1 << 30) > fields.get("page_size", base.page_size):
+            configs.append(SparseAttentionConfig(**(base.to_dict() | fields)))
+    return configs
+
+
+@torch.no_grad()
+def benchmark_text(
+    model: str, text: str, context: int, steps: int, probe: Probe, device: torch.device, dtype: torch.dtype
+) -> None:
+    """A causal language model reads `context` tokens of a text file, then the next ones one at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    ids = tokenizer(Path(text).read_text(encoding="utf-8")[: 12 * context], return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] < context + steps:
+        raise ValueError(f"{text} has {ids.shape[1]} tokens: give a longer text, or a smaller selection.context")
+    set_attention(language_model, NAME)
+    cache = PagedCache(language_model.config, SparseAttentionConfig(budget=None, backend="torch"), context + steps)
+    with probe.active():
+        for start in range(0, context, 1024):
+            language_model(ids[:, start : min(context, start + 1024)], past_key_values=cache, logits_to_keep=1)
+        for index in range(context, context + steps):
+            language_model(ids[:, index : index + 1], past_key_values=cache)
+
+
+def benchmark_speech(model: str, audio: Sequence[str], minutes: float, probe: Probe, device: str, dtype: str) -> None:
+    """A speech LLM transcribes the files in one pass, joined and repeated to a recording of so many minutes."""
+    import numpy as np
+
+    from ..audio import load_audio
+    from ..pipeline import Transcriber
+
+    transcriber = Transcriber(
+        model, attention=SparseAttentionConfig(budget=None, backend="torch"), device=device, dtype=dtype,
+        max_pass_seconds=60 * minutes,
+    )  # fmt: skip
+    samples = np.concatenate([load_audio(path) for path in audio])
+    samples = np.resize(samples, int(60 * minutes * 16000))
+    with probe.active():
+        segments, info = transcriber.transcribe(samples)
+        for _ in segments:
+            pass
+    print(f"{model}: {info.duration:.0f} s of audio")
