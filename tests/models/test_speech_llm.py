@@ -394,3 +394,23 @@ def test_the_end_token_survives_saving(speech_llm, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert loaded.language_model.generation_config.eos_token_id == processor.end_token_id
+
+
+def test_context_layers_let_frames_see_one_another(speech_llm, tmp_path):
+    plain, _ = speech_llm()
+    model, _ = speech_llm(context_layers=2)
+    states = torch.randn(1, 40, 32)
+    changed = states.clone()
+    changed[0, :4] += 1  # the first stacked frame
+    moved = {}
+    for name, found in (("plain", plain), ("context", model)):
+        directions = found.ctc_embeddings()[1]
+        with torch.no_grad():
+            before, after = found.projector(states, directions), found.projector(changed, directions)
+        moved[name] = (before.logits != after.logits).any(-1)[0]
+    assert moved["plain"].tolist() == [True] + [False] * 9
+    assert moved["context"].all()
+    model.save_pretrained(tmp_path)
+    again = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again.projector(states, directions).logits, before.logits)

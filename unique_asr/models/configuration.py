@@ -16,6 +16,7 @@ class SpeechLLMConfig(PretrainedConfig):
         encoder_frame_seconds: seconds between two output frames of the encoder (Whisper: 0.02).
         stack_factor: encoder frames that the projector stacks into one frame.
         projector_size: hidden width of the projector.
+        context_layers: transformer layers in the projector, over the frames of a window; 0: each frame by itself.
         merge: `ctc` merges the frames between two CTC spikes into one position of the LLM, `none` keeps every frame.
         ctc_vocabulary_size: number of tokens that the CTC head may emit; None: all of the LLM's.
         merge_frames: longest run of frames that one merged position covers.
@@ -35,6 +36,7 @@ class SpeechLLMConfig(PretrainedConfig):
         encoder_frame_seconds: float = 0.02,
         stack_factor: int = 4,
         projector_size: int = 1024,
+        context_layers: int = 0,
         ctc_vocabulary_size: int | None = None,
         merge: str = "ctc",
         merge_frames: int = 12,
@@ -49,6 +51,7 @@ class SpeechLLMConfig(PretrainedConfig):
         self.encoder_frame_seconds = encoder_frame_seconds
         self.stack_factor = stack_factor
         self.projector_size = projector_size
+        self.context_layers = context_layers
         if merge not in ("ctc", "none"):
             raise ValueError(f"merge must be 'ctc' or 'none', not {merge!r}")
         self.ctc_vocabulary_size = ctc_vocabulary_size or self.text_config.vocab_size

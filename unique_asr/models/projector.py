@@ -47,8 +47,19 @@ class Residual(nn.Linear):
     """Starts at zero: the LLM first reads what the CTC head reads, and then learns to use the rest."""
 
 
+def context(size: int, layers: int) -> nn.Module:
+    """Pre-norm transformer layers [W, T, size] -> [W, T, size]; the encoder's states carry positions already."""
+    layer = nn.TransformerEncoderLayer(
+        size, max(1, size // 64), 4 * size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(size), enable_nested_tensor=False)
+
+
 class Projector(nn.Module):
-    """LayerNorm and a two-layer MLP over stacked frames, with a CTC head tied to the LLM's token embeddings."""
+    """LayerNorm and a two-layer MLP over stacked frames, with a CTC head tied to the LLM's token embeddings.
+
+    Transformer layers between the two let the encoder stay as it is: what a frame spells depends on its neighbours.
+    """
 
     def __init__(self, config: SpeechLLMConfig) -> None:
         super().__init__()
@@ -59,19 +70,20 @@ class Projector(nn.Module):
         text_size = config.text_config.hidden_size
         self.norm = nn.LayerNorm(stacked)
         self.up = nn.Linear(stacked, config.projector_size)
+        self.context = context(config.projector_size, config.context_layers) if config.context_layers else nn.Identity()
         self.down = nn.Linear(config.projector_size, text_size)
         self.blank = nn.Linear(config.projector_size, 1)
         self.residual = Residual(config.projector_size, text_size)
 
     def forward(self, encoder_states: Tensor, directions: Tensor) -> Frames:
-        """encoder_states [..., F, audio hidden] -> frames [..., F // stack_factor, ...].
+        """encoder_states [W, F, audio hidden] -> frames [W, F // stack_factor, ...].
 
         directions: [C, text hidden], the unit vectors of the CTC tokens' embeddings.
         """
         *batch, frames, size = encoder_states.shape
         frames -= frames % self.stack_factor
         stacked = encoder_states[..., :frames, :].reshape(*batch, frames // self.stack_factor, size * self.stack_factor)
-        hidden = nn.functional.gelu(self.up(self.norm(stacked)))
+        hidden = self.context(nn.functional.gelu(self.up(self.norm(stacked))))
         ctc = self.down(hidden)
         return Frames(hidden, ctc, self.ctc_logits(hidden, ctc, directions))
 
