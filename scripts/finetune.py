@@ -15,7 +15,6 @@ from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests, read_synthetic
-from unique_asr.training.positions import PositionBank, PositionBatcher
 from unique_asr.training.trainer import StageConfig, Trainer
 from unique_asr.training.validation import validate
 
@@ -44,13 +43,6 @@ def finetune(config: DictConfig) -> None:
         sources += read_manifests(config.data.manifests, weights, device, config.data.min_match)
     for folder in config.data.synthetic or []:
         sources += read_synthetic(folder, weights, device)
-    positions = None
-    if config.data.positions:
-        texts = [[line for line in Path(path).read_text().splitlines() if line.strip()] for path in config.data.texts]
-        bank = PositionBank.load(map(Path, config.data.positions))
-        positions = PositionBatcher(
-            model, processor, bank, list(filter(None, texts)), config.seed, config.data.simulated, config.data.workers
-        )
     for source in sources:
         print(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
     corpus = Corpus(sources, config.seed, config.data.max_gap_seconds)
@@ -68,8 +60,8 @@ def finetune(config: DictConfig) -> None:
         AugmentConfig(**OmegaConf.to_container(config.augment)),
         output,
         seed=config.seed,
-        autocast=torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else None,
-        positions=positions,
+        dtype=torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else torch.float32,
+        cuda_graphs=config.cuda_graphs,
         log_every=config.log_every,
         save_minutes=config.output.save_minutes,
         log=lambda line: print(line, flush=True),
@@ -82,7 +74,7 @@ def finetune(config: DictConfig) -> None:
 
     def after_stage(stage: StageConfig) -> None:
         if recordings:
-            measures = validate(model, processor, recordings, trainer.autocast, with_llm=stage.llm_weight > 0)
+            measures = validate(model, processor, recordings, trainer.dtype, with_llm=stage.llm_weight > 0)
             trainer.report(stage, measures)
 
     try:

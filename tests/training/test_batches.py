@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
-from unique_asr.training.augment import AugmentConfig, augment_waveform, log_mel, mask_spectrogram
+from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
 from unique_asr.training.batches import Batcher
 from unique_asr.training.corpus import Item, read_manifests
 
@@ -86,32 +86,46 @@ def test_seeds_repeat_the_augmentation(tiny, items):
     assert torch.equal(batches[0].features["input_features"], batches[1].features["input_features"])
 
 
-def test_waveforms_stay_within_the_bounds():
-    random = torch.Generator().manual_seed(0)
-    samples = torch.sin(torch.arange(16000) * 0.2)
-    config = AugmentConfig(speed=0.1, gain_db=6, noise_share=0)
-    lengths, levels = set(), []
-    for _ in range(50):
-        augmented = augment_waveform(samples, config, random)
-        lengths.add(len(augmented))
-        levels.append(20 * (augmented.std() / samples.std()).log10().item())
-    assert min(lengths) >= 16000 / 1.1 - 1
-    assert max(lengths) <= 16000 / 0.9 + 1
-    assert len(lengths) > 40
-    assert -6.2 < min(levels) < -4
-    assert 4 < max(levels) < 6.2
+def test_a_slower_item_is_its_interpolation(tiny, items, monkeypatch):
+    model, processor = tiny
+    batcher = Batcher(model, processor, CLEAN, seed=0)
+    drawn = Perturbation(torch.tensor([0.75]), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.bool))
+    monkeypatch.setattr(Perturbation, "draw", lambda *_: drawn)
+    item = Item(items[0].pieces[:1], cased=False)
+    source, utterance, _ = item.pieces[0]
+    samples = source.audio[utterance.start : utterance.end].numpy() / 32768
+    slow = np.interp(np.arange(len(samples) * 4 // 3) * 0.75, np.arange(len(samples)), samples).astype(np.float32)
+    batch = batcher.batch([item])
+    assert batch.seconds == pytest.approx(item.seconds / 0.75, abs=1e-3)
+    expected = processor.features([slow])["input_features"]
+    torch.testing.assert_close(batch.features["input_features"], expected, atol=1e-3, rtol=0)
 
 
-def test_noise_has_the_wanted_level():
-    random = torch.Generator().manual_seed(0)
-    samples = torch.sin(torch.arange(16000) * 0.2)
-    config = AugmentConfig(speed=0, gain_db=0, noise_share=1, snr_db=(10, 20))
-    for _ in range(20):
-        noise = augment_waveform(samples, config, random) - samples
-        assert 9.9 < 20 * (samples.std() / noise.square().mean().sqrt()).log10() < 20.1
-    assert torch.equal(augment_waveform(samples, CLEAN, random), samples)
-    silence = augment_waveform(torch.zeros(1000), config, random)
-    assert torch.isfinite(silence).all()
+def test_perturbations_stay_within_the_bounds():
+    config = AugmentConfig(speed=0.1, gain_db=6, noise_share=0.5, snr_db=(10, 20))
+    drawn = Perturbation.draw(500, config, torch.Generator().manual_seed(0))
+    assert 0.9 <= drawn.speed.min() < 0.91 < 1.09 < drawn.speed.max() <= 1.1
+    decibels = 20 * drawn.gain.log10()
+    assert -6 <= decibels.min() < -5.9 < 5.9 < decibels.max() <= 6
+    assert 0.4 < (drawn.noise > 0).float().mean() < 0.6
+    levels = -20 * drawn.noise[drawn.noise > 0].log10()
+    assert 9.99 <= levels.min() < 10.2 < 19.8 < levels.max() <= 20.01
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_noise_has_the_wanted_level(low):
+    torch.manual_seed(0)
+    windows = torch.zeros(2, 16000)
+    windows[:, :12000] = torch.sin(torch.arange(12000) * 0.2)
+    lengths, ones = torch.tensor([12000, 12000]), torch.ones(2)
+    noisy = add_noise(windows, lengths, ones, torch.tensor([0.1, 0.0]), torch.tensor([low, low]))
+    noise = (noisy - windows)[0, :12000]
+    assert noise.square().mean().sqrt() / windows[0, :12000].square().mean().sqrt() == pytest.approx(0.1, rel=0.1)
+    assert torch.equal(noisy[1], windows[1])
+    assert noisy[0, 12000:].eq(0).all()
+    louder = add_noise(windows, lengths, 2 * ones, 0 * ones, torch.tensor([low, low]))
+    assert torch.equal(louder, 2 * windows)
+    assert torch.isfinite(add_noise(0 * windows, lengths, ones, ones, torch.tensor([low, low]))).all()
 
 
 def test_masks_hide_bands_and_spans():

@@ -1,7 +1,7 @@
 """Stages on a tiny model: the loss falls, and only what should train moves. The scripts run from end to end."""
 
+import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,7 @@ from omegaconf import OmegaConf
 
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.batches import Batcher
-from unique_asr.training.corpus import Corpus, Item, read_manifests
-from unique_asr.training.positions import PositionBank, PositionBatcher, listen
+from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.trainer import StageConfig, Trainer, _rate
 
 ROOT = Path(__file__).parents[2]
@@ -24,19 +22,16 @@ EVERYTHING = {"encoder": 3e-3, "projector": 1e-2, "residual": 1e-2, "language_mo
 
 @pytest.fixture
 def trainer(speech_llm, write_manifest, tmp_path):
-    """Trains a new tiny model on one utterance, which is also in its bank of cached positions."""
+    """Trains a new tiny model on one utterance."""
     model, processor = speech_llm()
     sources = read_manifests([write_manifest(SEGMENTS)], {}, model.device)
-    item = Item([(sources[0], sources[0].recordings[0][0], 0.0)], cased=True)
-    bank = PositionBank([listen(model, Batcher(model, processor, CLEAN, 0), [item])])
     return Trainer(
         model,
         processor,
         Corpus(sources, seed=0),
         CLEAN,
         tmp_path / "output",
-        autocast=None,
-        positions=PositionBatcher(model, processor, bank, [], seed=0),
+        dtype=torch.float32,
         log_every=1,
         log=lambda line: None,
     )
@@ -58,7 +53,8 @@ STAGES = {
     "read": stage(train={"language_model": 1e-2, "residual": 1e-2}, position_dropout=0.05),
     "joint": stage(ctc_weight=0.3),
     "long": stage(seconds=(9.0, 10.0), windows=4),  # two windows of 6 s an item: no CTC
-    "cached": stage(train={"language_model": 1e-2}, cached=True, windows=1, seconds=(15.0, 15.1)),
+    "shaped": stage(seconds=(5.0, 7.0), tokens=128),
+    "short": stage(train={"language_model": 1e-2}, ctc_weight=0.0),
 }
 PARTS = {
     "encoder.": "encoder",
@@ -76,7 +72,7 @@ def test_a_stage_reduces_the_loss_of_one_item(trainer, kind):
     losses = metrics(trainer)
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert (sum(metrics(trainer, "ctc")) > 0) == (kind in ("align", "hear", "joint"))
+    assert (sum(metrics(trainer, "ctc")) > 0) == (kind in ("align", "hear", "joint", "shaped"))
     assert (sum(metrics(trainer, "llm")) > 0) == (kind not in ("align", "hear"))
 
     moved = set()
@@ -126,14 +122,55 @@ def test_micro_batches_average(trainer):
 
 
 def test_unknown_parts_name_the_parts(trainer):
-    with pytest.raises(ValueError, match=r"stage odd: train has unknown parts \['decoder'\]; they are \['encoder', "):
+    with pytest.raises(
+        ValueError, match=r"stage odd: train has unknown parts \['decoder'\]; give encoder, projector, "
+    ):
         trainer.run_stage(stage("odd", train={"decoder": 1e-3}))
 
 
-def test_cached_positions_name_the_script(trainer):
-    trainer.positions = None
-    with pytest.raises(ValueError, match=r"cached needs data\.positions, made with scripts/cache_positions\.py"):
-        trainer.run_stage(stage(cached=True))
+def test_a_part_may_be_one_layer_with_its_own_rate(trainer):
+    model = trainer.model
+    groups = trainer._parameter_groups(stage(train={"encoder": 1e-5, "encoder.layers.0.fc1": 1e-3, "projector": 1e-4}))
+    assert [group["peak"] for group in groups] == [1e-5, 1e-3, 1e-4]
+    layer = model.encoder.layers[0]
+    assert [id(value) for value in groups[1]["params"]] == [id(value) for value in layer.fc1.parameters()]
+    assert not {id(value) for value in groups[0]["params"]} & {id(value) for value in groups[1]["params"]}
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("encoder.", "projector.")) and "embed_positions" not in name and "residual" not in name
+    }
+
+
+def test_shapes_are_powers_of_two_that_hold_the_items(trainer):
+    shapes = set()
+    for _ in range(50):
+        items, (rows, length) = trainer._items(stage(seconds=(3.0, 60.0), tokens=512))
+        assert len(items) == rows
+        assert rows * length == 512
+        shapes.add((rows, length))
+        assert all(item.seconds <= max(length / 9.0, 3.0) + 2.0 for item in items)
+    assert shapes == {(16, 32), (8, 64), (4, 128), (2, 256), (1, 512)}
+
+
+@pytest.mark.parametrize("kind", ["hear", "joint"])
+def test_weights_are_stepped_in_float32_and_computed_in_bfloat16(trainer, kind):
+    """Steps far below the resolution of bfloat16 still add up, and what is saved on the way is float32."""
+    trainer.dtype = torch.bfloat16
+    seen = []
+    trainer.save, trainer.save_minutes = lambda _: seen.append(trainer.model.projector.up.weight.clone()), 0.0
+    weight = trainer.model.projector.up.weight
+    before = weight.clone()
+    small = dict.fromkeys(STAGES[kind].train, 1e-06)
+    trainer.run_stage(dataclasses.replace(STAGES[kind], steps=5, train=small, weight_decay=0.0))
+    assert trainer.model.projector.up.weight is weight
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    moved = (weight - before).abs().median()
+    assert 1e-6 < moved < 6e-6
+    assert len(seen) == 5
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[-1], weight)
 
 
 def test_a_loss_that_is_no_number_ends_training(trainer):
@@ -168,45 +205,27 @@ def test_experiments_compose(experiment):
 
 
 @pytest.fixture
-def scripts(monkeypatch):
+def finetune(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import cache_positions
     import finetune
 
-    return finetune, cache_positions
+    return finetune.finetune
 
 
-def test_from_a_manifest_to_a_model(scripts, speech_llm, write_manifest, tmp_path, monkeypatch):
-    """Train on audio, cache positions with the result, and train its LLM on them."""
-    finetune, cache_positions = scripts
+def test_from_a_manifest_to_a_model(finetune, speech_llm, write_manifest, tmp_path):
+    """Train on audio, go on with the result, and load what that gave."""
     model, processor = speech_llm()
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
     manifest = write_manifest(SEGMENTS)
-    (tmp_path / "lines.txt").write_text("The sea.\nIs it far?\n")
-    common = ["device=cpu", f"output.dir={tmp_path}/output", f"validation.manifest={manifest}", "log_every=1"]
+    common = [
+        *("device=cpu", f"output.dir={tmp_path}/output", "log_every=1"),
+        *(f"validation.manifest={manifest}", f"data.manifests=[{manifest}]"),
+    ]
     hear = "{name: hear, steps: 2, windows: 2, seconds: [2, 3], train: {projector: 1e-3}, llm_weight: 0.5}"
-    finetune.finetune(
-        configuration(
-            "finetune", f"init.model={tmp_path}/start", f"data.manifests=[{manifest}]", f"stages=[{hear}]", *common
-        )
-    )
-    positions = tmp_path / "positions.npz"
-    command = f"x --model {tmp_path}/output/hear --manifests {manifest} --output {positions} --passes 2 --device cpu"
-    monkeypatch.setattr(sys, "argv", command.split())
-    cache_positions.main()
-    assert len(PositionBank.load([positions]).recordings) == 2
-    read = "{name: read, steps: 2, cached: true, windows: 1, seconds: [10, 20], train: {language_model: 1e-3}}"
-    finetune.finetune(
-        configuration(
-            "finetune",
-            f"init.model={tmp_path}/output/hear",
-            f"data.positions=[{positions}]",
-            f"data.texts=[{tmp_path}/lines.txt]",
-            f"stages=[{read}]",
-            *common,
-        )
-    )
+    finetune(configuration("finetune", f"init.model={tmp_path}/start", f"stages=[{hear}]", *common))
+    read = "{name: read, steps: 2, tokens: 128, seconds: [2, 9], train: {language_model: 1e-3}, llm_weight: 1}"
+    finetune(configuration("finetune", f"init.model={tmp_path}/output/hear", f"stages=[{read}]", *common))
     rows = [json.loads(line) for line in (tmp_path / "output" / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["hear"] * 3 + ["read"] * 3
     assert {"ctc", "llm"} <= rows[2].keys()  # word error rates

@@ -22,21 +22,36 @@ class AugmentConfig:
     time_mask_frames: int = 50  # of 10 ms
 
 
-def augment_waveform(samples: Tensor, config: AugmentConfig, random: torch.Generator) -> Tensor:
-    """samples [N] float32 -> [N'] float32."""
-    speed, gain, share, snr, color = torch.rand(5, generator=random).tolist()
-    factor = 1 + config.speed * (2 * speed - 1)
-    if config.speed:
-        length = int(len(samples) / factor)
-        samples = torch.nn.functional.interpolate(samples[None, None], size=length, mode="linear")[0, 0]
-    if share < config.noise_share:
-        low, high = config.snr_db
-        noise = torch.randn(len(samples), device=samples.device)
-        if color < 0.5:  # noise with more power at low frequencies, as in rooms and streets
-            noise = torch.nn.functional.avg_pool1d(noise[None, None], 8, 1, 4)[0, 0, : len(samples)]
-        ratio = samples.square().mean() / noise.square().mean().clamp_min(1e-12)
-        samples = samples + noise * (ratio * 10 ** (-(low + (high - low) * snr) / 10)).sqrt()
-    return samples * 10 ** (config.gain_db * (2 * gain - 1) / 20)
+@dataclass
+class Perturbation:
+    """What was drawn for each of B items, on the CPU: factors on tempo, on amplitude, on noise by signal amplitude."""
+
+    speed: Tensor  # [B]
+    gain: Tensor  # [B]
+    noise: Tensor  # [B], 0 without noise
+    low: Tensor  # [B] bool: noise with more power at low frequencies, as in rooms and streets
+
+    @classmethod
+    def draw(cls, items: int, config: AugmentConfig, random: torch.Generator) -> Perturbation:
+        speed, gain, share, snr, color = torch.rand(5, items, generator=random)
+        quietest, loudest = config.snr_db
+        level = 10 ** (-(quietest + (loudest - quietest) * snr) / 20)
+        return cls(
+            speed=1 + config.speed * (2 * speed - 1),
+            gain=10 ** (config.gain_db * (2 * gain - 1) / 20),
+            noise=level * (share < config.noise_share),
+            low=color < 0.5,
+        )
+
+
+def add_noise(windows: Tensor, lengths: Tensor, gain: Tensor, noise: Tensor, low: Tensor) -> Tensor:
+    """Noise relative to the power of each window and a gain; windows [W, N] of which `lengths` [W] are in use."""
+    inside = torch.arange(windows.shape[1], device=windows.device) < lengths[:, None]
+    white = torch.randn_like(windows)
+    rumble = torch.nn.functional.avg_pool1d(white, 8, 1, 4)[:, : windows.shape[1]] * 8**0.5  # of the same power
+    added = torch.where(low[:, None], rumble, white) * inside
+    power = windows.square().sum(1) / lengths.clamp_min(1)
+    return (windows + added * (noise * power.sqrt())[:, None]) * gain[:, None]
 
 
 def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.models.processing import SAMPLE_RATE
 
-from .augment import AugmentConfig, augment_waveform, log_mel, mask_spectrogram
-from .corpus import Item
+from .augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
+from .corpus import Item, Source
 
 
 @dataclass
@@ -56,18 +57,18 @@ class Batcher:
 
     def batch(self, items: Sequence[Item], transcripts: bool = True) -> Batch:
         """transcripts: whether the LLM's side of the batch is needed."""
-        windows, spans, counts, seconds = [], [], [], 0.0
-        for item in items:
-            samples = augment_waveform(self._waveform(item), self.augment, self.random)
-            cuts = self.processor.window_spans(len(samples))
-            windows += [samples[start:end] for start, end, _, _ in cuts]
-            spans += [(first, last) for _, _, first, last in cuts]
-            counts.append(len(cuts))
-            seconds += len(samples) / SAMPLE_RATE
+        drawn = Perturbation.draw(len(items), self.augment, self.random)
+        cuts, counts, seconds = [], [], 0.0
+        for number, (item, speed) in enumerate(zip(items, drawn.speed.tolist(), strict=True)):
+            samples = int(sum(source_samples for _, _, source_samples in _timeline(item)) / speed)
+            spans = self.processor.window_spans(samples)
+            cuts += [(number, *span) for span in spans]
+            counts.append(len(spans))
+            seconds += samples / SAMPLE_RATE
         texts = [self._text(item) for item in items] if transcripts else []
         return Batch(
-            features=self._features(windows),
-            spans=torch.tensor(spans),
+            features=self._features(items, cuts, drawn),
+            spans=torch.tensor([[first, last] for *_, first, last in cuts]),
             windows=torch.tensor(counts),
             ctc_targets=[self._ctc_target(item) for item in items],
             before=[before for before, _, _ in texts],
@@ -76,20 +77,39 @@ class Batcher:
             seconds=seconds,
         )
 
-    def _waveform(self, item: Item) -> Tensor:
-        parts = []
-        for source, utterance, gap in item.pieces:
-            parts.append(torch.zeros(int(gap * SAMPLE_RATE), device=self.device))
-            parts.append(source.audio[utterance.start : utterance.end].to(self.device).float() / 32768)
-        return torch.cat(parts)
-
-    def _features(self, windows: list[Tensor]) -> dict[str, Tensor]:
+    def _features(
+        self, items: Sequence[Item], cuts: list[tuple[int, int, int, int, int]], drawn: Perturbation
+    ) -> dict[str, Tensor]:
+        lengths = torch.tensor([end - start for _, start, end, _, _ in cuts])
+        size = round(self.processor.window_seconds * SAMPLE_RATE) if self.on_device else int(lengths.max())
+        windows = torch.zeros(len(cuts), size, device=self.device)
+        for source, pieces in self._pieces(items, cuts, drawn.speed.tolist(), size).items():
+            _play(source.audio, pieces, windows)
+        rows = [item for item, *_ in cuts]
+        parameters = [lengths, *(values[rows] for values in (drawn.gain, drawn.noise, drawn.low))]
+        windows = add_noise(windows, *(send(values, self.device) for values in parameters))
         if not self.on_device:
-            return self.processor.features([window.cpu().numpy() for window in windows])
-        padded = torch.zeros(len(windows), round(self.processor.window_seconds * SAMPLE_RATE), device=self.device)
-        for row, window in zip(padded, windows, strict=True):
-            row[: len(window)] = window
-        return {"input_features": mask_spectrogram(log_mel(padded, self.mel_filters), self.augment)}
+            parts = zip(windows.cpu().numpy(), lengths.tolist(), strict=True)
+            return self.processor.features([window[:length] for window, length in parts])
+        return {"input_features": mask_spectrogram(log_mel(windows, self.mel_filters), self.augment)}
+
+    def _pieces(
+        self, items: Sequence[Item], cuts: list[tuple[int, int, int, int, int]], speeds: list[float], size: int
+    ) -> dict[Source, list[tuple[float, ...]]]:
+        """By source, the arguments of `_play` for each utterance (or part) of each window."""
+        pieces: dict[Source, list[tuple[float, ...]]] = {}
+        for row, (number, start, end, _, _) in enumerate(cuts):
+            item, speed = items[number], speeds[number]
+            at = 0
+            for (source, utterance, _), (gap, length, whole) in zip(item.pieces, _timeline(item), strict=True):
+                begin = at + gap
+                first, last = max(math.ceil(begin / speed), start), min(math.ceil((begin + length) / speed), end)
+                if first < last:
+                    place = row * size + first - start
+                    piece = (last - first, utterance.start, length, first * speed - begin, speed, place)
+                    pieces.setdefault(source, []).append(piece)
+                at += whole
+        return pieces
 
     def _ctc_target(self, item: Item) -> list[int]:
         text = " ".join(utterance.text for _, utterance, _ in item.pieces)
@@ -101,3 +121,38 @@ class Batcher:
         transcript = self.processor.tokenizer(item.text, add_special_tokens=False)["input_ids"]
         transcript = [*transcript, self.processor.end_token_id]
         return before, after + transcript, len(transcript)
+
+
+def _timeline(item: Item) -> Iterator[tuple[int, int, int]]:
+    """Samples of silence, samples of speech and their sum, for each utterance."""
+    for _, utterance, gap in item.pieces:
+        silence = int(gap * SAMPLE_RATE)
+        speech = utterance.end - utterance.start
+        yield silence, speech, silence + speech
+
+
+def _play(audio: Tensor, pieces: list[tuple[float, ...]], windows: Tensor) -> None:
+    """Write pieces of `audio` [samples] int16 into `windows` [W, N], all at once.
+
+    A piece: samples to write, start and length of the utterance, position in it of the first sample, samples to go on
+    from one to the next, place in the flat windows.
+    """
+    counts = [int(count) for count, *_ in pieces]
+    table = send(torch.tensor(pieces, dtype=torch.float64), windows.device)
+    repeats, total = table[:, 0].long(), sum(counts)
+    piece = torch.repeat_interleave(repeats, output_size=total)
+    step = torch.arange(total, device=windows.device) - (repeats.cumsum(0) - repeats)[piece]
+    start, length, position, speed, place = table[:, 1:].T[:, piece]
+    position = (position + step * speed).clamp_min(0)
+    before = position.floor()
+    after = torch.minimum(before + 1, length - 1)
+    left, right = (audio[(start + torch.minimum(index, length - 1)).long()].float() for index in (before, after))
+    values = torch.lerp(left, right, (position - before).float()) / 32768
+    windows.view(-1)[place.long() + step] = values
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on the device, without waiting for what the device still has to do."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -39,7 +39,7 @@ class Utterance:
         return (self.end - self.start) / SAMPLE_RATE
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """Recordings of one kind: each a list of consecutive utterances. `weight`: share of the items drawn from it."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from unique_asr.models import SpeechLLMForConditionalGeneration
 from unique_asr.models.projector import Frames
 
-from .batches import Batch
+from .batches import Batch, send
+from .graphs import Decoder
 
 
 def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
@@ -18,10 +21,11 @@ def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
     rows = [row for row, alone in zip(first, single, strict=True) if alone]
     targets = [target for target, alone in zip(batch.ctc_targets, single, strict=True) if alone]
     lengths = batch.spans[rows, 1].clamp(max=frames.logits.shape[1])
-    log_probs = frames.logits[rows].float().log_softmax(-1).transpose(0, 1)
+    device = frames.logits.device
+    logits = frames.logits if len(rows) == len(frames.logits) else frames.logits[send(torch.tensor(rows), device)]
     loss = nn.functional.ctc_loss(
-        log_probs,
-        torch.tensor([token for target in targets for token in target], device=log_probs.device),
+        logits.float().log_softmax(-1).transpose(0, 1),
+        send(torch.tensor([token for target in targets for token in target], dtype=torch.long), device),
         lengths,
         torch.tensor([len(target) for target in targets]),
         blank=frames.logits.shape[-1] - 1,
@@ -32,33 +36,40 @@ def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
 
 
 def language_model_loss(
-    model: SpeechLLMForConditionalGeneration, audio: list[Tensor], batch: Batch
+    model: SpeechLLMForConditionalGeneration,
+    audio: Sequence[Tensor],
+    batch: Batch,
+    shape: tuple[int, int] | None = None,
+    decoder: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
 
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
+    shape: rows and length that the LLM is given; items that do not fit are left out (one is kept if none does).
+    decoder: vectors [B, N, hidden] -> states [B, N, hidden], the LLM's by default.
     """
     device = audio[0].device
-    lengths = [
-        len(before) + len(positions) + len(after)
-        for before, positions, after in zip(batch.before, audio, batch.after, strict=True)
-    ]
-    rows, longest = len(lengths), max(lengths)
+    parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
+    lengths = [len(before) + len(positions) + len(after) for before, positions, after, _ in parts]
+    rows, longest = shape or (len(parts), max(lengths))
+    fitting = [part for part, length in zip(parts, lengths, strict=True) if length <= longest][:rows]
+    if not fitting:
+        rows, longest, fitting, decoder = 1, lengths[0], parts[:1], None
     ids = torch.zeros(rows, longest, dtype=torch.long)
     heard, read = [], []  # places of the positions, and of the tokens before those to predict, in the flat batch
-    for row, (before, positions, after, labels) in enumerate(
-        zip(batch.before, audio, batch.after, batch.labels, strict=True)
-    ):
+    for row, (before, positions, after, labels) in enumerate(fitting):
         first, last = len(before), len(before) + len(positions)
+        end = last + len(after)
         ids[row, :first] = torch.tensor(before)
-        ids[row, last : lengths[row]] = torch.tensor(after)
+        ids[row, last:end] = torch.tensor(after)
         heard.append(torch.arange(first, last) + row * longest)
-        read.append(torch.arange(lengths[row] - labels - 1, lengths[row] - 1) + row * longest)
+        read.append(torch.arange(end - labels - 1, end - 1) + row * longest)
     read_at = torch.cat(read)
-    targets = ids.flatten()[read_at + 1].to(device)
-    embeds = model.get_input_embeddings()(ids.to(device)).flatten(0, 1)
-    embeds = embeds.index_copy(0, torch.cat(heard).to(device), torch.cat(list(audio)).to(embeds.dtype))
-    decoder = model.get_decoder()
-    states = decoder(inputs_embeds=embeds.unflatten(0, (rows, longest)), use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(states.flatten(0, 1)[read_at.to(device)])
+    targets = send(ids.flatten()[read_at + 1], device)
+    embeds = model.get_input_embeddings()(send(ids, device)).flatten(0, 1)
+    positions = torch.cat([positions for _, positions, _, _ in fitting]).to(embeds.dtype)
+    embeds = embeds.index_copy(0, send(torch.cat(heard), device), positions)
+    decoder = decoder or Decoder(model.get_decoder())
+    states = decoder(embeds.unflatten(0, (rows, longest)))
+    logits = model.get_output_embeddings()(states.flatten(0, 1)[send(read_at, device)])
     return nn.functional.cross_entropy(logits.float(), targets), rows * longest

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 
 from .augment import AugmentConfig
-from .batches import Batch, Batcher
-from .corpus import Corpus, log_uniform
+from .batches import Batcher
+from .corpus import Corpus, Item, log_uniform
+from .graphs import GraphedDecoder
 from .losses import ctc_loss, language_model_loss
-from .positions import PositionBatcher
+from .precision import MasterWeights
 
-POSITIONS_A_SECOND = 4.0  # of speech, about
+TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
 
 
 @dataclass
@@ -30,13 +31,13 @@ class StageConfig:
 
     name: str
     steps: int
-    train: dict[str, float]  # encoder, projector, residual, language_model: those that train, peak learning rates
+    train: dict[str, float]  # encoder, projector, residual, language_model, encoder.layers.5 ...: peak learning rates
     seconds: tuple[float, float] = (5.0, 29.0)  # length of the joined items, log-uniform
     windows: int = 64  # encoder windows a micro-batch
     micro_batches: int = 1  # a step
     ctc_weight: float = 1.0
     llm_weight: float = 0.0
-    cached: bool = False  # train the LLM on cached positions instead of audio; `windows` half minutes a micro-batch
+    tokens: int = 0  # of a micro-batch of the LLM, in rows of a power of two that fit the items; replaces `windows`
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
     cased_share: float = 0.5  # of the items; the transcripts of the rest are lower case without punctuation
     position_dropout: float = 0.0  # share of the LLM's audio positions that are zeroed
@@ -51,7 +52,8 @@ class StageConfig:
 class Trainer:
     """Runs stages one after the other.
 
-    log: called with each line for people; metrics also go to `output_dir`/metrics.jsonl.
+    dtype: what the model computes in; the weights that the optimiser steps are float32. log: called with each line for
+    people; metrics also go to `output_dir`/metrics.jsonl.
     """
 
     model: SpeechLLMForConditionalGeneration
@@ -60,8 +62,8 @@ class Trainer:
     augment: AugmentConfig
     output_dir: Path
     seed: int = 0
-    autocast: torch.dtype | None = torch.bfloat16
-    positions: PositionBatcher | None = None  # for stages with `cached`
+    dtype: torch.dtype = torch.bfloat16
+    cuda_graphs: bool = True  # of the LLM, in stages with `tokens`
     log_every: int = 20
     log: Callable[[str], None] = print
     save: Callable[[StageConfig], None] | None = None  # called every `save_minutes` and at the end of a stage
@@ -87,10 +89,30 @@ class Trainer:
     def run_stage(self, stage: StageConfig) -> None:
         """Raises FloatingPointError if the loss is no longer a number."""
         groups = self._parameter_groups(stage)
-        fused = self.model.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=stage.weight_decay, fused=fused)
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        cached = self._cached_batches(stage) if stage.cached else None
+        trained = [parameter for group in groups for parameter in group["params"]]
+        masters = MasterWeights(self.model, self.dtype)
+        try:
+            self._run_stage(stage, groups, trained, masters)
+        finally:
+            masters.close()
+            gc.collect()  # captured graphs hold gigabytes in cycles
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+
+    def _run_stage(
+        self, stage: StageConfig, groups: list[dict], trained: list[nn.Parameter], masters: MasterWeights
+    ) -> None:
+        weights = masters.of(trained)
+        optimizer = torch.optim.AdamW(
+            [{**group, "params": masters.of(group["params"])} for group in groups],
+            betas=(0.9, 0.95),
+            weight_decay=stage.weight_decay,
+            fused=self.model.device.type == "cuda",
+        )
+        graphs = self.cuda_graphs and self.model.device.type == "cuda" and stage.tokens and stage.micro_batches == 1
+        decoder = GraphedDecoder(self.model.get_decoder()) if graphs else None
         began = saved = time.monotonic()
         step, done = 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
@@ -99,14 +121,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             for _ in range(stage.micro_batches):
-                with torch.autocast(self.model.device.type, self.autocast, enabled=self.autocast is not None):
-                    loss, measures = self._cached_loss(stage, cached) if cached is not None else self._audio_loss(stage)
+                loss, measures = self._loss(stage, decoder)
                 (loss / stage.micro_batches).backward()
                 for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
-            nn.utils.clip_grad_norm_(parameters, stage.clip_norm)
+            masters.take_gradients(trained)
+            nn.utils.clip_grad_norm_(weights, stage.clip_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            masters.give_weights(trained)
             step += 1
             elapsed = time.monotonic() - began
             done = max(step / stage.steps, elapsed / (stage.minutes * 60) if stage.minutes else 0.0)
@@ -115,29 +137,9 @@ class Trainer:
                 self._progress(stage, step, done, elapsed, rate, count, totals)
                 totals = dict.fromkeys(totals, 0.0)
             if self.save and time.monotonic() - saved > self.save_minutes * 60:
-                self.save(stage)
+                with masters.restored():
+                    self.save(stage)
                 saved = time.monotonic()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-
-    def _cached_loss(self, stage: StageConfig, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        batch = next(batches)
-        audio = self._drop(self.positions.embed(batch), stage)
-        loss, tokens = language_model_loss(self.model, audio, batch)
-        return loss, {"llm": loss.detach(), "tokens": tokens}
-
-    def _cached_batches(self, stage: StageConfig) -> Iterator[Batch]:
-        if self.positions is None:
-            raise ValueError(f"stage {stage.name}: cached needs data.positions, made with scripts/cache_positions.py")
-
-        def sizes(random: np.random.Generator) -> tuple[int, int]:
-            low, high = stage.seconds
-            if random.random() < stage.short_share:
-                low, high = min(5.0, low), min(29.0, high)
-            seconds = log_uniform(random, low, high)
-            return round(seconds * POSITIONS_A_SECOND), max(1, round(stage.windows * 30 / seconds))
-
-        return self.positions.batches(sizes, stage.cased_share)
 
     def _drop(self, audio: Sequence[Tensor], stage: StageConfig) -> list[Tensor]:
         """The positions of each item, some of them zeroed."""
@@ -147,10 +149,11 @@ class Trainer:
             embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout) for embeds in audio
         ]
 
-    def _audio_loss(self, stage: StageConfig) -> tuple[Tensor, dict[str, Tensor | float]]:
-        batch = self.batcher.batch(self._items(stage), transcripts=stage.llm_weight > 0)
-        frames_train = {"encoder", "projector"} & set(stage.train)
-        with torch.set_grad_enabled(bool(frames_train)):
+    def _loss(self, stage: StageConfig, decoder: GraphedDecoder | None) -> tuple[Tensor, dict[str, Tensor | float]]:
+        items, shape = self._items(stage)
+        batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
+        frames_train = any(part.startswith(("encoder", "projector")) for part in stage.train)
+        with torch.set_grad_enabled(frames_train):
             frames = self.model.encode_windows(batch.features)
         measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
         loss = frames.logits.new_zeros((), dtype=torch.float32)
@@ -158,14 +161,14 @@ class Trainer:
             measures["ctc"] = ctc_loss(frames, batch)
             loss = loss + stage.ctc_weight * measures["ctc"]
         if stage.llm_weight:
-            with torch.set_grad_enabled(bool(frames_train)):
+            with torch.set_grad_enabled(frames_train):
                 positions = self.model.window_positions(frames, batch.spans)
             del frames
             embeds = self.model.embed_positions(positions)
             recording = torch.repeat_interleave(batch.windows)
             counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
             audio = self._drop(embeds.split(counts.tolist()), stage)
-            measures["llm"], measures["tokens"] = language_model_loss(self.model, audio, batch)
+            measures["llm"], measures["tokens"] = language_model_loss(self.model, audio, batch, shape, decoder)
             loss = loss + stage.llm_weight * measures["llm"]
         if not loss.requires_grad:
             raise ValueError(
@@ -174,40 +177,47 @@ class Trainer:
             )
         return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
 
-    def _items(self, stage: StageConfig) -> list:
+    def _items(self, stage: StageConfig) -> tuple[list[Item], tuple[int, int] | None]:
+        """The items of a micro-batch, and the rows and length that the LLM is given."""
         low, high = stage.seconds
         if self.corpus.random.random() < stage.short_share:
             low, high = min(5.0, low), min(29.0, high)
         windows = self.processor.window_seconds
-        if high <= windows:
+        seconds, shape = log_uniform(self.corpus.random, low, high), None
+        if stage.tokens:
+            length = min(2 ** math.ceil(math.log2(seconds * TOKENS_A_SECOND)), stage.tokens)
+            rows, longest = stage.tokens // length, min(length / TOKENS_A_SECOND, high)
+            lengths = self.corpus.random.uniform(max(longest / 2, low), longest, rows).tolist()
+            shape = rows, length
+        elif high <= windows:
             lengths = self.corpus.random.uniform(low, high, stage.windows).tolist()
         else:
-            seconds = log_uniform(self.corpus.random, low, high)
             lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
-        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths]
+        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths], shape
 
     def _parameter_groups(self, stage: StageConfig) -> list[dict]:
-        projector = self.model.projector
-        residual = list(projector.residual.parameters())
+        """Groups of an optimiser; everything else is frozen."""
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
-        parts = {
-            "encoder": [p for name, p in self.model.encoder.named_parameters() if "embed_positions" not in name],
-            "projector": [p for p in projector.parameters() if all(p is not other for other in residual)],
-            "residual": residual,
-            # The embedding table stays: the CTC head reads it, and it is stored exactly as it came.
-            "language_model": [p for p in self.model.language_model.parameters() if id(p) not in embeddings],
-        }
-        unknown = set(stage.train) - set(parts)
-        if unknown:
-            raise ValueError(f"stage {stage.name}: train has unknown parts {sorted(unknown)}; they are {sorted(parts)}")
-        for parameter in self.model.parameters():
+        prefixes = {part: "projector.residual" if part == "residual" else part for part in stage.train}
+        groups = {part: {"params": [], "lr": 0.0, "peak": peak} for part, peak in stage.train.items()}
+        for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(False)
-        groups = []
-        for part, peak in stage.train.items():
-            for parameter in parts[part]:
+            # The embedding table stays: the CTC head reads it, and it is stored exactly as it came.
+            if id(parameter) in embeddings or "embed_positions" in name:
+                continue
+            found = [part for part, prefix in prefixes.items() if name.startswith(prefix + ".")]
+            if name.startswith("projector.residual."):
+                found = [part for part in found if part == "residual"]
+            if found:
                 parameter.requires_grad_(True)
-            groups.append({"params": parts[part], "lr": 0.0, "peak": peak})
-        return groups
+                groups[max(found, key=lambda part: len(prefixes[part]))]["params"].append(parameter)
+        unknown = [part for part, group in groups.items() if not group["params"]]
+        if unknown:
+            raise ValueError(
+                f"stage {stage.name}: train has unknown parts {unknown}; give encoder, projector, residual, "
+                "language_model, or how the names of some weights begin, such as encoder.layers.5"
+            )
+        return list(groups.values())
 
     def _progress(
         self, stage: StageConfig, step: int, done: float, elapsed: float, rate: float, count: int, totals: dict

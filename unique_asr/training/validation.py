@@ -16,7 +16,7 @@ def validate(
     model: SpeechLLMForConditionalGeneration,
     processor: SpeechLLMProcessor,
     recordings: Sequence[Recording],
-    autocast: torch.dtype | None = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
     batch: int = 32,
     with_llm: bool = True,
 ) -> dict[str, float]:
@@ -27,7 +27,7 @@ def validate(
     for first in range(0, len(recordings), batch):
         group = recordings[first : first + batch]
         inputs = processor.apply_transcription_request([recording.audio() for recording in group]).to(model.device)
-        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             features = {"input_features": inputs["input_features"]}
             if "feature_attention_mask" in inputs:
                 features["attention_mask"] = inputs["feature_attention_mask"]
