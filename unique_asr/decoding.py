@@ -5,6 +5,7 @@ On CUDA the step is `unique_asr.attention.DecodeStep`, captured in a CUDA graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -77,12 +78,13 @@ class GreedyDecoder:
                 "raise its capacity or give it shorter audio"
             )
         self.step.reserve(min(self.capacity, needed + HEADROOM))
-        for start in range(0, total, self.prefill_chunk):
-            chunk = inputs_embeds[:, start : start + self.prefill_chunk]
+        size = math.ceil(total / math.ceil(total / self.prefill_chunk))  # equal: one token alone were a decode step
+        for start in range(0, total, size):
+            chunk = inputs_embeds[:, start : start + size]
             positions = torch.arange(self.length, self.length + chunk.shape[1], device=chunk.device).unsqueeze(0)
             logits = self._forward(inputs_embeds=chunk, position_ids=positions)
             if progress is not None:
-                progress(min(total, start + self.prefill_chunk), total)
+                progress(min(total, start + size), total)
         self.step.choose(logits)
         self._waiting = True
         self.log_probs = []

@@ -179,6 +179,14 @@ def test_a_loss_that_is_no_number_ends_training(trainer):
         trainer.run_stage(stage(llm_weight=0.0))
 
 
+def test_the_items_of_a_bad_loss_are_kept(trainer):
+    trainer.model.projector.up.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"not_a_number_0\.json"):
+        trainer.run_stage(stage(llm_weight=0.0, windows=3))
+    kept = json.loads((trainer.output_dir / "not_a_number_0.json").read_text())
+    assert [row[0]["text"] for row in kept["items"]] == ["the cat sat"] * 3
+
+
 def test_a_batch_of_cut_items_alone_has_no_ctc(trainer):
     with pytest.raises(ValueError, match="nothing to learn from"):
         trainer.run_stage(stage(steps=1, seconds=(9.0, 10.0), windows=2, train={"projector": 1e-3}, llm_weight=0.0))
@@ -198,7 +206,8 @@ def test_experiments_compose(experiment):
     assert config["stages"]
     for found in config["stages"]:
         parsed = StageConfig(**found)
-        assert set(parsed.train) <= set(EVERYTHING)
+        assert set(parsed.train) <= {*EVERYTHING, "lora"}
+        parsed.training_attention()
         assert all(isinstance(rate, float) for rate in parsed.train.values())
     AugmentConfig(**config["augment"])
     SpeechLLMConfig(**config["init"]["options"])

@@ -1,13 +1,14 @@
 """UNIQUE attention: any transformers decoder reads its KV cache by pages.
 
 The method is `reference.py` and `scores.py`; `cache.py` keeps the pages, `huggingface.py` joins them to transformers,
-`decode_step.py` captures a step, and `backend.py` finds the Triton kernels. Nothing here knows of speech.
+`decode_step.py` captures a step, and `backend.py` finds the Triton kernels; `soft_mask.py` is for training. Nothing here knows of speech.
 """
 
 from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.decode_step import DecodeStep
 from unique_asr.attention.huggingface import SparseAttention, sparse_attention
+from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig, training_attention
 from unique_asr.attention.stats import SparsityStatistics
 
 __all__ = [
@@ -16,5 +17,8 @@ __all__ = [
     "SparseAttention",
     "SparseAttentionConfig",
     "SparsityStatistics",
+    "TrainingAttention",
+    "TrainingAttentionConfig",
     "sparse_attention",
+    "training_attention",
 ]

@@ -139,15 +139,24 @@ def read_manifests(
     device: torch.device,
     min_match: float = 0.8,
     workers: int = 8,
+    missing: str = "error",
 ) -> list[Source]:
     """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
 
+    A folder in place of a manifest stands for its audio files with a text beside them: x.wav and x.txt.
+
     A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a
     recogniser heard: segments below `min_match` are dropped as misread). weights: by source name; others weigh 1.
+    missing: what to do about audio that is not there: `error`, or `skip`, which prints how many files and the first.
     Raises ValueError naming the file for a missing or empty manifest and for missing audio.
     """
+    if missing not in ("error", "skip"):
+        raise ValueError(f"data.missing is {missing!r}: choose one of error, skip")
     rows = []
     for path in map(Path, paths):
+        if path.is_dir():
+            rows += _folder(path)
+            continue
         if not path.is_file():
             raise ValueError(f"{path}: no such manifest")
         try:
@@ -159,9 +168,13 @@ def read_manifests(
         if not found:
             raise ValueError(f"{path}: the manifest is empty")
         rows += [(path.parent / row["audio_filepath"], row) for row in found]
-    missing = [str(path) for path, _ in rows if not path.is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]}: missing audio ({len(missing)} of {len(rows)} files of the manifests)")
+    absent = [str(path) for path, _ in rows if not path.is_file()]
+    if absent:
+        message = f"{absent[0]}: missing audio ({len(absent)} of {len(rows)} files of the manifests)"
+        if missing == "error" or len(absent) == len(rows):
+            raise ValueError(f"{message}; data.missing=skip goes on without")
+        print(f"{message}; skipped", flush=True)
+        rows = [(path, row) for path, row in rows if path.is_file()]
     with ThreadPoolExecutor(workers) as pool:
         audio = list(pool.map(_read_int16, [path for path, _ in rows]))
     by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
@@ -172,6 +185,19 @@ def read_manifests(
         for name, entries in by_source.items()
         if weights.get(name, 1.0) > 0
     ]
+
+
+def _folder(folder: Path) -> list[tuple[Path, dict]]:
+    """Every audio file of a folder that has a text of the same name beside it."""
+    texts = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+    rows = [
+        (path, {"text": " ".join(texts[path.stem].read_text().split()), "source": folder.name})
+        for path in sorted(folder.iterdir())
+        if path.stem in texts and path.suffix != ".txt"
+    ]
+    if not rows:
+        raise ValueError(f"{folder}: no audio file with a text of the same name, such as x.wav and x.txt")
+    return rows
 
 
 def _read_int16(path: Path) -> np.ndarray:

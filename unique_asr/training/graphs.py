@@ -17,8 +17,10 @@ class Decoder(nn.Module):
         self.decoder = decoder
         self.train(decoder.training)
 
-    def forward(self, embeds: Tensor) -> Tensor:
-        return self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    def forward(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
+        """decoded: bool [B, N], for the attention of sparsity-aware training."""
+        more = {} if decoded is None else {"decoded": decoded}
+        return self.decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
 
 
 class GraphedDecoder:

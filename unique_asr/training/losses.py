@@ -40,13 +40,15 @@ def language_model_loss(
     audio: Sequence[Tensor],
     batch: Batch,
     shape: tuple[int, int] | None = None,
-    decoder: Callable[[Tensor], Tensor] | None = None,
+    decoder: Callable[..., Tensor] | None = None,
+    mark_decoded: bool = False,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
 
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
     shape: rows and length that the LLM is given; items that do not fit are left out (one is kept if none does).
     decoder: vectors [B, N, hidden] -> states [B, N, hidden], the LLM's by default.
+    mark_decoded: tell it which tokens inference decodes one by one: the transcript's; prompt and audio are prefill.
     """
     device = audio[0].device
     parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
@@ -57,6 +59,7 @@ def language_model_loss(
         rows, longest, fitting, decoder = 1, lengths[0], parts[:1], None
     ids = torch.zeros(rows, longest, dtype=torch.long)
     heard, read = [], []  # places of the positions, and of the tokens before those to predict, in the flat batch
+    decoded = torch.zeros(rows, longest, dtype=torch.bool)
     for row, (before, positions, after, labels) in enumerate(fitting):
         first, last = len(before), len(before) + len(positions)
         end = last + len(after)
@@ -64,12 +67,14 @@ def language_model_loss(
         ids[row, last:end] = torch.tensor(after)
         heard.append(torch.arange(first, last) + row * longest)
         read.append(torch.arange(end - labels - 1, end - 1) + row * longest)
+        decoded[row, end - labels : end] = True
     read_at = torch.cat(read)
     targets = send(ids.flatten()[read_at + 1], device)
     embeds = model.get_input_embeddings()(send(ids, device)).flatten(0, 1)
     positions = torch.cat([positions for _, positions, _, _ in fitting]).to(embeds.dtype)
     embeds = embeds.index_copy(0, send(torch.cat(heard), device), positions)
     decoder = decoder or Decoder(model.get_decoder())
-    states = decoder(embeds.unflatten(0, (rows, longest)))
+    embeds = embeds.unflatten(0, (rows, longest))
+    states = decoder(embeds, decoded=send(decoded, device)) if mark_decoded else decoder(embeds)
     logits = model.get_output_embeddings()(states.flatten(0, 1)[send(read_at, device)])
     return nn.functional.cross_entropy(logits.float(), targets), rows * longest

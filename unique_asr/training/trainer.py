@@ -6,18 +6,24 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 
+from .adapters import PART as LORA
 from .augment import AugmentConfig
 from .batches import Batcher
+from .checkpoint import Checkpoint, random_states, restore_random
 from .corpus import Corpus, Item, log_uniform
+from .distributed import Processes
 from .graphs import GraphedDecoder
 from .losses import ctc_loss, language_model_loss
 from .precision import MasterWeights
@@ -31,7 +37,7 @@ class StageConfig:
 
     name: str
     steps: int
-    train: dict[str, float]  # encoder, projector, residual, language_model, encoder.layers.5 ...: peak learning rates
+    train: dict[str, float]  # encoder, projector, residual, language_model, lora, encoder.layers.5 ...: peak rates
     seconds: tuple[float, float] = (5.0, 29.0)  # length of the joined items, log-uniform
     windows: int = 64  # encoder windows a micro-batch
     micro_batches: int = 1  # a step
@@ -46,6 +52,13 @@ class StageConfig:
     minutes: float | None = None  # the stage ends after this time at the latest, its schedule with it
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    attention: dict[str, Any] | None = None  # the LLM's: fields of TrainingAttentionConfig and SparseAttentionConfig
+    checkpointing: bool = False  # compute the LLM's activations again in the backward pass: less memory, more time
+
+    def training_attention(self) -> TrainingAttentionConfig | None:
+        """None if every query reads everything."""
+        found = None if self.attention is None else TrainingAttentionConfig.from_dict(self.attention)
+        return found if found and found.masks else None
 
 
 @dataclass
@@ -68,33 +81,70 @@ class Trainer:
     log: Callable[[str], None] = print
     save: Callable[[StageConfig], None] | None = None  # called every `save_minutes` and at the end of a stage
     save_minutes: float = 5.0
+    validate: Callable[[StageConfig], dict[str, float]] | None = None  # measures, word error rates among them
+    validate_steps: int | None = None  # between two validations within a stage; one more at its end
+    save_best: Callable[[StageConfig], None] | None = None  # called when a validation was the best so far
+    resume: bool = False  # from the checkpoint in `output_dir`, if there is one
+    checkpoints: bool = False  # keep one there, every `save_minutes` and at the end of a stage
+    processes: Processes = field(default_factory=Processes)
+    tensorboard: Any = None  # a SummaryWriter for the same metrics
     batcher: Batcher = field(init=False)
 
     def __post_init__(self) -> None:
-        self.batcher = Batcher(self.model, self.processor, self.augment, self.seed)
+        # Every process draws items of its own.
+        self.batcher = Batcher(self.model, self.processor, self.augment, self.seed + self.processes.rank)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.best: float | None = None
+        self._moved: set[str] = set()  # names of all parameters trained so far
+        self._steps = 0  # of all stages, for TensorBoard
+        self._recent: list[list[Item]] = []  # of the micro-batches since the last line of the log
+        self._stages: list[StageConfig] = []
+        self._index = 0  # of the stage that runs
 
     def run(self, stages: Sequence[StageConfig], after_stage: Callable[[StageConfig], None] | None = None) -> None:
-        for stage in stages:
-            self.run_stage(stage)
-            if self.save:
+        """One stage after the other; with `resume`, from where the checkpoint stopped."""
+        self._stages = list(stages)
+        checkpoint = Checkpoint.load(self.output_dir, self._stages) if self.resume else None
+        if checkpoint:
+            self._restore(checkpoint)
+        for index, stage in enumerate(self._stages):
+            if checkpoint and index < checkpoint.stage:
+                continue
+            self._index = index
+            self.run_stage(stage, checkpoint if checkpoint and checkpoint.stage == index else None)
+            if self.save and self.processes.first:
                 self.save(stage)
+            self._validate(stage)
             if after_stage:
                 after_stage(stage)
+            if self.checkpoints:
+                self._checkpoint(index + 1, 0, 0.0, {}, None)
 
     def report(self, stage: StageConfig, measures: dict[str, float]) -> None:
         self.log(f"{stage.name}: " + "  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
         self._record({"stage": stage.name, **measures})
 
-    def run_stage(self, stage: StageConfig) -> None:
+    def run_stage(self, stage: StageConfig, checkpoint: Checkpoint | None = None) -> None:
         """Raises FloatingPointError if the loss is no longer a number."""
+        attention = stage.training_attention()
         groups = self._parameter_groups(stage)
         trained = [parameter for group in groups for parameter in group["params"]]
+        self._moved |= {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         masters = MasterWeights(self.model, self.dtype)
+        handle = TrainingAttention(self.model.language_model, attention) if attention else None
+        decoder = self.model.get_decoder()
+        if stage.checkpointing:
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            decoder.train()
         try:
-            self._run_stage(stage, groups, trained, masters)
+            self._run_stage(stage, groups, trained, masters, handle, checkpoint)
         finally:
             masters.close()
+            if handle:
+                handle.restore()
+            if stage.checkpointing:
+                decoder.gradient_checkpointing_disable()
+                decoder.eval()
             gc.collect()  # captured graphs hold gigabytes in cycles
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -102,7 +152,13 @@ class Trainer:
                 parameter.requires_grad_(False)
 
     def _run_stage(
-        self, stage: StageConfig, groups: list[dict], trained: list[nn.Parameter], masters: MasterWeights
+        self,
+        stage: StageConfig,
+        groups: list[dict],
+        trained: list[nn.Parameter],
+        masters: MasterWeights,
+        handle: TrainingAttention | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         weights = masters.of(trained)
         optimizer = torch.optim.AdamW(
@@ -112,34 +168,91 @@ class Trainer:
             fused=self.model.device.type == "cuda",
         )
         graphs = self.cuda_graphs and self.model.device.type == "cuda" and stage.tokens and stage.micro_batches == 1
-        decoder = GraphedDecoder(self.model.get_decoder()) if graphs else None
+        decoder = GraphedDecoder(self.model.get_decoder()) if graphs and handle is None else None
         began = saved = time.monotonic()
         step, done = 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
+        mark = handle is not None and handle.config.queries == "decoded"
+        if checkpoint and checkpoint.optimizer is not None:
+            optimizer.load_state_dict(checkpoint.optimizer)
+            step, began, totals = checkpoint.step, began - checkpoint.elapsed, dict(checkpoint.totals)
+            done = _done(step, checkpoint.elapsed, stage)
         while step < stage.steps and done < 1:
             rate = _rate(done, stage)
+            if handle and done >= 1 - handle.config.hard_last and handle.config.mode == "soft":
+                handle.config = replace(handle.config, mode="hard")
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             for _ in range(stage.micro_batches):
-                loss, measures = self._loss(stage, decoder)
+                loss, measures = self._loss(stage, decoder, mark)
                 (loss / stage.micro_batches).backward()
                 for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
             masters.take_gradients(trained)
+            self.processes.average_gradients(weights)
             nn.utils.clip_grad_norm_(weights, stage.clip_norm)
             optimizer.step()
             masters.give_weights(trained)
             step += 1
-            elapsed = time.monotonic() - began
-            done = max(step / stage.steps, elapsed / (stage.minutes * 60) if stage.minutes else 0.0)
+            self._steps += 1
+            elapsed = self.processes.agree(time.monotonic() - began)
+            done = _done(step, elapsed, stage)
             if step % self.log_every == 0 or step == stage.steps or done >= 1:
                 count = ((step - 1) % self.log_every + 1) * stage.micro_batches
                 self._progress(stage, step, done, elapsed, rate, count, totals)
                 totals = dict.fromkeys(totals, 0.0)
-            if self.save and time.monotonic() - saved > self.save_minutes * 60:
+            if self.validate_steps and step % self.validate_steps == 0 and step < stage.steps and done < 1:
+                with masters.restored(), _without(handle):
+                    self._validate(stage)
+            if began + elapsed - saved > self.save_minutes * 60:
                 with masters.restored():
-                    self.save(stage)
-                saved = time.monotonic()
+                    if self.save and self.processes.first:
+                        self.save(stage)
+                    if self.checkpoints:
+                        self._checkpoint(self._index, step, elapsed, totals, optimizer)
+                saved = time.monotonic() if self.processes.count == 1 else began + elapsed
+
+    def _validate(self, stage: StageConfig) -> None:
+        """Report the measures, and keep the best model by the most demanding word error rate that is measured."""
+        if self.validate is None:
+            return
+        random = torch.get_rng_state()
+        if self.processes.first:
+            measures = self.validate(stage)
+            self.report(stage, measures)
+            rate = next((measures[name] for name in ("sparse", "llm", "ctc") if name in measures), None)
+            if rate is not None and (self.best is None or rate < self.best):
+                self.best = rate
+                if self.save_best:
+                    self.save_best(stage)
+        torch.set_rng_state(random)
+        self.processes.wait()
+
+    def _checkpoint(
+        self, stage: int, step: int, elapsed: float, totals: dict, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        random = self.processes.gather(random_states(self.corpus.random, self.batcher.random))
+        if self.processes.first:
+            weights = {name: value.data for name, value in self.model.named_parameters() if name in self._moved}
+            totals = {name: float(value) for name, value in totals.items()}
+            state = optimizer.state_dict() if optimizer else None
+            stages = [asdict(each) for each in self._stages]
+            Checkpoint(stages, stage, step, elapsed, totals, self.best, weights, state, random).save(self.output_dir)
+        self.processes.wait()
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in checkpoint.weights.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise ValueError(f"the checkpoint has a weight {name} that the model lacks: start from the same model")
+            parameters[name].copy_(value)
+        self._moved = set(checkpoint.weights)
+        self.best = checkpoint.best
+        self._steps = sum(stage.steps for stage in self._stages[: checkpoint.stage]) + checkpoint.step
+        restore_random(checkpoint.random, self.processes, self.corpus.random, self.batcher.random)
+        names = [*(f"stage {stage.name}" for stage in self._stages), "the end"]
+        self.log(f"resumed at step {checkpoint.step} of {names[checkpoint.stage]}")
 
     def _drop(self, audio: Sequence[Tensor], stage: StageConfig) -> list[Tensor]:
         """The positions of each item, some of them zeroed."""
@@ -149,8 +262,11 @@ class Trainer:
             embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout) for embeds in audio
         ]
 
-    def _loss(self, stage: StageConfig, decoder: GraphedDecoder | None) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _loss(
+        self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
         items, shape = self._items(stage)
+        self._recent.append(items)
         batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
         frames_train = any(part.startswith(("encoder", "projector")) for part in stage.train)
         with torch.set_grad_enabled(frames_train):
@@ -168,7 +284,9 @@ class Trainer:
             recording = torch.repeat_interleave(batch.windows)
             counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
             audio = self._drop(embeds.split(counts.tolist()), stage)
-            measures["llm"], measures["tokens"] = language_model_loss(self.model, audio, batch, shape, decoder)
+            measures["llm"], measures["tokens"] = language_model_loss(
+                self.model, audio, batch, shape, decoder, mark_decoded
+            )
             loss = loss + stage.llm_weight * measures["llm"]
         if not loss.requires_grad:
             raise ValueError(
@@ -206,6 +324,8 @@ class Trainer:
             if id(parameter) in embeddings or "embed_positions" in name:
                 continue
             found = [part for part, prefix in prefixes.items() if name.startswith(prefix + ".")]
+            if ".lora_" in name:
+                found = [part for part in stage.train if part == LORA]
             if name.startswith("projector.residual."):
                 found = [part for part in found if part == "residual"]
             if found:
@@ -215,7 +335,8 @@ class Trainer:
         if unknown:
             raise ValueError(
                 f"stage {stage.name}: train has unknown parts {unknown}; give encoder, projector, residual, "
-                "language_model, or how the names of some weights begin, such as encoder.layers.5"
+                "language_model, lora (if `lora` is set), or how the names of some weights begin, such as "
+                "encoder.layers.5"
             )
         return list(groups.values())
 
@@ -224,18 +345,67 @@ class Trainer:
     ) -> None:
         means = {name: float(value) / count for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"stage {stage.name}: the loss is {means['loss']} near step {step}")
+            path = self._save_items(stage, step)
+            raise FloatingPointError(
+                f"stage {stage.name}: the loss is {means['loss']} near step {step}; the items of the steps since the "
+                f"last line are in {path}"
+            )
+        self._recent.clear()
         left = elapsed * (1 - done) / max(done, 1e-9)
+        if not self.processes.first:
+            return
         self.log(
             f"{stage.name} {step}/{stage.steps}  loss {means['loss']:.3f}  ctc {means['ctc']:.3f}"
             f"  llm {means['llm']:.3f}  rate {rate:.2f}"
-            f"  {elapsed / step:.3f} s/step  {elapsed:.0f} s, {left:.0f} s left"
+            f"  {elapsed / step:.3f} s/step  {self._speed(means, elapsed / step)}{elapsed:.0f} s, {left:.0f} s left"
         )
         self._record({"stage": stage.name, "step": step, "elapsed": elapsed, "rate": rate, **means})
 
+    def _speed(self, means: dict, seconds: float) -> str:
+        """Tokens that the LLMs of all processes read a second, if they read any."""
+        return f"{means['tokens'] * self.processes.count / seconds:.0f} tokens/s  " if means["tokens"] else ""
+
+    def _save_items(self, stage: StageConfig, step: int) -> Path:
+        """What the steps since the last line of the log were given."""
+        path = self.output_dir / f"not_a_number_{self.processes.rank}.json"
+        rows = [
+            [
+                {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}
+                for source, utterance, _ in item.pieces
+            ]
+            for items in self._recent
+            for item in items
+        ]
+        path.write_text(json.dumps({"stage": stage.name, "step": step, "items": rows}, indent=1) + "\n")
+        return path
+
     def _record(self, row: dict) -> None:
+        if not self.processes.first:
+            return
+        if self.tensorboard:
+            for name, value in row.items():
+                if isinstance(value, float | int) and name != "step":
+                    self.tensorboard.add_scalar(f"{row['stage']}/{name}", value, self._steps)
         with (self.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def _without(handle: TrainingAttention | None) -> Iterator[None]:
+    """The model's own attention within the block."""
+    if handle is None:
+        yield
+        return
+    handle.restore()
+    try:
+        yield
+    finally:
+        handle.apply()
+
+
+def _done(step: int, elapsed: float, stage: StageConfig) -> float:
+    """Share of the stage that is over."""
+    return max(step / stage.steps, elapsed / (stage.minutes * 60) if stage.minutes else 0.0)
 
 
 def _rate(done: float, stage: StageConfig) -> float:

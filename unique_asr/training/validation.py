@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
+from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.data import Recording
 from unique_asr.evaluation.scoring import Score
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+TOKENS_A_SECOND = 9.0  # of fast speech
 
 
 @torch.no_grad()
@@ -19,9 +23,14 @@ def validate(
     dtype: torch.dtype = torch.bfloat16,
     batch: int = 32,
     with_llm: bool = True,
+    sparse: SparseAttentionConfig | None = None,
 ) -> dict[str, float]:
-    """`ctc` and `llm` word error rates in percent (Whisper's English normaliser); greedy, dense attention."""
-    ctc, llm = Score(), Score()
+    """`ctc` and `llm` word error rates in percent (Whisper's English normaliser); greedy, dense attention.
+
+    sparse: also decode with this attention, as `sparse`; `sparse_steps` is the share of the steps in which it selected.
+    """
+    ctc, llm, selected = Score(), Score(), Score()
+    steps = sparse_steps = 0
     was_training = model.training
     model.eval()
     for first in range(0, len(recordings), batch):
@@ -36,12 +45,23 @@ def validate(
             for recording, count in zip(group, inputs["window_counts"].tolist(), strict=True):
                 best = torch.cat([path[start:end] for path, (start, end) in (next(windows) for _ in range(count))])
                 ctc.add(recording.text, greedy_text(model, processor, best))
-            if with_llm:
-                tokens = model.generate(**inputs, max_new_tokens=256, do_sample=False)
+            limit = max(256, round(TOKENS_A_SECOND * max(recording.duration for recording in group)))
+            passes = ([(llm, None)] if with_llm else []) + ([(selected, sparse)] if with_llm and sparse else [])
+            for score, attention in passes:
+                with sparse_attention(model, attention) if attention else nullcontext() as switch:
+                    tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
                 for recording, text in zip(group, processor.batch_decode(tokens), strict=True):
-                    llm.add(recording.text, text)
+                    score.add(recording.text, text)
+                if switch:
+                    steps += switch.statistics.steps
+                    sparse_steps += switch.statistics.sparse_steps
     model.train(was_training)
-    return {"ctc": 100 * ctc.wer, **({"llm": 100 * llm.wer} if with_llm else {})}
+    measures = {"ctc": 100 * ctc.wer}
+    if with_llm:
+        measures["llm"] = 100 * llm.wer
+    if with_llm and sparse:
+        measures |= {"sparse": 100 * selected.wer, "sparse_steps": sparse_steps / max(steps, 1)}
+    return measures
 
 
 def greedy_text(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor) -> str:

@@ -1,0 +1,377 @@
+"""Training through the page selection: attention over whole sequences with a soft or hard mask of pages.
+
+Every query that inference would decode sparsely sees page p through a gate (arXiv 2605.27740, section 3):
+
+    theta = stop_gradient((s_(k) + s_(k+1)) / 2)            scores of the pages that compete, sorted
+    g_p   = sigmoid((s_p - theta) / temperature)            temperature = tau * standard deviation of those scores
+    logits of every key of page p += log g_p
+
+so that gradients reach the query and the keys of a page through its score, with the norm of the query held constant.
+`hard` keeps the pages from theta on and drops the others, without a gradient through the scores. As in decoding
+(`reference.py`) the query's own page is always read, and so are sink and recent pages; the complete pages before its
+own compete for the rest of the budget, and where it holds them all the row is dense.
+
+Several documents in a row, and padding, are one thing: `starts` [B, N], the first token that each query may see. A page
+in which a document begins has statistics of that document alone, as a page with padding on its left has in decoding.
+
+    with training_attention(model, TrainingAttentionConfig(mode="soft", tau=0.5, budget=256)):
+        model(input_ids, labels=labels, decoded=labels != -100).loss.backward()
+
+This file is plain PyTorch in slices of queries that the backward pass computes again, so that memory is bounded; on
+CUDA `kernels/soft_mask_attention.py` does the same in one pass. Shapes: B batch, H query heads, K KV heads, G = H / K
+group, N tokens, T queries of a slice, P pages, S page size, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, field, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
+
+from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.huggingface import set_attention, text_decoder
+
+NAME = "unique_training"  # of the attention implementation
+MODES = ("dense", "soft", "hard")
+QUERIES = ("decoded", "all")
+SCORES = ("unique", "mean")  # those whose gradient is known here
+LOGITS = 1 << 24  # of a slice of queries, computed at once
+
+
+@dataclass(frozen=True)
+class TrainingAttentionConfig:
+    """The mask of training; `sparse` is what decoding will read. `from_dict` takes the fields of both together."""
+
+    mode: str = "soft"  # dense, soft, hard
+    tau: float = 0.5  # softness, in standard deviations of the scores that compete
+    queries: str = "decoded"  # which queries the mask is for: decoded (the transcript's), or all
+    hard_last: float = 0.0  # share of a stage's steps, at its end, in which soft becomes hard
+    backend: str = "auto"  # torch, triton, or auto: triton on CUDA wherever the kernel can
+    sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"attention.mode is {self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.queries not in QUERIES:
+            raise ValueError(f"attention.queries is {self.queries!r}: choose one of {', '.join(QUERIES)}")
+        if self.backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"attention.backend is {self.backend!r}: choose one of auto, torch, triton")
+        if self.tau <= 0:
+            raise ValueError(f"attention.tau is {self.tau}: give a number above 0, or mode=hard for no softness")
+        if not 0 <= self.hard_last <= 1:
+            raise ValueError(f"attention.hard_last is {self.hard_last}: give a share of the steps, from 0 to 1")
+        if self.mode == "dense" or self.sparse.budget is None:
+            return
+        if self.sparse.score not in SCORES:
+            raise ValueError(f"attention.score is {self.sparse.score!r}: training knows {' and '.join(SCORES)}")
+        if self.sparse.pages <= self.sparse.sink_pages + self.sparse.recent_pages:
+            raise ValueError(
+                f"attention.budget is {self.sparse.budget} tokens, all of them in pages that are always read: "
+                "training needs a page more, or fewer sink_pages or recent_pages"
+            )
+
+    @property
+    def masks(self) -> bool:
+        """Whether any query is masked."""
+        return self.mode != "dense" and self.sparse.budget is not None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingAttentionConfig:
+        own = {item.name for item in fields(cls)} - {"sparse"}
+        known = own | {item.name for item in fields(SparseAttentionConfig)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"attention has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+        sparse = SparseAttentionConfig(**{name: value for name, value in values.items() if name not in own})
+        return cls(**{name: value for name, value in values.items() if name in own}, sparse=sparse)
+
+
+# The method
+
+
+def page_statistics(key: Tensor, starts: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Mean [B, K, P, D] and spread [B, K, P] of the pages of key [B, K, N, D], differentiable, at least in float32.
+
+    Of the tokens of a page those count that belong to the document of its last one. The last page may be partial.
+    """
+    wide, tokens = _wide(key), key.shape[2]
+    missing = -tokens % page_size
+    pages = F.pad(wide, (0, 0, 0, missing)).unflatten(2, (-1, page_size))
+    document = F.pad(starts, (0, missing), value=-1).unflatten(1, (-1, page_size))  # [B, P, S]
+    last = starts[:, (torch.arange(1, pages.shape[2] + 1, device=key.device) * page_size - 1).clamp(max=tokens - 1)]
+    weight = (document == last.unsqueeze(-1)).to(wide.dtype)[:, None, :, :, None]
+    count = weight.sum(-2)  # [B, 1, P, 1]
+    mean = (pages * weight).sum(-2) / count
+    variance = ((pages - mean.unsqueeze(-2)).square() * weight).sum((-2, -1)) / count.squeeze(-1)
+    spread = variance > 0  # the root has no gradient at zero
+    return mean, variance.where(spread, torch.ones_like(variance)).sqrt() * spread
+
+
+def page_scores(query: Tensor, mean: Tensor, std: Tensor, config: SparseAttentionConfig) -> Tensor:
+    """Scores [B, K, G, T, P] of the pages for queries [B, K, G, T, D]; the norm of a query carries no gradient."""
+    wide = _wide(query)
+    product = torch.einsum("bkgtd,bkpd->bkgtp", wide, mean)
+    if config.score == "mean":
+        return product
+    norm = torch.linalg.vector_norm(wide.detach(), dim=-1, keepdim=True)
+    return product + config.scale * norm * std[:, :, None, None]
+
+
+def log_gates(
+    scores: Tensor, position: Tensor, starts: Tensor, masked: Tensor, config: TrainingAttentionConfig, scaling: float
+) -> Tensor:
+    """log g [B, K, T, P] from the scores of each head [B, K, G, T, P].
+
+    position [T]: places of the queries; starts [B, T]: first token that each may see; masked [B, T]: rows not dense.
+    """
+    sparse = config.sparse
+    newest, first = position // sparse.page_size, (starts // sparse.page_size)[..., None]  # [T], [B, T, 1]
+    page = torch.arange(scores.shape[-1], device=scores.device)
+    candidate = (page >= first) & (page < newest[:, None])  # [B, T, P]
+    forced = (page < first + sparse.sink_pages) | (page > newest[:, None] - sparse.recent_pages)
+    competing = candidate & ~forced
+    active = masked & (candidate.sum(-1) > sparse.pages - 1)  # [B, T]: k - 1 pages beside the query's own
+    gated = (competing & active[..., None])[:, None]
+    candidate, competing = candidate[:, None], competing[:, None]
+
+    if sparse.combine == "share":
+        lowest = torch.finfo(scores.dtype).min
+        scores = (scores * scaling).masked_fill(~candidate[:, :, None], lowest).softmax(-1).mean(2)
+    else:
+        scores = scores.amax(2)  # [B, K, T, P]
+    if scores.shape[-1] < sparse.pages:
+        return torch.zeros_like(scores)
+    with torch.no_grad():
+        ranked = scores.masked_fill(~candidate, -torch.inf).masked_fill(candidate & ~competing, torch.inf)
+        theta = ranked.topk(sparse.pages, dim=-1).values[..., -2:].mean(-1, keepdim=True)
+        theta = theta.masked_fill(~active[:, None, :, None], 0)
+        number = competing.sum(-1, keepdim=True).clamp(min=1)
+        level = scores.masked_fill(~competing, 0).sum(-1, keepdim=True) / number
+        variance = (scores - level).masked_fill(~competing, 0).square().sum(-1, keepdim=True) / number
+        temperature = config.tau * variance.sqrt().clamp(min=torch.finfo(scores.dtype).tiny ** 0.5)
+    if config.mode == "hard":
+        gate = torch.zeros_like(scores).masked_fill(scores < theta, -torch.inf)
+    else:
+        gate = F.logsigmoid((scores - theta) / temperature)
+    return torch.where(gated, gate, 0)
+
+
+def attend_slice(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    begin: int,
+    starts: Tensor,
+    masked: Tensor,
+    config: TrainingAttentionConfig,
+    scaling: float,
+) -> Tensor:
+    """Queries [B, K, G, T, D] at `begin` .. over keys and values [B, K, n, D] up to the last of them: like the queries.
+
+    mean and std: statistics of the pages of these keys; None: no row is masked. starts, masked: [B, T].
+    """
+    count, tokens = query.shape[3], key.shape[2]
+    position = torch.arange(begin, begin + count, device=key.device)
+    token = torch.arange(tokens, device=key.device)
+    logits = torch.einsum("bkgtd,bkjd->bkgtj", _wide(query), _wide(key)) * scaling
+    if mean is not None:
+        gates = log_gates(page_scores(query, mean, std, config.sparse), position, starts, masked, config, scaling)
+        logits = logits + gates.repeat_interleave(config.sparse.page_size, -1)[..., :tokens].unsqueeze(2)
+    seen = (token <= position[:, None]) & (token >= starts[..., None])  # [B, T, n]
+    weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("bkgtj,bkjd->bkgtd", weights, _wide(value)).to(query.dtype)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: TrainingAttentionConfig,
+    starts: Tensor | None = None,
+    masked: Tensor | None = None,
+    scaling: float | None = None,
+    slice_tokens: int | None = None,
+) -> Tensor:
+    """query [B, H, N, D], key and value [B, K, N, D] -> [B, H, N, D].
+
+    starts: int [B, N], see the top of this file; None: one document a row.
+    masked: bool [B, N], the queries that decoding would run sparsely; None: all.
+    slice_tokens: queries computed at once (default: by memory); with 0 the whole sequence is one slice that is not
+    computed again, the plain definition.
+    """
+    batch, heads, tokens, dim = query.shape
+    scaling = dim**-0.5 if scaling is None else scaling
+    starts = torch.zeros(batch, tokens, dtype=torch.int, device=query.device) if starts is None else starts
+    starts = starts.expand(batch, -1)
+    masked = torch.ones_like(starts, dtype=torch.bool) if masked is None else masked.bool().expand(batch, -1)
+    queries = query.unflatten(1, (key.shape[1], -1))
+    size = config.sparse.page_size
+    mean = std = None
+    if config.masks and tokens > config.sparse.budget:
+        mean, std = page_statistics(key, starts, size)
+    step = max(1, LOGITS // (batch * heads * tokens)) if slice_tokens is None else slice_tokens or tokens
+    parts = []
+    for begin in range(0, tokens, step):
+        end = min(begin + step, tokens)
+        arguments = [queries[:, :, :, begin:end], key[:, :, :end], value[:, :, :end]]
+        gates = mean is not None and end > config.sparse.budget and bool(masked[:, begin:end].any())
+        pages = -(-end // size)
+        arguments += [mean[:, :, :pages], std[:, :, :pages]] if gates else [None, None]
+        arguments += [begin, starts[:, begin:end], masked[:, begin:end], config, scaling]
+        if slice_tokens == 0:
+            parts.append(attend_slice(*arguments))
+        else:
+            parts.append(checkpoint(attend_slice, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, dim=3).flatten(1, 2)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+# transformers
+
+
+def training_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    decoded: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [B, H, N, D], key and value [B, K, N, D] -> [B, N, H, D]; `attention_mask` is what `starts_mask` gives.
+
+    decoded: bool [B, N], passed to the model's `forward`: the queries of tokens that inference decodes.
+    """
+    for unknown in ("s_aux", "softcap", "sliding_window"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(f"{type(module).__name__} has {unknown}, which {NAME!r} attention does not support")
+    if dropout:
+        raise ValueError(f"attention_dropout is {dropout}: {NAME!r} attention has none; set it to 0")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"{NAME!r} attention reads whole sequences: restore() the model before it generates")
+    handle: TrainingAttention = module.training_attention
+    config = handle.config
+    starts = None if attention_mask is None else attention_mask[:, 0, 0]
+    if starts is None and (not config.masks or module.layer_idx < config.sparse.dense_layers):
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    masked = None
+    if module.layer_idx < config.sparse.dense_layers:
+        masked = torch.zeros(1, query.shape[2], dtype=torch.bool, device=query.device)
+    elif config.masks and config.queries == "decoded":
+        if decoded is None:
+            raise ValueError("attention.queries is decoded: pass decoded=[B, N] to forward, or set queries=all")
+        masked = decoded
+    if handle.kernel is not None:
+        if handle.kernel.supports(key, config.sparse.combine, config.sparse.page_size):
+            return handle.kernel.training_attention(query, key, value, config, starts, masked, scaling), None
+        if config.backend == "triton":
+            raise ValueError(
+                "attention.backend is triton: its training kernel needs combine=max and pages of 8 or 16 tokens, of at "
+                "most 4 KB; set backend=auto"
+            )
+    return attention(query, key, value, config, starts, masked, scaling).transpose(1, 2), None
+
+
+def find_kernel(backend: str, device: torch.device) -> ModuleType | None:
+    """The kernel for a model on `device`, or None for plain PyTorch; Triton may be missing where it is not needed."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "torch" or (backend == "auto" and (interpreted or device.type != "cuda")):
+        return None
+    if device.type != "cuda" and not interpreted:
+        raise ValueError(f"attention.backend is triton, which needs a CUDA device: the model is on {device}")
+    return importlib.import_module("unique_asr.kernels.soft_mask_attention")
+
+
+def starts_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor | None:
+    """The `starts` of every query, int32 [B, 1, 1, N]; None for one document a row.
+
+    A document begins wherever a token may not see the one before it; a padded token is a document of its own.
+    """
+    if mask_function is causal_mask_function and attention_mask is None:
+        return None
+    device = device if attention_mask is None else attention_mask.device
+    token = torch.arange(kv_length, device=device)
+    row = torch.arange(batch_size, device=device)[:, None]
+    before = (token - 1).clamp(min=0)
+    begins = ~torch.as_tensor(mask_function(row, 0, token[None], before[None]), device=device)
+    begins = begins.expand(batch_size, kv_length) | (token == 0)
+    if attention_mask is not None:
+        real = attention_mask[:, :kv_length].bool()
+        begins = begins | ~(real & real[:, before])
+    starts = torch.where(begins, token, 0).cummax(dim=1).values
+    return starts.int()[:, None, None]
+
+
+AttentionInterface.register(NAME, training_attention_forward)
+AttentionMaskInterface.register(NAME, starts_mask)
+
+
+class TrainingAttention:
+    """A model whose text decoder trains through the page selection; `with` or `restore()` puts everything back.
+
+    `config` may be replaced at any time between a backward pass and the next forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: TrainingAttentionConfig):
+        self.model, self.config = model, config
+        self.kernel = find_kernel(config.backend, model.device)
+        self._modules = [module for module in text_decoder(model).modules() if hasattr(module, "layer_idx")]
+        self._former: str | None = None
+        self.apply()
+
+    def apply(self) -> None:
+        """Switch the attention on, again after `restore`."""
+        if self._former is None:
+            self._former = set_attention(self.model, NAME)
+            for module in self._modules:
+                module.training_attention = self
+
+    def restore(self) -> None:
+        """Put the former attention back; calling it again does nothing."""
+        if self._former is None:
+            return
+        set_attention(self.model, self._former)
+        self._former = None
+        for module in self._modules:
+            del module.training_attention
+
+    def __enter__(self) -> TrainingAttention:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.restore()
+
+
+def training_attention(model: PreTrainedModel, config: TrainingAttentionConfig | None = None, **values):
+    """Let the text decoder of `model` train through the page selection, from this call on or within a `with` block.
+
+    `values` are fields of `TrainingAttentionConfig` and of `SparseAttentionConfig`, in place of `config`. With
+    queries=decoded, pass `decoded=[B, N]` to the model's forward.
+    """
+    return TrainingAttention(model, config or TrainingAttentionConfig.from_dict(values))

@@ -1,0 +1,54 @@
+"""LoRA in the LLM (arXiv 2106.09685), by peft; what is saved has no trace of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+
+from unique_asr.models import SpeechLLMForConditionalGeneration
+
+PART = "lora"  # its name in a stage's `train`
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank updates of the LLM's linear layers: weight + alpha / rank * B A."""
+
+    rank: int = 64
+    alpha: float = 128.0
+    targets: str | list[str] = "all-linear"  # or how the names of the layers end: q_proj, v_proj ...
+    dropout: float = 0.0
+
+
+def add_adapters(model: SpeechLLMForConditionalGeneration, config: AdapterConfig) -> None:
+    """Put adapters that change nothing yet into the LLM; a stage trains them as the part `lora`."""
+    options = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=config.dropout
+    )
+    try:
+        inject_adapter_in_model(options, model.language_model)
+    except ValueError as error:
+        raise ValueError(f"lora.targets is {config.targets}: {str(error).splitlines()[0]}") from None
+    model.to(model.device)
+
+
+@torch.no_grad()
+def without_adapters(model: SpeechLLMForConditionalGeneration) -> SpeechLLMForConditionalGeneration:
+    """The model itself if it has no adapters; else one of the original layout that shares all other weights."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        return model
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in layers.items():
+        state[f"{name}.weight"] = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.language_model.generation_config = model.language_model.generation_config
+    return plain
