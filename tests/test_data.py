@@ -67,6 +67,18 @@ def test_nemo_rows_share_a_file(chapters):
     assert [(u.start, u.end, u.text) for u in joined.utterances] == [(0, 2, "one"), (2, 3.5, "two")]
 
 
+def test_entities_stay_with_their_recordings(chapters):
+    rows = [json.loads(line) for line in chapters.read_text().splitlines()]
+    for row, entities in zip(rows, (["a1"], ["b1", "number 1"], ["a2", "a1"])):
+        row["entities"] = entities
+    recordings = read_manifest(write_manifest(chapters, rows))
+    assert [r.entities for r in recordings] == [("a1",), ("b1", "number 1"), ("a2", "a1")]
+    assert [r.entities for r in join(recordings, 9, within="speaker")] == [("a1", "a2"), ("b1", "number 1")]
+    del rows[0]["entities"]
+    joined = join(read_manifest(write_manifest(chapters, rows)), 9, within="speaker")
+    assert [r.entities for r in joined] == [None, ("b1", "number 1")], "a list that lacks a recording is no list"
+
+
 def test_select_rows(chapters):
     assert [r.id for r in read_manifest(chapters, source="odd")] == ["b1"]
     assert [r.id for r in read_manifest(chapters, source=["odd", "even"], select="a*")] == ["a1", "a2"]

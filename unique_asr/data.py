@@ -1,7 +1,8 @@
 """Speech data: manifests, recordings and joined recordings, for training and for evaluation.
 
 A manifest is JSON lines, one recording a row. `audio_filepath` is relative to the manifest; the other fields are
-those of NeMo (`duration`, `offset`, `text`) plus `segments`: a list of {"start", "end", "text"} with times in seconds.
+those of NeMo (`duration`, `offset`, `text`) plus `segments`: a list of {"start", "end", "text"} with times in seconds,
+and `entities`: a list of names and numbers in the text, for the entity error rate.
 
     recordings = read_manifest("eval.jsonl", source="librispeech_test_clean")
     for item in join(recordings, seconds=30):
@@ -64,6 +65,7 @@ class Recording:
     utterances: tuple[Utterance, ...]
     speaker: str = ""
     source: str = ""
+    entities: tuple[str, ...] | None = None  # names and numbers as the text has them; None: nobody listed them
 
     @property
     def duration(self) -> float:
@@ -198,6 +200,7 @@ def _recording(row: dict, folder: Path) -> Recording:
         utterances=utterances,
         speaker=str(row.get("speaker") or ""),
         source=str(row.get("source") or ""),
+        entities=None if row.get("entities") is None else tuple(map(str, row["entities"])),
     )
 
 
@@ -257,4 +260,12 @@ def _joined(pieces: Sequence[tuple[Recording, Span, Utterance]]) -> Recording:
         utterances=tuple(utterances),
         speaker=",".join(dict.fromkeys(recording.speaker for recording, _, _ in pieces)),
         source=first.source,
+        entities=_entities(list(dict.fromkeys(recording for recording, _, _ in pieces))),
     )
+
+
+def _entities(recordings: Sequence[Recording]) -> tuple[str, ...] | None:
+    """Those of all the recordings, if every one has a list."""
+    if any(recording.entities is None for recording in recordings):
+        return None
+    return tuple(dict.fromkeys(entity for recording in recordings for entity in recording.entities))

@@ -88,5 +88,9 @@ def test_relative_difference():
     dense = [Errors(100, substitutions=10)] * 5
     sparse = [Errors(100, substitutions=9, deletions=2)] * 5
     assert relative_difference(sparse, dense) == pytest.approx((0.1, 0.1, 0.1))
+    once = [Errors(10), Errors(10, deletions=1)]
+    assert relative_difference(once, once) == (0, 0, 0), "some draws have no error to compare with"
+    assert relative_difference([Errors(10)], [Errors(10)]) == (0, 0, 0)
+    assert relative_difference(once, [Errors(10)] * 2)[0] == float("inf")
     with pytest.raises(ValueError, match="score both on the same"):
         relative_difference(sparse, dense[1:])

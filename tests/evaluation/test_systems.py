@@ -1,6 +1,7 @@
 """The systems and the command, with a speech LLM of random weights: its nonsense has to be counted right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest
 from unique_asr.evaluation.cli import attention_settings, main
+from unique_asr.evaluation.decodings import Decodings
 from unique_asr.evaluation.harness import evaluate
-from unique_asr.evaluation.systems import BatchedSpeechLLM, Encoder, GreedyCTC, SpeechLLM
+from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
+from unique_asr.evaluation.systems import BatchedSpeechLLM, Encoder, GreedyCTC, PretrainedLLM, SpeechLLM
 
 MANIFEST = Path(__file__).parents[1] / "data" / "manifest.jsonl"
 BUDGET = SparseAttentionConfig(budget=64)
@@ -84,12 +87,98 @@ def test_the_command(speech_llm, tmp_path, capsys, monkeypatch):
     assert rows[0]["sparsity"]["sparse_steps"] > 0
 
 
+def test_every_method_runs_behind_one_switch(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    methods = ["dense", "unique", "h2o", "streaming_llm", "infllm", "murmur", "sliding"]
+    options = ["data.join_seconds=5", "data.limit=1", f"methods=[{','.join(methods)}]", "attention.budget=[112]"]
+    assert run(*options, "rivals.sliding={seconds:6,overlap:1}", f"output.dir={tmp_path}") == 0
+    names = [method if method in ("dense", "sliding") else f"{method}-112" for method in methods]
+    results = {result["system"]: result for result in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert list(results) == names
+    assert results["dense"]["sparse_steps"] == results["sliding"]["sparse_steps"] == 0
+    for name in names[1:-1]:
+        assert results[name]["sparse_steps"] > 0
+        assert results[name]["budget"] == 112
+    assert all((tmp_path / f"{name}.jsonl").is_file() for name in names)
+    assert all(results[name]["tokens_per_second"] > 0 for name in names)
+
+
+def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "models")
+    import speech_models
+
+    pair = speech_models.make("moss_transcribe_diarize")
+    span = replace(recordings[0].spans[0], end=recordings[0].spans[0].start + 1.0)
+    short = replace(recordings[0], spans=(span,))
+    rival = RivalConfig(budget=64, score="mean", method=StreamingLLM())
+    for name, attention in (
+        ("dense", SparseAttentionConfig(budget=None)),
+        ("unique", BUDGET),
+        ("streaming_llm", rival),
+    ):
+        result = evaluate(PretrainedLLM(name, pair, attention), [short])
+        assert result.total("steps") > 0
+        assert bool(result.total("sparse_steps")) == (name != "dense")
+        assert result.hypotheses[0].passes > 0
+
+
+def test_lengths_files_and_a_second_run_that_decodes_nothing(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    options = ["data.join_minutes=[0.05,0.1]", "data.limit=2", "attention.budget=[null,64]", f"output.dir={tmp_path}"]
+    assert run(*options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    results = (tmp_path / "results.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in results[1:]] == [
+        ["dense", "0.05 min"], ["dense", "0.1 min"], ["unique-64", "0.05 min"], ["unique-64", "0.1 min"]
+    ]  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "unique-64@0.1min.jsonl").read_text().splitlines()]
+    assert {"audio_filepath", "duration", "time", "text", "pred_text"} <= set(rows[0])
+    report = (tmp_path / "report.md").read_text()
+    assert "| unique-64 0.1 min |" in report
+    assert "matplotlib" in report or (tmp_path / "wer_by_length.png").is_file()
+
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("decoded again"))
+    assert run(*options) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(pytest.fail.Exception):
+        run(*options, "decoding.prefill_chunk=64")
+    with pytest.raises(pytest.fail.Exception):
+        run(*options, "resume=false")
+
+
+def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
+    system = GreedyCTC(Encoder(*speech_llm))
+    whole = evaluate(system, recordings, decodings=Decodings(tmp_path, {"system": "ctc"}))
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-20])  # the last line is incomplete
+    asked = []
+
+    class Counted:
+        name = "ctc"
+
+        def transcribe(self, recordings):
+            asked.extend(recordings)
+            return system.transcribe(recordings)
+
+    again = evaluate(Counted(), recordings, decodings=Decodings(tmp_path, {"system": "ctc"}))
+    assert asked == recordings[1:]
+    assert [h.text for h in again.hypotheses] == [h.text for h in whole.hypotheses]
+    other = Decodings(tmp_path, {"system": "ctc", "dtype": "bfloat16"})
+    assert other.get(recordings[0]) is None, "other settings, other decodings"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["data.manifest=none.jsonl"], "none.jsonl: no such manifest"),
         (["data.source=none"], "its sources are"),
         (["data.manifest=???"], "data.manifest is missing"),
+        (["methods=[unique,best]"], "methods names 'best'"),
+        (["methods=[dense,h2o]", "batch=2"], "set batch=1"),
+        (["methods=[infllm]", "attention.budget=64"], "InfLLM with blocks of 16 needs"),
+        (["data.join_minutes=1", "data.join_seconds=5"], "give one of them"),
+        (["task=text"], "choose one of speech, ruler, perplexity"),
+        (["task=ruler"], "text.model is missing"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path):

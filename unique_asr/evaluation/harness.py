@@ -12,12 +12,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..data import Recording
 from ..transcript import Segment
+from .entities import EntityErrors, entity_errors
+from .memory import PeakMemory
+from .repetition import longest_repeated_run
 from .scoring import Errors, Score
 from .timing import TimingErrors, timing_errors
+
+if TYPE_CHECKING:
+    from .decodings import Decodings
 
 
 @dataclass
@@ -31,6 +37,9 @@ class Hypothesis:
     sparsity: dict = field(default_factory=dict)  # SparsityStatistics.to_dict()
     segments: list[Segment] = field(default_factory=list)
     seconds: float = 0.0  # wall time, filled in by `evaluate`
+    tokens: int = 0  # written by the decoder, those that were dropped later included
+    decode_seconds: float = 0.0  # of the wall time, spent on those tokens
+    peak_memory: int | None = None  # bytes, filled in by `evaluate`; of a whole batch if several go together
 
 
 class System(Protocol):
@@ -48,11 +57,15 @@ class Result:
     recordings: list[Recording] = field(default_factory=list)
     hypotheses: list[Hypothesis] = field(default_factory=list)
     score: Score = field(default_factory=Score)
+    set: str = ""  # of the recordings, if a run has several: "10 min"
+    budget: int | None = None  # tokens a step, of systems that have one
+    entities: EntityErrors = field(default_factory=EntityErrors)
 
     def add(self, recording: Recording, hypothesis: Hypothesis) -> None:
         self.recordings.append(recording)
         self.hypotheses.append(hypothesis)
         self.score.add(recording.text, hypothesis.text)
+        self.entities += entity_errors(recording.text, hypothesis.text, recording.entities)
 
     @property
     def errors(self) -> list[Errors]:
@@ -83,6 +96,22 @@ class Result:
         return self.total("pages_read") / max(self.total("pages_total"), 1)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding alone; None for systems that do not count."""
+        seconds = sum(hypothesis.decode_seconds for hypothesis in self.hypotheses)
+        return sum(hypothesis.tokens for hypothesis in self.hypotheses) / seconds if seconds else None
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes."""
+        return max((h.peak_memory for h in self.hypotheses if h.peak_memory is not None), default=None)
+
+    @property
+    def longest_repeated_run(self) -> int:
+        """Words of the longest repetition in any hypothesis."""
+        return max((longest_repeated_run(hypothesis.text) for hypothesis in self.hypotheses), default=0)
+
+    @property
     def timing(self) -> TimingErrors:
         """Of the systems that give times to words."""
         errors = TimingErrors()
@@ -94,10 +123,18 @@ class Result:
     def to_dict(self) -> dict:
         return {
             "system": self.system,
+            "set": self.set,
+            "budget": self.budget,
+            "recordings": len(self.recordings),
             **self.score.to_dict(),
+            "entities": self.entities.entities,
+            "entity_error_rate": self.entities.rate,
+            "longest_repeated_run": self.longest_repeated_run,
             "audio_seconds": round(self.audio_seconds, 2),
             "coverage": self.coverage,
             "rtfx": self.speed,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_memory": self.peak_memory,
             "steps": self.total("steps"),
             "sparse_steps": self.total("sparse_steps"),
             "share_of_pages_read": self.share_of_pages_read,
@@ -119,6 +156,7 @@ class Result:
             "stop_reason": hypothesis.stop_reason,
             "coverage": hypothesis.coverage,
             "passes": hypothesis.passes,
+            "tokens": hypothesis.tokens,
             "sparsity": hypothesis.sparsity,
             "segments": [
                 {"start": round(segment.start, 3), "end": round(segment.end, 3), "text": segment.text}
@@ -127,7 +165,10 @@ class Result:
         }
 
     def __str__(self) -> str:
-        parts = [f"{self.system:<12} {self.score}", f"coverage {self.coverage:.1%}", f"RTFx {self.speed:.1f}"]
+        name = f"{self.system} {self.set}".strip()
+        parts = [f"{name:<12} {self.score}", f"coverage {self.coverage:.1%}", f"RTFx {self.speed:.1f}"]
+        if self.entities.rate is not None:
+            parts.insert(1, f"entities missed {self.entities.rate:.1%} of {self.entities.entities}")
         if self.total("steps"):
             sparse = f"sparse steps {self.total('sparse_steps')}/{self.total('steps')}"
             parts.append(f"{sparse}, pages read {self.share_of_pages_read:.1%}")
@@ -142,16 +183,28 @@ class Result:
 
 
 def evaluate(
-    system: System, recordings: Sequence[Recording], progress: Callable[[Result], None] | None = None
+    system: System,
+    recordings: Sequence[Recording],
+    progress: Callable[[Result], None] | None = None,
+    decodings: Decodings | None = None,
 ) -> Result:
-    """Transcribe the recordings and score them; `progress(result)` is called after each one."""
+    """Transcribe the recordings and score them; `progress(result)` is called after each one.
+
+    What `decodings` has is taken from there, and what it has not is put there.
+    """
     result = Result(system.name)
-    started = time.perf_counter()
-    for recording, hypothesis in zip(recordings, system.transcribe(recordings), strict=True):
-        if not hypothesis.seconds:
-            hypothesis.seconds = time.perf_counter() - started
+    known = {r: decodings.get(r) for r in recordings} if decodings else {}
+    pending = system.transcribe([recording for recording in recordings if known.get(recording) is None])
+    for recording in recordings:
+        hypothesis = known.get(recording)
+        if hypothesis is None:
+            started, memory = time.perf_counter(), PeakMemory()
+            hypothesis = next(pending)
+            hypothesis.seconds = hypothesis.seconds or time.perf_counter() - started
+            hypothesis.peak_memory = memory.bytes()
+            if decodings:
+                decodings.put(recording, hypothesis)
         result.add(recording, hypothesis)
         if progress is not None:
             progress(result)
-        started = time.perf_counter()
     return result

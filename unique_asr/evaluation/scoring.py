@@ -148,14 +148,19 @@ def bootstrap_interval(errors: Sequence[Errors], level: float = 0.95, samples: i
 def relative_difference(
     errors: Sequence[Errors], baseline: Sequence[Errors], level: float = 0.95, samples: int = 1000
 ) -> tuple[float, float, float]:
-    """(rate / baseline's rate - 1, low, high) over the same recordings, drawn again in pairs."""
+    """(rate / baseline's rate - 1, low, high) over the same recordings, drawn again in pairs.
+
+    Draws in which the baseline makes no error have no ratio and are left out.
+    """
     if len(errors) != len(baseline):
         raise ValueError(f"{len(errors)} recordings against {len(baseline)}: score both on the same ones")
     rates, reference = (sum(e, Errors(0)).rate for e in (errors, baseline))
     drawn, drawn_reference = _resampled_rates([errors, baseline], samples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = _percentiles(drawn / drawn_reference - 1, level)
-        return float(np.divide(rates, reference) - 1), low, high
+    if not reference:
+        return (0.0, 0.0, 0.0) if not rates else (float("inf"),) * 3
+    defined = drawn_reference > 0
+    low, high = _percentiles(drawn[defined] / drawn_reference[defined] - 1, level)
+    return rates / reference - 1, low, high
 
 
 def _resampled_rates(systems: Sequence[Sequence[Errors]], samples: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from .harness import Hypothesis
 if TYPE_CHECKING:
     from ..attention import SparseAttentionConfig, SparsityStatistics
     from ..models import EncodedAudio, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from .methods import Sliding
 
 
 class Encoder:
@@ -38,7 +39,10 @@ class Encoder:
 
 
 class SpeechLLM:
-    """A speech LLM as users run it: one pass where the text covers the speech, continuation where it does not."""
+    """A speech LLM as users run it: one pass where the text covers the speech, continuation where it does not.
+
+    sliding: short windows and a stitched text instead.
+    """
 
     def __init__(
         self,
@@ -48,40 +52,92 @@ class SpeechLLM:
         prompt: str | None = None,
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
+        sliding: Sliding | None = None,
     ) -> None:
-        self.name, self.encoder, self.attention = name, encoder, attention
+        self.name, self.encoder, self.attention, self.sliding = name, encoder, attention, sliding
         self.prompt, self.max_pass_seconds, self.prefill_chunk = prompt, max_pass_seconds, prefill_chunk
 
     def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
         from ..decoding import GreedyDecoder
         from ..longform import LongformConfig, LongformReport, LongformTranscriber
+        from .methods import RivalConfig, rivals_active
 
         model, processor = self.encoder.model, self.encoder.processor
         config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
         transcriber = LongformTranscriber(model, processor, config, prompt=self.prompt)
         # One decoder for all recordings: its memory and CUDA graphs are kept.
-        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk)
+        static = False if isinstance(self.attention, RivalConfig) else None
+        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk, static=static)
         for recording in recordings:
             encoded, encode_seconds = self.encoder(recording)
             started, before = time.perf_counter(), decoder.statistics.to_dict()
             decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
             report = LongformReport()
-            segments = list(transcriber.transcribe(encoded, decoder, report))
+            with rivals_active():
+                if self.sliding is None:
+                    segments = list(transcriber.transcribe(encoded, decoder, report))
+                else:
+                    segments = list(self.sliding.transcribe(transcriber, encoded, decoder, report))
+            counted = _counted(before, decoder.statistics)
             yield Hypothesis(
                 text=" ".join(segment.text.strip() for segment in segments),
                 stop_reason=report.stop_reason,
                 coverage=report.coverage,
                 passes=report.passes,
-                sparsity=_counted(before, decoder.statistics),
+                sparsity=counted,
                 segments=segments,
                 seconds=encode_seconds + time.perf_counter() - started,
+                tokens=counted["steps"],
+                decode_seconds=report.timings["decode"],
+            )
+
+
+class PretrainedLLM:
+    """A speech LLM of transformers that has an adapter (`unique_asr.models.adapters`), in passes as users run it."""
+
+    def __init__(
+        self,
+        name: str,
+        model: tuple[Any, Any],
+        attention: SparseAttentionConfig,
+        prompt: str | None = None,
+        max_pass_seconds: float | None = None,
+        prefill_chunk: int = 2048,
+    ) -> None:
+        self.name, self.model, self.attention, self.prompt = name, model, attention, prompt
+        self.max_pass_seconds, self.prefill_chunk = max_pass_seconds, prefill_chunk
+
+    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+        from ..models.adapters import make_transcriber
+        from .methods import RivalConfig, rivals_active
+
+        options = {"max_pass_seconds": self.max_pass_seconds, "prefill_chunk": self.prefill_chunk}
+        transcriber = make_transcriber(self.model, attention=self.attention, **options)
+        if isinstance(self.attention, RivalConfig):
+            transcriber.decoder.static = False
+        for recording in recordings:
+            started = time.perf_counter()
+            with rivals_active():
+                segments, info = transcriber.transcribe(recording.audio(), prompt=self.prompt)
+                segments = list(segments)
+            yield Hypothesis(
+                text=" ".join(segment.text.strip() for segment in segments),
+                stop_reason=info.stop_reason,
+                coverage=info.coverage,
+                passes=info.passes,
+                sparsity={key: value for key, value in info.sparsity.items() if key != "share_of_pages_read"},
+                segments=segments,
+                seconds=time.perf_counter() - started,
+                tokens=info.sparsity.get("steps", 0),
+                decode_seconds=info.timings.get("decode", 0.0),
             )
 
 
 class BatchedSpeechLLM:
     """A speech LLM through `generate`, `batch` recordings at a time and one pass each: the fast way for short ones.
 
-    Nothing is aligned and nothing continued, so coverage says only whether the text ended by itself.
+    Nothing is aligned and nothing continued, so coverage says only whether the text ended by itself; the time of the
+    tokens includes encoding and prefill.
     """
 
     def __init__(self, name: str, encoder: Encoder, attention: SparseAttentionConfig, batch: int = 16) -> None:
@@ -110,6 +166,8 @@ class BatchedSpeechLLM:
                         coverage=float(ended),
                         sparsity=share,
                         seconds=seconds,
+                        tokens=row.index(self.processor.end_token_id) if ended else len(row),
+                        decode_seconds=seconds,
                     )
 
 

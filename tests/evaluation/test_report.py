@@ -1,0 +1,76 @@
+"""The files of a run, from results made by hand."""
+
+import csv
+import json
+import sys
+
+import pytest
+
+from unique_asr.data import Recording, Span, Utterance
+from unique_asr.evaluation.harness import Hypothesis, Result
+from unique_asr.evaluation.report import dense_of, write_results
+
+SETTINGS = {"data": {"manifest": "eval.jsonl"}, "model": {"name_or_path": "default"}}
+
+
+def result(system, budget, minutes, dropped):
+    """Ten words a recording, of which the first `dropped` ones of the second recording are left out."""
+    made = Result(system, set=f"{minutes} min", budget=budget)
+    for name, left in (("x", 0), ("y", dropped)):
+        words = [f"{name}{n}" for n in range(10)]
+        span = Span(f"{name}.wav", 0.0, 60.0 * minutes)
+        recording = Recording(name, (span,), (Utterance(0.0, span.end, " ".join(words)),))
+        made.add(recording, Hypothesis(" ".join(words[left:]), seconds=3.0, tokens=12, decode_seconds=2.0))
+    return made
+
+
+@pytest.fixture
+def results():
+    return [
+        result("dense", None, 1, 1),
+        result("unique-256", 256, 1, 2),
+        result("unique-512", 512, 1, 1),
+        result("dense", None, 10, 2),
+        result("unique-256", 256, 10, 4),
+        result("unique-512", 512, 10, 3),
+    ]
+
+
+def test_the_dense_result_of_the_same_recordings(results):
+    assert dense_of(results[1], results) is results[0]
+    assert dense_of(results[4], results) is results[3]
+    assert dense_of(results[0], results) is None
+
+
+def test_json_csv_and_markdown(results, tmp_path):
+    write_results(tmp_path, results, SETTINGS)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["system"] for row in rows] == [each.system for each in results]
+    assert float(rows[4]["wer"]) == 0.2
+    assert float(rows[4]["to_dense"]) == pytest.approx(1.0)
+    assert float(rows[2]["to_dense"]) == float(rows[2]["to_dense_high"]) == 0
+    assert rows[0]["to_dense"] == ""
+    assert float(rows[0]["tokens_per_second"]) == 6
+    assert float(rows[0]["rtfx"]) == 20
+    table = json.loads((tmp_path / "results.json").read_text())
+    assert table["results"][4]["deletions"] == pytest.approx(0.2)
+    report = (tmp_path / "report.md").read_text()
+    assert "| unique-256 10 min | 20.00 [" in report
+    assert "+100.0" in report
+
+
+def test_without_matplotlib_the_report_says_so(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_results(tmp_path, results, SETTINGS)
+    assert "pip install matplotlib" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_plots(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_results(tmp_path, results, SETTINGS)
+    names = {"wer_by_method.png", "wer_by_budget.png", "wer_by_length.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"({name})" in report for name in names)
