@@ -1,0 +1,205 @@
+"""Recordings beyond a model's limit, early stops and loops, with scripted answers to a tiny model's requests."""
+
+import json
+
+import numpy as np
+import pytest
+import speech_models
+import transformers
+
+import unique_asr
+from unique_asr.attention import SparsityStatistics
+from unique_asr.models.adapters import make_transcriber
+from unique_asr.models.adapters.transcriber import AdapterTranscriber, PassConfig, Speech
+from unique_asr.pipeline import PipelineError
+from unique_asr.transcript import Unfinished
+
+RATE = 16000
+QUICK = PassConfig(rest_seconds=2.0, retry_seconds=6.0, cut_seconds=3.0)
+
+
+class Script:
+    """Stands in for the decoder: writes the next of `answers`, and `reasons` says how each ends."""
+
+    def __init__(self, tokenizer, answers, reasons=()):
+        self.tokenizer, self.answers, self.reasons = tokenizer, list(answers), list(reasons)
+        self.statistics, self.step, self.cache = SparsityStatistics(), self, self
+        self.capacity, self.length, self.log_probs, self.stop_reason = 1 << 30, 0, [], None
+        self.prompts = []
+
+    def reserve(self, tokens):
+        pass
+
+    def reset(self):
+        self.length = 0
+
+    def prefill(self, embeds, progress=None):
+        self.prompts.append(embeds.shape[1])
+
+    def tokens(self, budget, stop_ids):
+        self.log_probs = []
+        for token in self.tokenizer(self.answers.pop(0))["input_ids"][:budget]:
+            self.log_probs.append(-0.1)
+            yield token
+        self.stop_reason = self.reasons.pop(0) if self.reasons else "end"
+
+
+@pytest.fixture(scope="module")
+def models():
+    if not hasattr(transformers, "MossTranscribeDiarizeConfig"):
+        pytest.skip("this transformers does not know MOSS-Transcribe-Diarize")
+    return {name: speech_models.make(name) for name in ("moss_transcribe_diarize", "qwen3_asr")}
+
+
+def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=None):
+    model, processor = models[name]
+    transcriber = AdapterTranscriber((model, processor), max_pass_seconds=limit, passes=QUICK)
+    transcriber.decoder = Script(processor.tokenizer, answers, reasons)
+    asked = []
+    request = transcriber.prompt_embeds
+    transcriber.prompt_embeds = lambda samples, prompt, progress: (
+        asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, progress)
+    )
+    segments, info = transcriber.transcribe(samples, prompt=prompt)
+    return list(segments), info, asked
+
+
+def speech(seconds, pauses=()):
+    """Noise as loud as speech, with silence in `pauses`."""
+    samples = np.random.default_rng(0).standard_normal(int(RATE * seconds)).astype(np.float32) / 10
+    for start, end in pauses:
+        samples[int(start * RATE) : int(end * RATE)] = 0
+    return samples
+
+
+def test_segments_of_one_pass(models):
+    answer = "[0.00][S01]Good morning.[1.50][1.60][S02]So?[11.80]"
+    segments, info, asked = transcribe(models, "moss_transcribe_diarize", speech(12), [answer])
+    assert [(each.start, each.end, each.text, each.speaker) for each in segments] == [
+        (0.0, 1.5, "Good morning.", "S01"),
+        (1.6, 11.8, "So?", "S02"),
+    ]
+    assert [each.id for each in segments] == [0, 1]
+    assert segments[0].confidence == pytest.approx(np.exp(-0.1))
+    assert (info.stop_reason, info.passes, info.warnings) == ("end", 1, [])
+    assert info.coverage == pytest.approx(1, abs=0.03)
+    assert asked == [(12.0, None)]
+
+
+def test_a_long_recording_is_cut_in_a_pause_and_times_go_on(models):
+    answers = ["[0.00][S01]One.[9.00]", "[0.00][S01]Two.[8.00]"]
+    samples = speech(18, pauses=[(9.2, 9.8)])
+    segments, info, asked = transcribe(models, "moss_transcribe_diarize", samples, answers, limit=10)
+    assert asked[0][0] + asked[1][0] == pytest.approx(18)
+    assert 9.2 < asked[0][0] < 9.8
+    assert [each.start for each in segments] == pytest.approx([0, asked[0][0]])
+    assert [each.speaker for each in segments] == ["S01", "P2-S01"]
+    assert any("P2-S01" in warning for warning in info.warnings)
+
+
+@pytest.mark.parametrize("reason", ["end", "length"])
+def test_decoding_goes_on_after_an_early_stop(models, reason):
+    answers = ["[0.00][S01]One.[4.00][4.10][S01]And", "[0.00][S01]Two.[7.90]"]
+    segments, info, asked = transcribe(models, "moss_transcribe_diarize", speech(12), answers, [reason])
+    if reason == "end":  # a tail without an end that the model ended by itself belongs to the rest
+        assert [each.text for each in segments] == ["One.", "And"]
+        return
+    assert [(each.start, each.text) for each in segments] == [(0.0, "One."), (4.0, "Two.")]
+    assert asked == [(12.0, None), (8.0, None)]
+    assert "went on from there" in info.warnings[0]
+    assert info.coverage > 0.9
+
+
+def test_a_loop_is_left_and_decoding_goes_on(models):
+    loop = "[0.00][S01]One.[4.00][4.10][S01]" + "yes " * 400
+    segments, info, asked = transcribe(models, "moss_transcribe_diarize", speech(12), [loop, "[0][S01]Two.[7.9]"])
+    assert [each.text for each in segments] == ["One.", "Two."]
+    assert asked[1] == (8.0, None)
+    assert "repeat" in info.warnings[0]
+
+
+def test_audio_without_an_answer_is_tried_again_and_reported(models):
+    segments, info, asked = transcribe(models, "moss_transcribe_diarize", speech(12), [""] * 4)
+    assert segments == []
+    assert [seconds for seconds, _ in asked][:2] == pytest.approx([12, 6], abs=1)
+    assert sum(seconds for seconds, _ in asked[1:]) == pytest.approx(12)
+    assert info.coverage == 0
+    assert sum("missing" in warning for warning in info.warnings) == len(asked) - 1
+
+
+def test_text_without_times_is_spread_over_the_speech(models):
+    samples = speech(12, pauses=[(4, 8)])
+    segments, info, _ = transcribe(models, "qwen3_asr", samples, ["language English<asr_text>One two. Six ten."])
+    assert [each.text for each in segments] == ["One two.", "Six ten."]
+    assert segments[0].start == pytest.approx(0, abs=0.1)
+    assert 3.5 < segments[0].end < 8.2
+    assert segments[1].end == pytest.approx(12, abs=0.1)
+    assert "estimates" in info.warnings[0]
+
+
+def test_text_without_times_that_loops_is_read_again_in_halves(models):
+    answers = ["It " + "rained " * 400, "One.", "Two."]
+    segments, info, asked = transcribe(models, "qwen3_asr", speech(12), answers)
+    assert [each.text for each in segments] == ["One.", "Two."]
+    assert [seconds for seconds, _ in asked] == pytest.approx([12, 6, 6], abs=1.1)
+    assert "shorter passes" in info.warnings[0]
+
+
+def test_the_text_before_is_carried_where_the_model_takes_it(models):
+    _, _, asked = transcribe(models, "qwen3_asr", speech(18), ["One.", "Two."], limit=10, prompt="Names: Ann.")
+    assert [prompt for _, prompt in asked] == ["Names: Ann.", "Names: Ann. One."]
+    _, _, asked = transcribe(models, "moss_transcribe_diarize", speech(18), ["[0][S1]One.[9]"] * 2, limit=10)
+    assert [prompt for _, prompt in asked] == [None, None]
+
+
+def test_transcribe_takes_the_model_like_any_other(models, tmp_path):
+    model, processor = models["moss_transcribe_diarize"]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    segments, info = unique_asr.transcribe(speech(3), tmp_path, budget=64, device="cpu", max_pass_seconds=2)
+    list(segments)
+    assert info.model == str(tmp_path)
+    assert info.passes > 1
+    assert info.sparsity["sparse_steps"] > 0
+    assert isinstance(make_transcriber((model, processor)), AdapterTranscriber)
+
+
+def test_a_broken_off_transcription_goes_on_with_its_pass(models):
+    model, processor = models["qwen3_asr"]
+    answers, states = ["One.", "Two.", "Three."], []
+
+    def transcriber(answers):
+        made = AdapterTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
+        made.decoder = Script(processor.tokenizer, answers)
+        return made
+
+    segments, whole = transcriber(answers).transcribe(speech(27), on_pass=states.append)
+    segments = list(segments)
+    assert len(states) == 3
+    state = json.loads(json.dumps(states[1]))
+    rest, info = transcriber(answers[1:]).transcribe(speech(27), unfinished=Unfinished(segments[:1], state))
+    assert list(rest) == segments[1:]
+    assert (info.passes, info.coverage, info.warnings) == (whole.passes, whole.coverage, whole.warnings)
+
+
+def test_silence_has_no_text(models):
+    segments, info, asked = transcribe(models, "qwen3_asr", np.zeros(RATE * 5, np.float32), [])
+    assert (segments, asked) == ([], [])
+    assert (info.stop_reason, info.coverage) == ("silence", 1.0)
+
+
+def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
+    monkeypatch.setattr("unique_asr.models.adapters.transcriber.free_memory", lambda device: 1000)
+    model, processor = models["qwen3_asr"]
+    segments, _ = AdapterTranscriber((model, processor)).transcribe(speech(5))
+    with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
+        next(segments)
+
+
+def test_speech_is_found_by_loudness():
+    found = Speech(speech(10, pauses=[(2, 4), (7, 7.5)]))
+    assert found.total == pytest.approx(7.5, abs=0.1)
+    assert found.between(1, 5) == pytest.approx(2, abs=0.1)
+    assert 2 < found.quietest(0, 6) < 4
+    assert found.spread(0, 10)(0.5) == pytest.approx(5.75, abs=0.1)
+    assert Speech(np.zeros(100, np.float32)).total == 0

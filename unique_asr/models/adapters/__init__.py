@@ -1,0 +1,106 @@
+"""Pretrained speech LLMs of transformers: one entry each in `catalogue.py`, decoded on the paged cache.
+
+    segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
+
+`formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time, `memory.py`
+says what a recording takes, and `transcriber.py` puts them together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoProcessor, PreTrainedConfig
+from transformers.utils import logging
+
+from unique_asr.models import PRETRAINED, ModelError, resolve_device, resolve_dtype
+
+from .catalogue import ADAPTERS, Adapter, Checkpoint
+from .formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
+from .memory import Memory, estimate
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "BracketParser",
+    "Checkpoint",
+    "JsonParser",
+    "Memory",
+    "Parser",
+    "PlainParser",
+    "Utterance",
+    "estimate",
+    "find",
+    "load",
+    "make_transcriber",
+]
+
+
+def find(model: Any) -> Adapter | None:
+    """The adapter of a loaded model, a (model, processor) pair, a folder or a hub id; None for any other model."""
+    if isinstance(model, tuple):
+        model = model[0]
+    if hasattr(model, "config"):
+        return ADAPTERS.get(getattr(model.config, "model_type", None))
+    source, options = located(PRETRAINED / model if (PRETRAINED / model).is_dir() else model)
+    try:
+        return ADAPTERS.get(PreTrainedConfig.get_config_dict(source, **options)[0].get("model_type"))
+    except (OSError, ValueError):
+        return None  # `models.load` says what is wrong
+
+
+def load(name_or_path: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """A speech LLM that has an adapter, and its processor; see `unique_asr.models.load`.
+
+    `name@revision` is a revision of a hub id.
+    """
+    chosen = resolve_device(device)
+    adapter = find(name_or_path)
+    kind = getattr(transformers, adapter.model_class, None)
+    if kind is None:
+        raise ModelError(f"model={name_or_path}: transformers {transformers.__version__} does not know it; upgrade it")
+    source, options = located(name_or_path)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = kind.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
+        if adapter.lora:
+            load_lora(model, adapter.lora, source, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"model={name_or_path}: cannot be loaded ({reason}); try model=default") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(chosen).eval(), processor
+
+
+def located(name_or_path: str | Path) -> tuple[str, dict[str, str]]:
+    """A folder or a hub id, and the revision after an @."""
+    name, _, revision = str(name_or_path).partition("@")
+    if not revision or Path(name_or_path).exists():
+        return str(name_or_path), {}
+    return name, {"revision": revision}
+
+
+def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
+    """Switch on the LoRA weights that a model keeps for speech in a folder of their own."""
+    if Path(source).is_dir():
+        model.load_adapter(str(Path(source) / folder), adapter_name="speech")
+    else:
+        model.load_adapter(source, adapter_name="speech", adapter_kwargs={"subfolder": folder, **options})
+    model.set_adapter("speech")
+
+
+def make_transcriber(model: Any = "default", **settings: Any) -> Any:
+    """What transcribes with a model: `AdapterTranscriber` if it has an adapter, else `pipeline.Transcriber`."""
+    if find(model) is None:
+        from unique_asr.pipeline import Transcriber
+
+        return Transcriber(model, **settings)
+    from .transcriber import AdapterTranscriber
+
+    return AdapterTranscriber(model, **settings)

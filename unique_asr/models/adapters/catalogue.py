@@ -1,0 +1,163 @@
+"""The speech LLMs that are known, one entry each: how to ask, how to encode, how to read the answer, and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import encoding
+from .encoding import AudioEncoding
+from .formats import BracketParser, JsonParser, Parser, PlainParser
+
+SAMPLE_RATE = 16000  # Hz
+TRANSCRIBE = "Transcribe the input speech."  # for models that are asked in words
+
+Request = Callable[[Any, np.ndarray, str | None], Any]  # processor, samples, prompt -> its tensors of one recording
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What memory depends on."""
+
+    hub_id: str
+    parameters: float  # billions
+    layers: int  # of the LLM
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    feed_forward: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One family of speech LLMs in transformers, found by `model_type` in a configuration."""
+
+    model_type: str
+    model_class: str  # in transformers
+    licence: str
+    tokens_a_second: float  # audio positions of the LLM, a second
+    pass_seconds: float  # audio in one pass, as its authors say
+    request: Request
+    encoding: AudioEncoding
+    parser: type[Parser]
+    checkpoints: tuple[Checkpoint, ...]
+    context: int  # tokens
+    sample_rate: int = SAMPLE_RATE
+    carries_text: bool = False  # the prompt may be the text before, so that a pass knows what was said
+    static: bool = True  # a decode step can be captured in a CUDA graph
+    chunked: bool = True  # a chunked prefill equals a whole one
+    lora: str | None = None  # folder of weights for speech beside the model's
+    text_tokens_a_second: float = 10.0  # of the answer: the token limit of a pass
+
+
+def transcription(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    """The request that transformers builds itself."""
+    return processor.apply_transcription_request(
+        audio=[samples], prompt=prompt, processor_kwargs={"return_tensors": "pt"}
+    )
+
+
+def vibevoice(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    """With the hop length spelled out: a tokenizer that was saved in use would overwrite it with nothing."""
+    hop = {"pad_to_multiple_of": processor.feature_extractor.pad_to_multiple_of}
+    return processor.apply_transcription_request(audio=[samples], prompt=prompt, processor_kwargs={"audio_kwargs": hop})
+
+
+def voxtral(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    """Its transcription request takes no prompt, but the name of the model."""
+    name = getattr(processor.tokenizer, "name_or_path", "") or "voxtral"
+    return processor.apply_transcription_request(
+        audio=[samples], model_id=name, sampling_rate=SAMPLE_RATE, format=["wav"]
+    )
+
+
+def granite(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    question = f"{processor.audio_token}{prompt or 'can you transcribe the speech into a written format?'}"
+    chat = [{"role": "user", "content": question}]
+    text = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return processor(text=[text], audio=[samples], return_tensors="pt")
+
+
+def qwen2_audio(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    content = [{"type": "audio"}, {"type": "text", "text": prompt or TRANSCRIBE}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    rate = processor.feature_extractor.sampling_rate
+    return processor(text=[text], audio=[samples], sampling_rate=rate, return_tensors="pt")
+
+
+def phi4(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+    question = prompt or "Transcribe the audio clip into text."
+    text = f"<|user|>{processor.audio_token}{question}<|end|><|assistant|>"
+    return processor(text=[text], audio=[samples], return_tensors="pt")
+
+
+ADAPTERS = {
+    adapter.model_type: adapter
+    for adapter in (
+        Adapter(
+            "moss_transcribe_diarize", "MossTranscribeDiarizeForConditionalGeneration",
+            "Apache-2.0", 12.5, 5400, transcription, encoding.MossRows(), BracketParser,
+            (Checkpoint("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 8, 128, 1024, 3072),), 131072,
+        ),
+        Adapter(
+            "vibevoice_asr", "VibeVoiceAsrForConditionalGeneration",
+            "MIT", 7.5, 3600, vibevoice, encoding.VibeVoicePiece(), JsonParser,
+            (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 4, 128, 3584, 18944),), 65536,
+            sample_rate=24000, carries_text=True,
+        ),
+        Adapter(
+            "voxtral", "VoxtralForConditionalGeneration",
+            "Apache-2.0", 12.5, 1800, voxtral, encoding.Rows(), PlainParser,
+            (
+                Checkpoint("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 8, 128, 3072, 8192),
+                Checkpoint("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 8, 128, 5120, 32768),
+            ),
+            131072,
+        ),
+        Adapter(
+            "qwen3_asr", "Qwen3ASRForConditionalGeneration",
+            "Apache-2.0", 13.0, 1200, transcription, encoding.Qwen3Windows(), PlainParser,
+            (
+                Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 8, 128, 1024, 3072),
+                Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 8, 128, 2048, 6144),
+            ),
+            65536, carries_text=True,
+        ),
+        Adapter(
+            "glmasr", "GlmAsrForConditionalGeneration",
+            "MIT", 12.5, 480, transcription, encoding.Rows(), PlainParser,
+            (Checkpoint("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 4, 128, 2048, 6144),), 8192,
+        ),
+        Adapter(
+            "audioflamingo3", "AudioFlamingo3ForConditionalGeneration",
+            "NVIDIA OneWay Noncommercial", 25.0, 600, transcription, encoding.Rows(), PlainParser,
+            (Checkpoint("nvidia/audio-flamingo-3-hf", 8.3, 28, 4, 128, 3584, 18944),), 32768,
+        ),
+        Adapter(
+            "granite_speech", "GraniteSpeechForConditionalGeneration",
+            "Apache-2.0", 10.0, 120, granite, encoding.GranitePiece(), PlainParser,
+            (Checkpoint("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 8, 64, 2048, 8192),), 131072,
+        ),
+        Adapter(
+            "fun_asr_nano", "FunAsrNanoForConditionalGeneration",
+            "Apache-2.0", 16.7, 120, transcription, AudioEncoding(), PlainParser,
+            (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 8, 128, 1024, 3072),), 40960,
+            carries_text=True,
+        ),
+        Adapter(
+            "qwen2_audio", "Qwen2AudioForConditionalGeneration",
+            "Apache-2.0", 25.0, 30, qwen2_audio, encoding.Qwen2AudioRows(), PlainParser,
+            (Checkpoint("Qwen/Qwen2-Audio-7B-Instruct", 8.4, 32, 32, 128, 4096, 11008),), 8192,
+        ),
+        Adapter(
+            "phi4_multimodal", "Phi4MultimodalForCausalLM",
+            "MIT", 12.5, 1800, phi4, encoding.Phi4Piece(), PlainParser,
+            (Checkpoint("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 8, 128, 3072, 8192),), 131072,
+            # LongRoPE chooses its frequencies by the length of what it is given at once.
+            lora="speech-lora", static=False, chunked=False,
+        ),
+    )
+}  # fmt: skip
