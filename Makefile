@@ -1,7 +1,8 @@
 # make transcribe                      transcribes a bundled recording
 # make transcribe audio=talk.m4a       transcribes any audio or video file; options="output.format=srt" passes options on
+# make app                             opens the web page on http://127.0.0.1:7860; options="port=8000" passes options on
 # make test                            runs the tests
-# Both make .venv first, with the first of these that is Python 3.11 or later; PYTHON=... names another.
+# All make .venv first, with the first of these that is Python 3.11 or later; PYTHON=... names another.
 
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
@@ -9,11 +10,14 @@ sample := tests/data/sample.opus
 
 export audio
 
-.PHONY: transcribe test clean
+.PHONY: transcribe app test clean
 
 transcribe: .venv/installed
 	@.venv/bin/python scripts/transcribe.py output.overwrite=true \
 		$(if $(audio),"audio=$$audio",audio=$(sample) output.dir=transcripts) $(options)
+
+app: .venv/installed
+	@.venv/bin/python -m app $(options)
 
 test: .venv/installed
 	@.venv/bin/python -m pytest $(options)

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio
+from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio, parse_time
 
 DATA = Path(__file__).parent / "data"
 TONE = 440.0  # Hz
@@ -258,3 +258,35 @@ def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(DATA / "nomads.opus", tmp_path / "talk.opus")
     assert AudioFile("~/talk.opus").duration == pytest.approx(9.06, abs=0.02)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, None), (1.5, None), (0.0, 2.25), (1.25, 3.5), (3.0, 60.0)])
+def test_part_of_a_file(tmp_path, start, end):
+    ramp = np.arange(5 * 16000, dtype=np.float32)[None] / 80000
+    file = AudioFile(encode_wav(tmp_path / "a.wav", ramp, 16000), start, end)
+    part = np.concatenate(list(file.blocks(1.0)))
+    last = min(end or 5.0, 5.0)
+    assert file.duration == pytest.approx(last - start)
+    assert len(part) == round((last - start) * 16000)
+    assert part == pytest.approx(ramp[0, round(start * 16000) : round(last * 16000)], abs=1e-4)
+    assert file.warnings == []
+
+
+@pytest.mark.parametrize(("channel", "level"), [(None, 0.3), (1, 0.4), (2, 0.2)])
+def test_one_channel_or_the_mean(tmp_path, channel, level):
+    samples = np.repeat(np.float32([[0.4], [0.2]]), 16000, axis=1)
+    file = AudioFile(encode_wav(tmp_path / "a.wav", samples, 16000), channel=channel)
+    assert np.concatenate(list(file.blocks())) == pytest.approx(level, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(None, None), (3, 3.0), ("83.5", 83.5), ("1:23.5", 83.5), ("1:00:03", 3603.0)]
+)
+def test_times(value, seconds):
+    assert parse_time(value) == seconds
+
+
+@pytest.mark.parametrize("value", ["", "soon", "1:2:3:4", "-5", "inf", "nan"])
+def test_no_times(value):
+    with pytest.raises(ValueError, match="not a time"):
+        parse_time(value)

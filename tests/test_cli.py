@@ -1,5 +1,6 @@
 """The command line around a stand-in for the model: files, messages and exit codes."""
 
+import io
 import json
 import os
 import pty
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from unique_asr import cli
-from unique_asr.transcript import Segment, TranscriptionInfo
+from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import SegmentLog, read_transcript
 
 ROOT = Path(__file__).parents[1]
@@ -23,29 +25,36 @@ DATA = Path(__file__).parent / "data"
 
 
 class FakeTranscriber:
-    """Two seconds a segment; breaks off before segment `stop` with `error`."""
+    """Two seconds a segment, two segments a pass; breaks off before segment `stop` with `error`."""
 
     loaded = 0
+    decoded: ClassVar[list[int]] = []
 
     def __init__(self, stop=None, error=None, warnings=(), **settings):
         type(self).loaded += 1
         self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
         settings["progress"]("load", 1, 1)
 
-    def transcribe(self, audio, *, prompt, progress):
+    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass):
         info = TranscriptionInfo(
-            str(audio),
-            duration=9.06,
+            audio.name,
+            duration=audio.duration,
             model=self.settings["model"],
             attention=self.settings["attention"].to_dict(),
+            settings=text_settings(prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel),
             sparsity={"steps": 40, "sparse_steps": 30, "share_of_pages_read": 0.25},
         )
-        return self.segments(info, progress), info
+        first = unfinished.state["segment"] if unfinished else 0
+        assert [segment.id for segment in unfinished.segments] == list(range(first)) if unfinished else True
+        return self.segments(info, progress, first, on_pass), info
 
-    def segments(self, info, progress):
-        for index in range(4):
+    def segments(self, info, progress, first, on_pass):
+        for index in range(first, 4):
             if index == self.stop:
                 raise self.error
+            if index % 2 == 0:
+                on_pass({"segment": index})
+            self.decoded.append(index)
             progress("decode", 2.0 * index, 9.06)
             yield Segment(index, 2.0 * index, 2.0 * index + 1.9, f" Segment {index}: [red]é[/red].")
         info.stop_reason, info.coverage, info.passes, info.warnings = "end", 0.98, 1, self.warnings
@@ -63,6 +72,7 @@ def talk(tmp_path, monkeypatch):
 def command(capsys, monkeypatch):
     """Runs the command with a FakeTranscriber; gives its exit code, standard output and standard error."""
     monkeypatch.setattr(FakeTranscriber, "loaded", 0)
+    monkeypatch.setattr(FakeTranscriber, "decoded", [])
 
     def run(*arguments, **behaviour):
         with pytest.raises(SystemExit) as exit_:
@@ -70,6 +80,31 @@ def command(capsys, monkeypatch):
         return exit_.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Makes small or read-only file systems; needs root, as CI's containers have it."""
+    mounted = []
+
+    def make(name, options):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    try:
+        yield make
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", folder], check=True)
 
 
 def names(folder="."):
@@ -224,6 +259,11 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "output.format=doc"], 2, "error: output.format: unknown doc"),
         (["audio=talk.opus", "output.dir=talk.opus"], 2, "error: output.dir=talk.opus: is not a folder"),
         (["audio=talk.opus", "attention.page_size=7"], 2, "error: attention.page_size is 7"),
+        (["audio=talk.opus", "start=soon"], 2, "error: start=soon end=None: soon is not a time: give seconds"),
+        (["audio=talk.opus", "start=5", "end=3"], 1, "error: start=5 end=3: end has to lie after start"),
+        (["audio=talk.opus", "start=1:00"], 1, "error: talk.opus: start=60, but it ends after 9.1 s"),
+        (["audio=talk.opus", "channel=left"], 2, "error: channel=left: give mix, or a number"),
+        (["audio=talk.opus", "channel=2"], 1, "talk.opus: has no channel=2, only 1 to 1"),
         (["audio=talk.opus", "attention.size=7"], 2, "error: Could not override 'attention.size'"),
     ],
 )
@@ -237,6 +277,69 @@ def test_errors_are_one_line(talk, command, arguments, code, message):
     assert FakeTranscriber.loaded == 0
 
 
+def test_formats_that_a_transcript_has_already_need_no_model(talk, command):
+    command("audio=talk.opus", "output.format=json")
+    code, out, err = command("audio=talk.opus", "output.format=all")
+    assert (code, out) == (0, "")
+    assert "wrote talk.txt, talk.srt, talk.vtt, talk.tsv from talk.json" in err
+    assert FakeTranscriber.loaded == 1
+    assert Path("talk.txt").read_text().startswith("Segment 0: [red]é[/red].\n")
+
+
+def test_part_of_a_recording(talk, command):
+    assert command("audio=talk.opus", "start=0:02", "end=0:00:05.5", "channel=1")[0] == 0
+    info = read_transcript("talk.json").info
+    assert info.duration == 3.5
+    assert info.settings == text_settings(None, None, 2.0, 5.5, 1)
+    code, _, err = command("audio=talk.opus")
+    assert code == 1
+    assert "was made from start=2.0; output.overwrite=true" in err
+
+
+def test_json_lines(talk, command):
+    Path("bad.mp3").touch()
+    code, out, err = command("audio=[talk.opus,bad.mp3]", "jsonl=true", "quiet=true")
+    assert code == 1
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["event"] for event in events] == ["segment"] * 4 + ["done", "error"]
+    assert {event["audio"] for event in events[:5]} == {"talk.opus"}
+    assert events[0]["text"] == " Segment 0: [red]é[/red]."
+    assert events[4]["info"]["stop_reason"] == "end"
+    assert events[4]["files"] == ["talk.txt", "talk.srt", "talk.json"]
+    assert events[5] == {"event": "error", "audio": "bad.mp3", "message": "bad.mp3: the file is empty"}
+    assert err == "error: bad.mp3: the file is empty\n"
+    _, out, _ = command("audio=talk.opus", "jsonl=true")
+    assert json.loads(out)["event"] == "kept"
+
+
+class StandardInput:
+    def __init__(self, content, terminal=False):
+        self.buffer = io.BytesIO(content)
+        self.buffer.isatty = lambda: terminal
+
+
+def test_standard_input(talk, command, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", StandardInput(talk.read_bytes()))
+    code, out, _ = command("audio=-", "output.format=[txt,json]")
+    assert code == 0
+    assert len(out.splitlines()) == 5
+    assert names() == ["stdin.json", "stdin.txt", "talk.opus"]
+    assert read_transcript("stdin.json").info.audio == "stdin"
+    assert read_transcript("stdin.json").info.duration == pytest.approx(9.06, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("content", "terminal", "message"),
+    [(b"", False, "stdin: the file is empty"), (b"no audio", False, "stdin: not audio"), (b"", True, "is a terminal")],
+)
+def test_standard_input_without_audio(talk, command, monkeypatch, content, terminal, message):
+    monkeypatch.setattr(sys, "stdin", StandardInput(content, terminal))
+    code, _, err = command("audio=-")
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
 SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -244,8 +347,8 @@ from test_cli import FakeTranscriber
 from unique_asr import cli
 
 class Slow(FakeTranscriber):
-    def segments(self, info, progress):
-        for segment in super().segments(info, progress):
+    def segments(self, *arguments):
+        for segment in super().segments(*arguments):
             yield segment
             time.sleep(0.2 if segment.id < 2 else 60)
 
@@ -273,13 +376,18 @@ def test_control_c(talk):
     assert len(SegmentLog.read(Path("talk.partial.jsonl"))) == 3
 
 
-def test_kill_loses_nothing(talk):
-    process = subprocess.Popen(slow_command("audio=talk.opus"), stdout=subprocess.PIPE, text=True)
-    for _ in range(3):
-        process.stdout.readline()
-    process.kill()
-    process.communicate()
-    assert [json.loads(line)["id"] for line in Path("talk.partial.jsonl").read_text().splitlines()] == [0, 1, 2]
+def test_a_container_that_is_stopped(talk, command, monkeypatch):
+    append = SegmentLog.append
+
+    def terminated(log, segment):
+        append(log, segment)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SegmentLog, "append", terminated)
+    code, _, err = command("audio=talk.opus")
+    assert code == 130
+    assert "stopped at 00:01.9" in err
+    assert "resume=true goes on from there" in err
 
 
 def test_terminal_shows_progress_with_time_left_and_whole_segments(talk):
@@ -303,3 +411,71 @@ def test_terminal_shows_progress_with_time_left_and_whole_segments(talk):
     assert "[00:02.0 -> 00:03.9] Segment 1: [red]é[/red]." in text
     assert "Transcribing" in text
     assert "left" in text
+
+
+def test_killed_and_resumed(talk, command):
+    assert command("audio=talk.opus", "output.dir=whole")[0] == 0
+    process = subprocess.Popen(slow_command("audio=talk.opus"), stdout=subprocess.PIPE, text=True)
+    for _ in range(3):  # of four segments, two a pass
+        process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=60)
+    assert [segment.id for segment in SegmentLog.read(Path("talk.partial.jsonl"))] == [0, 1, 2]
+    assert "talk.txt" not in names()
+
+    code, out, err = command("audio=talk.opus", "resume=true")
+    assert code == 0
+    assert "going on from 00:03.9" in err
+    assert len(out.splitlines()) == 5  # the transcript is shown from its beginning
+    for extension in ("txt", "srt"):
+        assert Path(f"talk.{extension}").read_text() == Path(f"whole/talk.{extension}").read_text()
+    assert not [name for name in names() if "partial" in name]
+
+
+def test_only_what_is_missing_is_decoded_again(talk, command):
+    command("audio=talk.opus", stop=3, error=RuntimeError("no"))
+    code, _, err = command("audio=talk.opus", "resume=true", stop=3, error=RuntimeError("no again"))
+    assert code == 1
+    assert "no again" in err
+    assert len(SegmentLog.read(Path("talk.partial.jsonl"))) == 3
+    assert command("audio=talk.opus", "resume=true")[0] == 0
+    assert [segment.id for segment in read_transcript("talk.json").segments] == [0, 1, 2, 3]
+    assert FakeTranscriber.decoded == [0, 1, 2, 2, 2, 3]
+
+
+def test_resume_without_anything_to_resume_is_a_transcription(talk, command):
+    assert command("audio=talk.opus", "resume=true")[0] == 0
+    assert len(read_transcript("talk.json").segments) == 4
+
+
+@pytest.mark.parametrize("option", ["attention=dense", "model=./other", "end=5", "decoding.prompt=Names: Ada."])
+def test_other_settings_do_not_go_on_with_it(talk, command, option):
+    command("audio=talk.opus", stop=3, error=RuntimeError("no"))
+    before = Path("talk.partial.jsonl").read_bytes()
+    code, _, err = command("audio=talk.opus", "resume=true", option)
+    assert code == 1
+    assert err.startswith("error: talk.partial.jsonl: was made from ")
+    assert err.count("\n") == 1
+    assert Path("talk.partial.jsonl").read_bytes() == before
+
+
+def test_a_full_disk(talk, command, mount):
+    disk = mount("disk", "size=16k")
+    filler = disk / "filler"
+    filler.write_bytes(bytes(12 * 1024))
+    code, _, err = command("audio=talk.opus", f"output.dir={disk}", "output.format=all")
+    assert code == 1
+    assert "is full; free some space, then resume=true goes on" in err
+    assert "Traceback" not in err
+    assert not [name for name in names(disk) if name.endswith(".tmp") or name == "talk.json"]
+    filler.unlink()
+    code, _, _ = command("audio=talk.opus", f"output.dir={disk}", "resume=true", "output.format=[txt]")
+    assert code == 0
+    assert (disk / "talk.txt").read_text().count("\n") == 4
+
+
+def test_a_read_only_folder(talk, command, mount):
+    folder = mount("locked", "size=16k,ro")
+    code, _, err = command("audio=talk.opus", f"output.dir={folder}")
+    assert code == 1
+    assert err == f"error: {folder}: is not writable; output.dir=FOLDER writes elsewhere\n"

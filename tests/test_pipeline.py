@@ -1,5 +1,7 @@
 """`transcribe` from a file to segments and info: with scripted text, and with a tiny speech LLM of random weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
@@ -9,6 +11,7 @@ from unique_asr import pipeline
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.pipeline import PipelineError, Transcriber, transcribe
 
+DATA = Path(__file__).parent / "data"
 TEXT = "A boy came up the road with a basket of bread. Nobody had opened the shutters. He knocked and waited politely!"
 
 
@@ -17,6 +20,7 @@ def scripted(monkeypatch):
     """A (model, processor) pair that hears TEXT in any audio, and a decoder that writes it."""
     words = timeline(TEXT)
     model, processor = Model(), Processor()
+    model.config.model_type = "scripted"
     model.encode = lambda blocks, processor, progress=None: [list(blocks), encode(model, processor, words)][1]
 
     class Decoder(ScriptedDecoder):
@@ -94,6 +98,35 @@ def test_a_transcriber_serves_several_recordings(tiny):
     fresh, info = Transcriber(tiny, budget=64).transcribe(noise(3))
     assert list(fresh) == alone[1]
     assert info.sparsity["steps"] == counts[1]
+
+
+def test_another_attention_on_the_same_model(tiny):
+    sparse = Transcriber(tiny, budget=32)
+    before = list(sparse.transcribe(noise(6))[0])
+    dense = sparse.with_attention(SparseAttentionConfig(budget=None))
+    assert dense.model is sparse.model
+    segments, info = dense.transcribe(noise(6))
+    assert list(segments) == list(Transcriber(tiny, attention="dense").transcribe(noise(6))[0])
+    assert (info.attention["budget"], info.sparsity["sparse_steps"]) == (None, 0)
+    assert list(sparse.with_attention(sparse.attention).transcribe(noise(6))[0]) == before
+
+
+def test_part_of_a_file_has_the_times_of_the_file(scripted):
+    segments, info = transcribe(DATA / "sample.opus", model=scripted, start=20.0, end=32.0, channel=1)
+    segments = list(segments)
+    assert " ".join(segment.text for segment in segments) == TEXT
+    assert segments[0].start == segments[0].words[0].start == pytest.approx(20.5, abs=0.2)
+    assert info.settings["start"] == 20.0
+    assert info.settings["channel"] == 1
+
+
+def test_silence_says_so(scripted):
+    model = scripted[0]
+    model.encode = lambda blocks, processor, progress=None: encode(model, processor, [], 5.0)
+    segments, info = transcribe(np.zeros(80000, np.float32), model=scripted)
+    assert list(segments) == []
+    assert info.stop_reason == "silence"
+    assert info.warnings == ["<array>: no speech was heard; the transcript is empty"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ GAP_TOLERANCE = 0.2  # s; a longer hole between the timestamps of two frames is 
 MAX_FILLED_GAP = 3600.0  # s; a longer hole is a broken timestamp, not a pause
 TRUNCATION_TOLERANCE = 0.03  # share of the announced duration that may be missing: headers of MP3 files are estimates
 
+UNREAD_TOLERANCE = 0.05  # share of a file that may follow its last packet: indices, tags
+
 
 class AudioError(ValueError):
     """A file that cannot be transcribed; the message is one line that names the file and says why."""
@@ -24,17 +26,44 @@ class AudioFile:
 
     `duration` is what the container announces, in seconds, or None; `warnings` fills while `blocks` decodes. Times are
     those of a player: audio that starts later than the video, or that has holes, is padded with silence.
+
+    Args:
+        start, end: seconds between which the file is read; `duration` is what lies between them.
+        channel: 1 for the first (left) one; None for the mean of all.
+        name: what messages and transcripts call the file, if not its path.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        start: float = 0.0,
+        end: float | None = None,
+        channel: int | None = None,
+        name: str | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
+        self.name = name or str(self.path)
+        self.start, self.end, self.channel = start, end, channel
         self.warnings: list[str] = []
+        if start < 0 or (end is not None and end <= start):
+            raise AudioError(f"start={start:g} end={end:g}: end has to lie after start, and start not below 0")
         with self._open() as container:
             stream = self._audio_stream(container)
-            self.duration = _duration(container, stream)
+            self._announced = _duration(container, stream)  # of the whole file
+            channels = stream.codec_context.layout.nb_channels
+        if channel is not None and not 1 <= channel <= (channels or channel):
+            raise AudioError(f"{self.name}: has no channel={channel}, only 1 to {channels}; channel=mix takes all")
+        if self._announced is not None and start >= self._announced:
+            raise AudioError(f"{self.name}: start={start:g}, but it ends after {self._announced:.1f} s")
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds between start and end; None if the container does not tell where the file ends."""
+        ends = [second for second in (self._announced, self.end) if second is not None]
+        return min(ends) - self.start if self._announced is not None else None
 
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
-        """Decode from the beginning; yields float32 arrays of `seconds` * SAMPLE_RATE samples, the last one shorter.
+        """Decode from the start; yields float32 arrays of `seconds` * SAMPLE_RATE samples, the last one shorter.
 
         Damaged parts are skipped and noted in `warnings`; AudioError is raised only if nothing at all decodes.
         """
@@ -43,10 +72,16 @@ class AudioFile:
         decoded = 0
         pending: list[np.ndarray] = []
         length = 0
+        first = round(self.start * SAMPLE_RATE)
+        last = None if self.end is None else round(self.end * SAMPLE_RATE)
         for samples in self._samples():
+            wanted = samples[max(first - decoded, 0) : None if last is None else max(last - decoded, 0)]
             decoded += len(samples)
-            pending.append(samples)
-            length += len(samples)
+            if len(wanted):
+                pending.append(wanted)
+                length += len(wanted)
+            if last is not None and decoded >= last:
+                break
             if length < size:
                 continue
             joined = np.concatenate(pending)
@@ -56,43 +91,46 @@ class AudioFile:
         if length:
             yield np.concatenate(pending)
         if not decoded:
-            raise AudioError(f"{self.path}: no audio could be decoded; the file is damaged or holds no sound")
-        missing = (self.duration or 0.0) - decoded / SAMPLE_RATE
-        if missing > max(1.0, TRUNCATION_TOLERANCE * (self.duration or 0.0)):
+            raise AudioError(f"{self.name}: no audio could be decoded; the file is damaged or holds no sound")
+        if decoded <= first:
+            raise AudioError(f"{self.name}: start={self.start:g}, but it ends after {decoded / SAMPLE_RATE:.1f} s")
+        announced = self._announced or 0.0
+        missing = min(announced, self.end or announced) - decoded / SAMPLE_RATE
+        if missing > max(1.0, TRUNCATION_TOLERANCE * announced):
             self.warnings.append(
-                f"{self.path}: {decoded / SAMPLE_RATE:.1f} s decoded of the {self.duration:.1f} s that it announces; "
+                f"{self.name}: {decoded / SAMPLE_RATE:.1f} s decoded of the {announced:.1f} s that it announces; "
                 "the file is truncated or damaged"
             )
 
     def _open(self) -> av.container.InputContainer:
-        path = self.path
+        path, name = self.path, self.name
         try:
             if path.is_dir():
-                raise AudioError(f"{path}: is a folder; name a file in it")
+                raise AudioError(f"{name}: is a folder; name a file in it")
             if not path.exists():
-                raise AudioError(f"{path}: no such file")
+                raise AudioError(f"{name}: no such file")
             if not path.is_file():
-                raise AudioError(f"{path}: is not a regular file; save it to one first")
+                raise AudioError(f"{name}: is not a regular file; save it to one first")
             if path.stat().st_size == 0:
-                raise AudioError(f"{path}: the file is empty")
+                raise AudioError(f"{name}: the file is empty")
             # The prefix keeps FFmpeg from reading a name such as "a:b.mp3" as a protocol.
             return av.open(f"file:{path}", metadata_errors="replace")
         except (av.error.FFmpegError, UnicodeError) as error:
             if isinstance(error, av.error.PermissionError):
-                raise AudioError(f"{path}: permission denied") from error
+                raise AudioError(f"{name}: permission denied") from error
             raise AudioError(
-                f"{path}: not audio or video that FFmpeg can read, or damaged beyond recognition ({_reason(error)})"
+                f"{name}: not audio or video that FFmpeg can read, or damaged beyond recognition ({_reason(error)})"
             ) from error
         except OSError as error:
-            raise AudioError(f"{path}: {error.strerror or error}") from error
+            raise AudioError(f"{name}: {error.strerror or error}") from error
 
     def _audio_stream(self, container: av.container.InputContainer) -> av.AudioStream:
         stream = container.streams.best("audio")
         if stream is None:
             kinds = sorted({stream.type for stream in container.streams})
-            raise AudioError(f"{self.path}: has no audio stream" + (f" (only {', '.join(kinds)})" if kinds else ""))
+            raise AudioError(f"{self.name}: has no audio stream" + (f" (only {', '.join(kinds)})" if kinds else ""))
         if stream.codec_context is None:
-            raise AudioError(f"{self.path}: its audio codec is not supported by this FFmpeg")
+            raise AudioError(f"{self.name}: its audio codec is not supported by this FFmpeg")
         return stream
 
     def _samples(self) -> Iterator[np.ndarray]:
@@ -107,7 +145,7 @@ class AudioFile:
                 layout = (frame.format.name, frame.layout.name, frame.sample_rate)
                 if layout != setup:  # the first frame, or a stream that changes its sampling rate on the way
                     if resampler is not None:
-                        for samples in _resample(resampler, None):
+                        for samples in _resample(resampler, None, self.channel):
                             position += len(samples)
                             yield samples
                     resampler, setup = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), layout
@@ -116,7 +154,7 @@ class AudioFile:
                 if start is not None:
                     gap = start - position / SAMPLE_RATE
                     if GAP_TOLERANCE < gap < MAX_FILLED_GAP and self._fits(start):
-                        for samples in _resample(resampler, None):
+                        for samples in _resample(resampler, None, self.channel):
                             position += len(samples)
                             yield samples
                         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
@@ -125,23 +163,23 @@ class AudioFile:
                         while (silence := min(round(start * SAMPLE_RATE) - position, SAMPLE_RATE)) > 0:
                             position += silence
                             yield np.zeros(silence, dtype=np.float32)
-                for samples in _resample(resampler, frame):
+                for samples in _resample(resampler, frame, self.channel):
                     position += len(samples)
                     yield samples
             if resampler is not None:
-                yield from _resample(resampler, None)
+                yield from _resample(resampler, None, self.channel)
             if filled:
                 self.warnings.append(
-                    f"{self.path}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them"
+                    f"{self.name}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them"
                 )
 
     def _fits(self, time: float) -> bool:
         """Whether a frame may start at `time`: a damaged timestamp usually lies beyond the end."""
-        return self.duration is not None and time <= self.duration
+        return self._announced is not None and time <= self._announced
 
     def _frames(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
         """Decoded frames; a packet that does not decode is skipped, a container that breaks off ends the iteration."""
-        damaged = 0
+        damaged = read = 0
         packets = container.demux(stream)
         while True:
             try:
@@ -149,14 +187,36 @@ class AudioFile:
             except StopIteration:
                 break
             except av.error.FFmpegError as error:
-                self.warnings.append(f"{self.path}: reading stopped early ({_reason(error)}); the rest is missing")
+                self.warnings.append(f"{self.name}: reading stopped early ({_reason(error)}); the rest is missing")
                 break
+            read = max(read, (packet.pos or 0) + packet.size)
             try:
                 yield from packet.decode()
             except av.error.FFmpegError:
                 damaged += 1
+        unread = self.path.stat().st_size - read
+        if len(container.streams) == 1 and read and unread > UNREAD_TOLERANCE * (read + unread):
+            # Some containers announce a duration only as far as they can be read.
+            self.warnings.append(
+                f"{self.name}: the last {100 * unread / (read + unread):.0f} % of the file could not be read; "
+                "it is truncated or damaged"
+            )
         if damaged:
-            self.warnings.append(f"{self.path}: {damaged} damaged packets skipped")
+            self.warnings.append(f"{self.name}: {damaged} damaged packets skipped")
+
+
+def parse_time(value: str | float | None) -> float | None:
+    """Seconds of 83.5, "83.5", "1:23.5" or "0:01:23.5"."""
+    if value is None:
+        return None
+    parts = str(value).strip().split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or any(not 0 <= number < float("inf") for number in numbers):
+        raise ValueError(f"{value} is not a time: give seconds, M:SS or H:MM:SS")
+    return sum(number * 60**power for power, number in enumerate(reversed(numbers)))
 
 
 def load_audio(path: str | PathLike[str]) -> np.ndarray:
@@ -164,12 +224,14 @@ def load_audio(path: str | PathLike[str]) -> np.ndarray:
     return np.concatenate(list(AudioFile(path).blocks()))
 
 
-def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None) -> Iterator[np.ndarray]:
-    """Resampled channels, averaged. FFmpeg's own mix to mono would raise the level of float audio by 3 dB."""
+def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, channel: int | None) -> Iterator[np.ndarray]:
+    """One resampled channel, or their mean. FFmpeg's own mix to mono would raise the level of float audio by 3 dB."""
     for resampled in resampler.resample(frame):
         channels = resampled.to_ndarray()  # [channels, samples]
         if channels.shape[1]:
-            yield np.nan_to_num(channels.mean(axis=0, dtype=np.float32), copy=False, posinf=0.0, neginf=0.0)
+            # A stream may change to fewer channels on the way: its last one stands for those that are gone.
+            mixed = channels.mean(axis=0, dtype=np.float32) if channel is None else channels[:channel][-1].copy()
+            yield np.nan_to_num(mixed, copy=False, posinf=0.0, neginf=0.0)
 
 
 def _duration(container: av.container.InputContainer, stream: av.AudioStream) -> float | None:

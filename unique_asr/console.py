@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -81,11 +83,16 @@ class Display:
             self._progress.update(task, visible=other == stage)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
-    def segment(self, segment: Segment) -> None:
+    def segment(self, segment: Segment, recording: str) -> None:
         self._print(f"[{format_time(segment.start)} -> {format_time(segment.end)}] {segment.text.strip()}")
 
     def summary(self, info: TranscriptionInfo, seconds: float, files: Sequence[Path]) -> None:
         self._print(f"{summarize(info, seconds)}; {', '.join(map(str, files))}")
+
+    def kept(self, recording: str, files: Sequence[Path]) -> None:
+        """Transcripts that are there already."""
+        listed = ", ".join(map(str, files))
+        self.note(f"{recording}: keeping {listed}; output.overwrite=true replaces what is there")
 
     def note(self, message: str) -> None:
         if not self.quiet:
@@ -97,7 +104,7 @@ class Display:
     def warning(self, message: str) -> None:
         self._messages.print(f"warning: {message}")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str, recording: str | None = None) -> None:
         self._messages.print(f"error: {message}")
 
     def _print(self, line: str) -> None:
@@ -107,6 +114,33 @@ class Display:
             self._out.print(line)
         else:
             print(line, flush=True)
+
+
+class JSONLines(Display):
+    """For scripts: one JSON object a line on standard output, told apart by `event`; messages stay what they are.
+
+    {"event": "segment", "audio": FILE, "id": 0, "start": 0.1, "end": 2.5, "text": ..., "words": [...], ...}
+    {"event": "done", "audio": FILE, "files": [...], "seconds": 12.3, "info": {...}}
+    {"event": "kept", "audio": FILE, "files": [...]}
+    {"event": "error", "audio": FILE or null, "message": ...}
+    """
+
+    def segment(self, segment: Segment, recording: str) -> None:
+        self._event("segment", recording, **segment.to_dict())
+
+    def summary(self, info: TranscriptionInfo, seconds: float, files: Sequence[Path]) -> None:
+        files = [str(path) for path in files]
+        self._event("done", info.audio, files=files, seconds=round(seconds, 3), info=info.to_dict())
+
+    def kept(self, recording: str, files: Sequence[Path]) -> None:
+        self._event("kept", recording, files=[str(path) for path in files])
+
+    def error(self, message: str, recording: str | None = None) -> None:
+        self._event("error", recording, message=message)
+        super().error(message)
+
+    def _event(self, event: str, recording: str | None, **values: Any) -> None:
+        print(json.dumps({"event": event, "audio": recording, **values}, ensure_ascii=False), flush=True)
 
 
 def summarize(info: TranscriptionInfo, seconds: float) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unique_asr.audio import AudioError
-from unique_asr.transcript import Transcript
-from unique_asr.writers import WRITERS, read_transcript
+from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
+from unique_asr.writers import WRITERS, SegmentLog, read_transcript
 
 MEDIA_SUFFIXES = {
     *(".aac", ".ac3", ".aif", ".aiff", ".amr", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp2", ".mp3", ".oga", ".ogg"),
@@ -21,17 +21,22 @@ MEDIA_SUFFIXES = {
 }  # what a folder or a glob is searched for; a file named by itself may be called anything
 
 
+STDIN = Path("-")  # standard input, as a recording
+
+
 class OutputError(ValueError):
     """Transcripts that cannot go where they should; the message is one line with the remedy."""
 
 
 def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that `audio` names: a file, a folder (without its subfolders), a glob, or a list of these."""
+    """The files that `audio` names: a file, a folder (without its subfolders), a glob, -, or a list of these."""
     names = [audio] if isinstance(audio, str | Path) else list(audio)
     found: dict[Path, None] = {}
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if path == STDIN:
+            files = [path]
+        elif path.is_dir():
             files = sorted(file for file in path.iterdir() if _is_media(file))
             if not files:
                 raise AudioError(f"{path}: no audio or video files in this folder")
@@ -62,6 +67,11 @@ class Job:
 
     audio: Path
     base: Path
+    title: str = ""  # what the recording is called, if not by its path
+
+    @property
+    def name(self) -> str:
+        return self.title or str(self.audio)
 
     def path(self, extension: str) -> Path:
         return self.base.with_name(f"{self.base.name}.{extension}")
@@ -85,20 +95,44 @@ class Job:
         return [extension for extension in formats if self.path(extension).exists()]
 
     def difference(self, duration: float | None, settings: dict[str, Any]) -> str | None:
-        """What the .json on disk, if there is one, was made from that is not what is asked for now."""
+        """What the .json on disk, if there is one, was made from that is not what is asked for now.
+
+        duration: seconds of what is to be transcribed, if known; settings: model, those of the attention, and those
+        that `TranscriptionInfo.settings` keeps.
+        """
         try:
             info = read_transcript(self.path("json")).info
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             return "something other than a transcript"
-        if Path(info.audio).name != self.audio.name or abs((duration or info.duration) - info.duration) > 1.0:
+        return self._difference(info, duration, settings)
+
+    def _difference(self, info: TranscriptionInfo, duration: float | None, settings: dict[str, Any]) -> str | None:
+        if Path(info.audio).name != Path(self.name).name:
             return f"another recording ({info.audio})"
-        made = {"model": info.model, **info.attention}
+        made = {"model": info.model, **info.attention, **info.settings}
         for name, value in settings.items():
             if made.get(name) != value:
                 return f"{name}={'null' if made.get(name) is None else made[name]}"
+        if abs((duration or info.duration) - info.duration) > 1.0:
+            return f"another recording ({info.audio})"
         return None
+
+    def unfinished(self, duration: float | None, settings: dict[str, Any]) -> tuple[Unfinished | None, int]:
+        """What an interrupted transcription left to do, if there is one, and the bytes of its log to keep."""
+        path = self.partial_path("jsonl")
+        try:
+            info, unfinished, keep = SegmentLog.read_unfinished(path)
+        except FileNotFoundError:
+            return None, 0
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path}: is no log of segments; resume=false begins anew") from error
+        if info is None or unfinished is None:
+            return None, 0
+        if made_from := self._difference(info, duration, settings):
+            raise OutputError(f"{path}: was made from {made_from}; ask for the same, or resume=false begins anew")
+        return unfinished, keep
 
     def write(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
         paths = []
@@ -128,6 +162,10 @@ def plan(recordings: Sequence[Path], folder: str | Path | None = None) -> list[J
     stems = Counter(((folder or path.parent), path.stem) for path in recordings)
     jobs: dict[Path, Job] = {}
     for path in recordings:
+        if path == STDIN:
+            base = (folder or Path()) / "stdin"
+            jobs[base] = Job(path, base, "stdin")
+            continue
         target = folder or path.parent
         shared = stems[target, path.stem] > 1 or _has_sibling(path)
         job = Job(path, target / (path.name if shared else path.stem))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from .tracking import TextTracker
 from .transcript import Segment, Word
 
 Progress = Callable[[str, float, float], None]  # stage, done, total
+State = dict[str, Any]  # what a pass inherits from those before it: enough to go on with it later; for JSON
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class LongformReport:
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0, "align": 0.0})
     skipped: list[tuple[float, float]] = field(default_factory=list)  # seconds that no pass got over
+    segments: int = 0
+    covered: int = 0  # spikes in a segment
+    counted: int = 0  # frames: the spikes before this one are counted
 
     def skip(self, start: float, end: float) -> None:
         if self.skipped and self.skipped[-1][1] == start:
@@ -114,7 +119,11 @@ class LoopDetector:
 
 
 class LongformTranscriber:
-    """Transcribes an encoded recording with any decoder. `prompt` is the processor's instruction for every pass."""
+    """Transcribes an encoded recording with any decoder.
+
+    `prompt` is the processor's instruction for every pass; `offset` the second of the file at which the recording
+    begins: times count from the file's beginning.
+    """
 
     def __init__(
         self,
@@ -124,8 +133,9 @@ class LongformTranscriber:
         alignment: AlignmentConfig | None = None,
         segmentation: SegmentationConfig | None = None,
         prompt: str | None = None,
+        offset: float = 0.0,
     ) -> None:
-        self.model, self.processor, self.prompt = model, processor, prompt
+        self.model, self.processor, self.prompt, self.offset = model, processor, prompt, offset
         self.config = config or LongformConfig()
         self.alignment = alignment or AlignmentConfig()
         self.segmentation = segmentation or SegmentationConfig()
@@ -160,46 +170,80 @@ class LongformTranscriber:
         return prompt + _most_within(positions, length) + budget
 
     def transcribe(
-        self, encoded: Any, decoder: Decoder, report: LongformReport, progress: Progress | None = None
+        self,
+        encoded: Any,
+        decoder: Decoder,
+        report: LongformReport,
+        progress: Progress | None = None,
+        state: State | None = None,
+        on_pass: Callable[[State], None] | None = None,
     ) -> Iterator[Segment]:
-        """Segments as they are complete; `report` is filled in on the way."""
+        """Segments as they are complete; `report` is filled in on the way.
+
+        on_pass: called with a state when a pass begins. Given such a state, transcription goes on with that pass, and
+        its segments are those that it would have given.
+        """
         tracker = TextTracker(self.model, self.processor, encoded, self.alignment, self.config)
         frames = tracker.frames
-        spikes, covered = frames.spikes, 0
+        spikes = frames.spikes
         if len(spikes) == 0:
             report.stop_reason, report.coverage = "silence", 1.0
             return
-        counted = 0  # spikes before this frame are counted
-        for index, words in enumerate(self._passes(encoded, decoder, tracker, report, progress)):
+        for words in self._passes(encoded, decoder, tracker, report, progress, state, on_pass):
             start, end = words[0].start, words[-1].end
             confidence = float(np.mean([word.confidence for word in words]))
             text = " ".join(word.text for word in words)
             low, high = (round(time / frames.frame_seconds) for time in (start, end))
-            covered += frames.count(max(low, counted), high + 1)
-            counted = max(high + 1, counted)
-            report.coverage = covered / len(spikes)
-            yield Segment(id=index, start=start, end=end, text=text, words=words, confidence=confidence)
+            report.covered += frames.count(max(low, report.counted), high + 1)
+            report.counted = max(high + 1, report.counted)
+            report.coverage = report.covered / len(spikes)
+            report.segments += 1
+            yield self._segment(report.segments - 1, text, words, confidence)
         if progress:
             progress("decode", frames.duration, frames.duration)
         if report.coverage < self.config.min_coverage:
             report.warnings.append(f"coverage is {100 * report.coverage:.0f} %: some of the speech has no text")
         for start, end in report.skipped:
-            report.warnings.append(f"{clock(start)}-{clock(end)}: skipped, no pass over it got on")
+            report.warnings.append(f"{self._clock(start)}-{self._clock(end)}: skipped, no pass over it got on")
         for second, text in tracker.dropped:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            report.warnings.append(f"{clock(second)}: dropped text that was not said: {shown!r}")
+            report.warnings.append(f"{self._clock(second)}: dropped text that was not said: {shown!r}")
+
+    def _segment(self, index: int, text: str, words: list[Word], confidence: float) -> Segment:
+        if self.offset:
+            words = [replace(word, start=word.start + self.offset, end=word.end + self.offset) for word in words]
+        return Segment(index, words[0].start, words[-1].end, text, words, confidence)
+
+    def _clock(self, seconds: float) -> str:
+        return clock(seconds + self.offset)
 
     def _passes(
-        self, encoded: Any, decoder: Decoder, tracker: TextTracker, report: LongformReport, progress: Progress | None
+        self,
+        encoded: Any,
+        decoder: Decoder,
+        tracker: TextTracker,
+        report: LongformReport,
+        progress: Progress | None,
+        state: State | None,
+        on_pass: Callable[[State], None] | None,
     ) -> Iterator[list[Word]]:
         frames, config = tracker.frames, self.config
         limit = self.max_pass_seconds
         start, retried = 0, False
+        if state is not None:
+            if state["frames"] != len(frames):
+                raise ValueError("the recording is not the one that the transcription began with")
+            start, retried, limit = state["start"], state["retried"], state["limit"]
+            tracker.restore(state["tracker"])
+            vars(report).update(deepcopy(state["report"]))
         while (first := frames.next_spike(start)) < len(frames):
             end = self._pass_end(frames, start, limit)
             if first >= end:
                 start = end
                 continue
+            if on_pass:
+                place = {"frames": len(frames), "start": int(start), "retried": retried, "limit": float(limit)}
+                on_pass({**place, "tracker": tracker.state(), "report": asdict(report)})
             reason = yield from self._pass(encoded, decoder, tracker, start, end, report, progress)
             report.passes += 1
             report.stop_reason = reason
@@ -209,14 +253,16 @@ class LongformTranscriber:
                 continue
             stop = frames.seconds(tracker.cursor)
             if spikes == 0:
-                report.warnings.append(f"{clock(stop)}: {_REASONS[reason]} after the last word; dropped the rest of it")
+                report.warnings.append(
+                    f"{self._clock(stop)}: {_REASONS[reason]} after the last word; dropped the rest of it"
+                )
                 start = end
                 continue
             done = stop - frames.seconds(start)
             if done >= config.min_progress_seconds:
                 # Not the whole rest after a pass that got over a small part of its audio.
                 limit = min(max(4 * done, config.retry_pass_seconds), self.max_pass_seconds)
-                report.warnings.append(f"{clock(stop)}: {_REASONS[reason]}; went on from there")
+                report.warnings.append(f"{self._clock(stop)}: {_REASONS[reason]}; went on from there")
                 start, retried = self._between(frames, tracker.cursor), False
             elif not retried and frames.seconds(end) - frames.seconds(start) > config.retry_pass_seconds:
                 limit, retried = config.retry_pass_seconds, True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -16,10 +17,10 @@ from .alignment import AlignmentConfig
 from .attention import SparseAttentionConfig, SparsityStatistics
 from .audio import SAMPLE_RATE, AudioFile
 from .decoding import GreedyDecoder
-from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress
+from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress, State
 from .models import load
 from .segmentation import SegmentationConfig
-from .transcript import Segment, TranscriptionInfo
+from .transcript import Segment, TranscriptionInfo, Unfinished, text_settings
 
 Audio = str | PathLike[str] | np.ndarray  # a file, or float32 samples at 16 kHz
 
@@ -37,6 +38,9 @@ def transcribe(
     device: str = "auto",
     dtype: str = "auto",
     prompt: str | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Iterator[Segment], TranscriptionInfo]:
@@ -57,11 +61,14 @@ def transcribe(
         budget: tokens, for `unique`.
         device, dtype: see `unique_asr.models.load`.
         prompt: an instruction for the model.
+        start, end, channel: the part of a file that is transcribed; see `AudioFile`. Times count from its beginning.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
         options: of `Transcriber`.
     """
-    source = open_audio(audio)  # before the model, which takes longer
-    transcriber = Transcriber(
+    from .models.adapters import make_transcriber  # which need what is here
+
+    source = open_audio(audio, start, end, channel)  # before the model, which takes longer
+    transcriber = make_transcriber(
         model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
     )
     return transcriber.transcribe(source, prompt=prompt, progress=progress)
@@ -95,7 +102,7 @@ class Transcriber:
         self.attention = attention_config(attention, budget)
         if max_pass_seconds is not None and max_pass_seconds <= 0:
             raise PipelineError(f"max_pass_seconds={max_pass_seconds}: give a positive number of seconds")
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk, self.max_pass_seconds = prefill_chunk, max_pass_seconds
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
@@ -114,30 +121,55 @@ class Transcriber:
         self.load_seconds = time.perf_counter() - begin
         self._decoder: GreedyDecoder | None = None  # the last one, with its memory and CUDA graphs
 
+    def with_attention(self, attention: SparseAttentionConfig) -> Transcriber:
+        """A transcriber with the same model in memory that reads its KV cache in another way."""
+        other = copy(self)
+        other.attention, other._decoder, other.load_seconds = attention, None, 0.0
+        return other
+
     def transcribe(
-        self, audio: Audio | AudioFile | Samples, *, prompt: str | None = None, progress: Progress | None = None
+        self,
+        audio: Audio | AudioFile | Samples,
+        *,
+        prompt: str | None = None,
+        progress: Progress | None = None,
+        unfinished: Unfinished | None = None,
+        on_pass: Callable[[State], None] | None = None,
     ) -> tuple[Iterator[Segment], TranscriptionInfo]:
-        """Segments of one recording, and how they were made; see the function `transcribe`."""
+        """Segments of one recording, and how they were made; see the function `transcribe`.
+
+        on_pass: called with a state whenever a pass of the LLM begins. With that state and the segments until then as
+        `unfinished`, a later call gives the segments that were still to come.
+        """
         source = open_audio(audio)
         weight = self.model.language_model.get_input_embeddings().weight
         info = TranscriptionInfo(
-            audio=str(source.path),
+            audio=source.name,
             duration=source.duration or 0.0,
             model=self.name,
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
             attention=self.attention.to_dict(),
+            settings=text_settings(prompt, self.max_pass_seconds, source.start, source.end, source.channel),
             timings={"load": self.load_seconds},
         )
-        return self._segments(source, prompt, info, progress), info
+        return self._segments(source, prompt, info, progress, unfinished, on_pass), info
 
     def _segments(
-        self, source: AudioFile | Samples, prompt: str | None, info: TranscriptionInfo, progress: Progress | None
+        self,
+        source: AudioFile | Samples,
+        prompt: str | None,
+        info: TranscriptionInfo,
+        progress: Progress | None,
+        unfinished: Unfinished | None,
+        on_pass: Callable[[State], None] | None,
     ) -> Iterator[Segment]:
         transcriber = LongformTranscriber(
-            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt
+            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt, source.start
         )
         report = LongformReport()
+        state = unfinished.state if unfinished else None
+        earlier = SparsityStatistics(**(state["sparsity"] if state else {}))
         try:
             begin = time.perf_counter()
             encoded = self._encode(source, progress)
@@ -146,15 +178,28 @@ class Transcriber:
             info.warnings += source.warnings
             decoder = self._take_decoder(transcriber.capacity(encoded), info)
             before = SparsityStatistics(**vars(decoder.statistics))
+
+            def sparsity() -> SparsityStatistics:
+                counted = _difference(decoder.statistics, before)
+                counted.add(earlier)
+                return counted
+
+            def pass_begins(state: State) -> None:
+                on_pass({**state, "sparsity": vars(sparsity())})
+
             try:
-                yield from transcriber.transcribe(encoded, decoder, report, progress)
+                yield from transcriber.transcribe(
+                    encoded, decoder, report, progress, state, pass_begins if on_pass else None
+                )
                 info.stop_reason = report.stop_reason
             finally:
                 info.stop_reason = info.stop_reason or "interrupted"
                 info.coverage, info.passes = report.coverage, report.passes
-                info.sparsity = _difference(decoder.statistics, before).to_dict()
+                info.sparsity = sparsity().to_dict()
                 info.timings |= report.timings
                 info.warnings += report.warnings
+                if info.stop_reason == "silence":
+                    info.warnings.append(f"{info.audio}: no speech was heard; the transcript is empty")
                 self._decoder = decoder
         except torch.OutOfMemoryError as error:
             raise PipelineError(
@@ -170,7 +215,7 @@ class Transcriber:
             return self.model.encode(source.blocks(), self.processor, report if progress else None)
         except ValueError as error:
             message = str(error)
-            raise PipelineError(message if str(source.path) in message else f"{source.path}: {message}") from error
+            raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
 
     def _take_decoder(self, capacity: int, info: TranscriptionInfo) -> GreedyDecoder:
         """The decoder of the transcription before, if no other has it; a new one otherwise."""
@@ -185,7 +230,8 @@ class Transcriber:
 class Samples:
     """An array in the place of an `AudioFile`."""
 
-    path = "<array>"
+    name = "<array>"
+    start, end, channel = 0.0, None, None
 
     def __init__(self, samples: np.ndarray) -> None:
         if samples.ndim != 1:
@@ -198,10 +244,13 @@ class Samples:
         yield self.samples
 
 
-def open_audio(audio: Audio | AudioFile | Samples) -> AudioFile | Samples:
+def open_audio(
+    audio: Audio | AudioFile | Samples, start: float = 0.0, end: float | None = None, channel: int | None = None
+) -> AudioFile | Samples:
+    """start, end, channel: of a file; an array is taken as it is."""
     if isinstance(audio, (AudioFile, Samples)):
         return audio
-    return Samples(audio) if isinstance(audio, np.ndarray) else AudioFile(audio)
+    return Samples(audio) if isinstance(audio, np.ndarray) else AudioFile(audio, start, end, channel)
 
 
 def attention_config(attention: str | SparseAttentionConfig, budget: int | None = 512) -> SparseAttentionConfig:

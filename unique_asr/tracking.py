@@ -47,6 +47,18 @@ class TextTracker:
         self.cursor, self.end, self.gap = start, end, 0
         self.waiting = []
 
+    def state(self) -> dict[str, Any]:
+        """What one pass leaves to the next; for JSON."""
+        return {
+            "dropped": list(self.dropped),
+            "accepted_gaps": [int(frame) for frame in self._accepted_gaps],
+            "previous_end": float(self._previous_end),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.dropped, self._accepted_gaps = list(state["dropped"]), list(state["accepted_gaps"])
+        self._previous_end = state["previous_end"]
+
     @property
     def waiting_tokens(self) -> int:
         return sum(max(len(word.log_probs), 1) for word in self.waiting)

@@ -22,6 +22,7 @@ class Segment:
     text: str
     words: list[Word] = field(default_factory=list)
     confidence: float | None = None  # 0 to 1
+    speaker: str | None = None  # where the model tells them apart
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -32,16 +33,25 @@ class Segment:
 
 
 @dataclass
+class Unfinished:
+    """A transcription that broke off: its segments up to the beginning of a pass, and what that pass needs."""
+
+    segments: list[Segment]
+    state: dict[str, Any]  # what `on_pass` of the pipeline was called with
+
+
+@dataclass
 class TranscriptionInfo:
     """How a transcript was made, and whether it is whole. Complete once the iterator of segments is exhausted."""
 
     audio: str  # the file's path
-    duration: float = 0.0  # s
+    duration: float = 0.0  # s, of what was transcribed
     model: str = "default"
     device: str = "cpu"
     dtype: str = "float32"
     attention: dict[str, Any] = field(default_factory=dict)  # the settings of SparseAttentionConfig
-    stop_reason: str = ""  # of the last pass: "end", "length" or "loop"; "interrupted" if the user stopped it
+    settings: dict[str, Any] = field(default_factory=dict)  # other choices that change the text; start and end in s
+    stop_reason: str = ""  # of the last pass: end, length, loop, gap; silence if nothing was said; interrupted; error
     coverage: float = 0.0  # share of the audio up to the last segment's end, 0 to 1
     passes: int = 0  # times that decoding started: 1 unless it had to be continued
     sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityStatistics.to_dict()
@@ -76,3 +86,16 @@ class Transcript:
     def from_dict(cls, values: dict[str, Any]) -> Transcript:
         segments = [Segment.from_dict(segment) for segment in values["segments"]]
         return cls(segments, TranscriptionInfo.from_dict(values["info"]))
+
+
+def text_settings(
+    prompt: str | None, max_pass_seconds: float | None, start: float, end: float | None, channel: int | None
+) -> dict[str, Any]:
+    """What changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it."""
+    return {
+        "prompt": prompt,
+        "max_pass_seconds": max_pass_seconds,
+        "start": start or None,
+        "end": end,
+        "channel": channel,
+    }

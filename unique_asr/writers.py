@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import Any, ClassVar, TextIO
 
-from unique_asr.transcript import Segment, Transcript
+from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished
 
 
 def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool = True) -> str:
@@ -105,34 +107,79 @@ def read_transcript(path: str | Path) -> Transcript:
 class SegmentLog:
     """Segments appended to a .jsonl file the moment they are decoded, so that a crash loses none.
 
-    The file is begun with the first segment: until then, that of an earlier attempt stays.
+    One JSON object a line: {"transcription": how it is made}, then {"pass": what is needed to go on from here} before
+    the first segment of each pass, and the segments. The file is begun with the first segment: until then, that of an
+    earlier attempt stays.
+
+    Args:
+        keep: bytes of the file, as `read_unfinished` gives them, that the new segments follow; by default none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self.path, self.keep = path, keep
+        self.info: TranscriptionInfo | None = None  # for the first line
+        self._state: dict[str, Any] | None = None
         self._file: TextIO | None = None
+
+    def pass_begins(self, state: dict[str, Any]) -> None:
+        self._state = state
 
     def append(self, segment: Segment) -> None:
         if self._file is None:
-            self._file = self.path.open("w", encoding="utf-8", newline="\n")
-        print(json.dumps(segment.to_dict(), ensure_ascii=False), file=self._file, flush=True)
+            self._begin()
+        if self._state is not None:
+            self._write({"pass": self._state})
+            self._state = None
+        self._write(segment.to_dict())
 
     def close(self, keep: bool) -> None:
         if self._file is not None:
-            self._file.close()
-            if not keep:
-                self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk has been reported when the line was written
+                self._file.close()
+        if not keep:
+            self.path.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        if self.keep:
+            os.truncate(self.path, self.keep)
+        self._file = self.path.open("a" if self.keep else "w", encoding="utf-8", newline="\n")
+        if self.info is not None and not self.keep:
+            self._write({"transcription": self.info.to_dict()})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        print(json.dumps(values, ensure_ascii=False), file=self._file, flush=True)
 
     @staticmethod
     def read(path: Path) -> list[Segment]:
         """The segments of a log; a last line that was cut off is left out."""
-        segments = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                segments.append(Segment.from_dict(json.loads(line)))
-            except json.JSONDecodeError:
-                break
-        return segments
+        return [Segment.from_dict(values) for _, values in _log_lines(path) if "id" in values]
+
+    @staticmethod
+    def read_unfinished(path: Path) -> tuple[TranscriptionInfo | None, Unfinished | None, int]:
+        """How the log's segments were made, what is left to do, and the bytes of the log until there.
+
+        The last pass is left to do as a whole: what it writes depends on all that it has written.
+        """
+        info, unfinished, keep, segments = None, None, 0, []
+        for place, values in _log_lines(path):
+            if "transcription" in values:
+                info = TranscriptionInfo.from_dict(values["transcription"])
+            elif "pass" in values:
+                unfinished, keep = Unfinished(list(segments), values["pass"]), place
+            else:
+                segments.append(Segment.from_dict(values))
+        return info, unfinished, keep
+
+
+def _log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Where each line begins, in bytes, and what it holds."""
+    place = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            yield place, json.loads(line)
+        except ValueError:
+            break
+        place += len(line)
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,29 @@
+# The web page and the command line, from this folder alone. On a GPU (NVIDIA Container Toolkit):
+#   docker build -t unique-asr .
+#   docker run --rm --gpus all -p 127.0.0.1:7860:7860 -v unique-asr-jobs:/jobs unique-asr
+# On a CPU: the same without --gpus, or 4 GB smaller with --build-arg TORCH=cpu.
+# The command line, on the files of the current folder, which get their owner's rights:
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" -w /data unique-asr unique-asr audio=talk.m4a
+
+FROM python:3.12-slim-bookworm
+
+# Triton compiles a small launcher for each kernel with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
+# cuda: PyPI's wheels, which carry CUDA. cpu: PyTorch's own index; torch and torchaudio have to come from one build.
+ARG TORCH=cuda
+RUN if [ "$TORCH" = cpu ]; then \
+        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.15" "torchaudio>=2.11,<2.15"; \
+    fi
+
+WORKDIR /app
+COPY . .
+RUN pip install --no-cache-dir --editable .
+
+# Anybody may be the user that runs it: caches go where everybody can write, jobs into the volume.
+RUN useradd --create-home listener && mkdir /jobs && chown listener /jobs
+ENV HOME=/tmp TRITON_CACHE_DIR=/tmp/triton
+USER listener
+VOLUME /jobs
+EXPOSE 7860
+CMD ["python", "-m", "app", "host=0.0.0.0", "jobs=/jobs"]

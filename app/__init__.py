@@ -1,0 +1,1 @@
+"""The web page around unique_asr: `python -m app`."""

@@ -1,0 +1,55 @@
+"""What may be transcribed: one recording, from an allowed place, not too long. All else is refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unique_asr.audio import AudioError, AudioFile
+
+
+class Refusal(ValueError):
+    """A request that is not carried out; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    folders: Sequence[Path] = ()  # whose files may be named
+    max_minutes: float = 180.0
+    max_megabytes: float = 1000.0
+
+    def choose(self, upload: str | None, recorded: str | None, path: str | None) -> tuple[Path, bool]:
+        """The recording that is meant, and whether it was uploaded."""
+        path = (path or "").strip()
+        given = [name for name in (upload, recorded, path) if name]
+        if len(given) != 1:
+            what = "nothing" if not given else "more than one"
+            raise Refusal(f"Give one recording: a file, the microphone or a path; {what} was given.")
+        recording = self._allowed(path) if path else Path(given[0])
+        size = recording.stat().st_size / 1e6
+        if size > self.max_megabytes:
+            raise Refusal(f"The recording has {size:.0f} MB; the limit is {self.max_megabytes:g} MB.")
+        try:
+            duration = AudioFile(recording, name=recording.name).duration
+        except AudioError as error:
+            raise Refusal(str(error)) from error
+        if duration is not None:
+            self.check_duration(duration)
+        return recording, not path
+
+    def check_duration(self, seconds: float) -> None:
+        if seconds > 60 * self.max_minutes:
+            raise Refusal(f"The recording is longer than {self.max_minutes:g} minutes, which is the limit.")
+
+    def _allowed(self, name: str) -> Path:
+        """A file inside an allowed folder, wherever links and .. lead. What lies outside is not even said to exist."""
+        for folder in self.folders:
+            root = Path(folder).expanduser().resolve()
+            try:
+                path = (root / Path(name).expanduser()).resolve()
+                if path.is_relative_to(root) and path.is_file():
+                    return path
+            except (OSError, ValueError, RuntimeError):
+                continue
+        raise Refusal("There is no such file in the folders that this page may read.")

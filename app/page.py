@@ -1,0 +1,265 @@
+"""The page: what is shown, and what happens on each click."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from unique_asr.audio import parse_time
+from unique_asr.console import format_time
+from unique_asr.transcript import Segment
+
+from .comparison import COLUMNS, DENSE, SPARSE, compare
+from .intake import Limits, Refusal
+from .store import FAILED, STOPPED, Record, Store
+from .worker import Live, Worker, attention_settings
+
+REFRESH_SECONDS = 0.3  # how often a running job is shown anew
+HEADERS = ["Start", "End", "Text", "Confidence"]
+
+
+class View(NamedTuple):
+    """A value for each output component, in the order of `Page.outputs`."""
+
+    status: Any
+    text: Any
+    segments: Any
+    player: Any
+    files: Any
+    comparison: Any
+    differences: Any
+    measures: Any
+    jobs: Any
+
+
+class Page:
+    """The handlers, and `blocks`, which lays out the components around them."""
+
+    def __init__(
+        self, store: Store, worker: Worker, limits: Limits, models: Sequence[str], examples: Sequence[Path] = ()
+    ) -> None:
+        self.store, self.worker, self.limits = store, worker, limits
+        self.models, self.examples = list(models), [str(path) for path in examples]
+        self._watching: dict[str | None, object] = {}  # what each open page shows; a newer choice ends the older one
+
+    # Handlers
+
+    def transcribe(
+        self,
+        upload: str | None,
+        recorded: str | None,
+        path: str | None,
+        model: str,
+        attention: str,
+        budget: float,
+        page_size: float,
+        prompt: str | None,
+        compare: bool,
+        request: gr.Request,
+    ) -> Iterator[View]:
+        """Refuse in one line, or make a job and show it until it ends."""
+        if model not in self.models:
+            raise _error(f"model={model}: this page offers {', '.join(self.models)}")
+        settings = {
+            "model": model,
+            "attention": attention,
+            "budget": int(budget or 0),
+            "page_size": int(page_size or 0),
+            "prompt": (prompt or "").strip(),
+            "compare": bool(compare) and attention == "unique",
+        }
+        try:
+            attention_settings(settings, self.worker.options)
+            self.worker.check_room()
+            recording, uploaded = self.limits.choose(upload, recorded, path)
+            record = self.store.create(recording, recording.name, settings, copy=uploaded)
+        except (Refusal, ValueError) as error:
+            raise _error(str(error)) from error
+        except OSError as error:
+            raise _error(f"{self.store.folder}: the recording cannot be kept there ({error.strerror})") from error
+        self.worker.submit(record)
+        yield from self.show(record.id, request)
+
+    def show(self, id: str | None, request: gr.Request) -> Iterator[View]:
+        """A job: as it changes while it waits or runs, then as it is on disk."""
+        status, count, mine = None, None, object()
+        self._watching[request.session_hash] = mine
+        while id and (live := self.worker.live(id)) is not None:
+            if (status, count) != (live.status, len(live.segments)):
+                first, more = status is None, count != len(live.segments)
+                status, count = live.status, len(live.segments)
+                yield self._live_view(live, first, more)
+            live.finished.wait(REFRESH_SECONDS)
+            if self._watching.get(request.session_hash) is not mine:
+                return
+        yield self._final_view(self.store.load(id))
+
+    def latest(self, request: gr.Request) -> Iterator[View]:
+        """What a page that is opened or reloaded shows: the job at work, else the last one."""
+        records = self.store.list()
+        running = [record.id for record in records if self.worker.live(record.id)]
+        yield from self.show(running[-1] if running else records[0].id if records else None, request)
+
+    def stop(self, id: str | None) -> None:
+        """End this job and no other; what it has written is kept."""
+        if not self.worker.stop(id or ""):
+            gr.Info("This job is not running.")
+
+    def leave(self, request: gr.Request) -> None:
+        """The page is closed: its job goes on."""
+        self._watching.pop(request.session_hash, None)
+
+    def go_on(self, id: str | None, request: gr.Request) -> Iterator[View]:
+        """Resume a job that was stopped or failed, where it broke off."""
+        record = self.store.load(id)
+        if record is None or record.state not in (STOPPED, FAILED):
+            raise _error("Only a job that was stopped or failed can be continued.")
+        try:
+            self.worker.check_room()
+        except Refusal as error:
+            raise _error(str(error)) from error
+        self.worker.submit(record)
+        yield from self.show(record.id, request)
+
+    def jump(self, event: gr.SelectData) -> Any:
+        """Put the player where the clicked segment begins."""
+        return gr.Audio(playback_position=parse_time(event.row_value[0]))
+
+    # Views
+
+    def _live_view(self, live: Live, first: bool, more: bool) -> View:
+        """Only what has changed: all of it at first, the text if there is more."""
+        segments = list(live.segments)
+        empty = None if first else gr.skip()
+        return View(
+            status=f"{live.record.title}: {live.status}",
+            text=_text(segments) if more else gr.skip(),
+            segments=_rows(segments) if more else gr.skip(),
+            player=gr.Audio(value=live.record.audio, subtitles=None) if first else gr.skip(),
+            files=empty,
+            comparison=gr.Column(visible=False) if first else gr.skip(),
+            differences=empty,
+            measures=empty,
+            jobs=self._choices(live.record) if first else gr.skip(),
+        )
+
+    def _final_view(self, record: Record | None) -> View:
+        if record is None:
+            return View("No job yet.", "", [], None, None, gr.Column(visible=False), None, None, self._choices())
+        transcript, dense = self.store.transcript(record), self.store.transcript(record, "dense")
+        segments = transcript.segments if transcript else self.store.segments(record)
+        differences = measures = None
+        if transcript and dense:
+            differences, measures = compare(dense, transcript)
+        found = Path(record.audio).is_file()
+        return View(
+            status=f"{record.title}: {record.state}. {record.message}",
+            text=_text(segments),
+            segments=_rows(segments),
+            player=gr.Audio(value=record.audio, subtitles=_subtitles(segments)) if found else None,
+            files=[str(path) for path in self.store.files(record)] or None,
+            comparison=gr.Column(visible=measures is not None),
+            differences=differences,
+            measures=measures,
+            jobs=self._choices(record),
+        )
+
+    def _choices(self, selected: Record | None = None) -> Any:
+        """The list of past jobs; in front of each title when it was made."""
+        choices = []
+        for record in self.store.list():
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created))
+            choices.append((f"{made}  {record.title} ({record.state})", record.id))
+        return gr.Dropdown(choices=choices, value=selected.id if selected else None)
+
+    # Layout
+
+    def blocks(self) -> gr.Blocks:
+        options = self.worker.options["attention"]
+        with gr.Blocks(title="unique_asr", analytics_enabled=False) as blocks:
+            gr.Markdown("# unique_asr\nTranscribes recordings of any length; jobs are kept on disk.")
+            with gr.Row():
+                with gr.Column(scale=1):
+                    with gr.Tab("File"):
+                        upload = gr.File(label="Audio or video", elem_id="upload")
+                        if self.examples:
+                            gr.Examples(self.examples, upload)
+                    with gr.Tab("Microphone"):
+                        recorded = gr.Audio(label="Microphone", sources=["microphone"], type="filepath")
+                    with gr.Tab("Path", visible=bool(self.limits.folders)):
+                        path = gr.Textbox(label="File in an allowed folder", placeholder="talks/monday.mp3")
+                    with gr.Accordion("Settings", open=False):
+                        model = gr.Dropdown(self.models, value=self.models[0], label="Model")
+                        attention = gr.Radio(["unique", "dense"], value="unique", label="Attention")
+                        budget = gr.Number(options["budget"] or 512, label="Budget (tokens a step reads)", precision=0)
+                        page_size = gr.Number(options["page_size"], label="Page size (tokens)", precision=0)
+                        prompt = gr.Textbox(label="Instruction or hotwords", lines=2)
+                        compared = gr.Checkbox(label="Transcribe densely as well, and compare")
+                    with gr.Row():
+                        start = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                        go_on = gr.Button("Continue", elem_id="continue")
+                    jobs = gr.Dropdown([], label="Past jobs", allow_custom_value=True, elem_id="jobs")
+                with gr.Column(scale=2):
+                    status = gr.Textbox(label="Status", interactive=False, elem_id="status", lines=2)
+                    player = gr.Audio(label="Recording", interactive=False, type="filepath", elem_id="player")
+                    text = gr.Textbox(
+                        label="Transcript", interactive=False, elem_id="text", lines=8, max_lines=20, buttons=["copy"]
+                    )
+                    table = gr.Dataframe(
+                        headers=HEADERS,
+                        type="array",
+                        label="Segments: a click moves the player",
+                        interactive=False,
+                        wrap=True,
+                        column_widths=["12%", "12%", "62%", "14%"],
+                        elem_id="segments",
+                    )
+                    files = gr.File(label="Downloads", file_count="multiple", interactive=False, elem_id="files")
+                    with gr.Column(visible=False, elem_id="comparison") as comparison:
+                        measures = gr.Dataframe(
+                            headers=COLUMNS, type="array", label="Dense and sparse", interactive=False
+                        )
+                        differences = gr.HighlightedText(
+                            label="Differences", color_map={DENSE: "orange", SPARSE: "blue"}, combine_adjacent=True
+                        )
+            outputs = [status, text, table, player, files, comparison, differences, measures, jobs]
+            inputs = [upload, recorded, path, model, attention, budget, page_size, prompt, compared]
+            # A handler only watches its job: the worker does one at a time, however many watch.
+            watching = {"outputs": outputs, "concurrency_limit": None, "show_progress": "hidden"}
+            start.click(self.transcribe, inputs, api_name="transcribe", **watching)
+            go_on.click(self.go_on, jobs, api_name="continue", **watching)
+            jobs.input(self.show, jobs, api_name="show", trigger_mode="multiple", **watching)
+            blocks.load(self.latest, None, api_name="latest", **watching)
+            blocks.unload(self.leave)
+            stop.click(self.stop, jobs, None, api_name="stop", queue=False)
+            table.select(self.jump, None, player, api_visibility="private", queue=False)
+        return blocks
+
+
+def _text(segments: Sequence[Segment]) -> str:
+    return "\n".join(f"[{format_time(segment.start)}] {segment.text.strip()}" for segment in segments)
+
+
+def _rows(segments: Sequence[Segment]) -> list[list[str]]:
+    return [
+        [
+            format_time(segment.start),
+            format_time(segment.end),
+            segment.text.strip(),
+            "" if segment.confidence is None else f"{segment.confidence:.2f}",
+        ]
+        for segment in segments
+    ]
+
+
+def _subtitles(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    return [{"text": segment.text.strip(), "timestamp": [segment.start, segment.end]} for segment in segments]
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)

@@ -1,0 +1,121 @@
+# ruff: noqa: E402  (what follows needs Playwright and gradio)
+"""The page in a real browser: Debian's chromium (apt-get install chromium), driven by Playwright."""
+
+import re
+import shutil
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+pytest.importorskip("gradio", reason="the page needs gradio")
+
+from test_page import DATA, Script, configuration
+
+from app.__main__ import launch
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+expect = playwright.expect
+expect.set_options(timeout=20_000)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def script():
+    return Script()
+
+
+@pytest.fixture
+def tab(browser, script, tmp_path):
+    """An open page; nothing on it may raise an error."""
+    (tmp_path / "talks").mkdir()
+    blocks = launch(configuration(tmp_path), script.load, block=False)
+    tab = browser.new_page()
+    errors = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(blocks.local_url)
+    yield tab
+    script.gate.set()
+    tab.close()
+    blocks.close()
+    assert errors == []
+
+
+def upload(tab, name="nomads.opus"):
+    if tab.locator("#upload [aria-label='Clear']").is_visible():
+        tab.locator("#upload [aria-label='Clear']").click()
+    tab.locator("#upload input[type=file]").set_input_files(str(DATA / name))
+    expect(tab.locator("#upload")).to_contain_text(name.partition(".")[0])
+    expect(tab.locator("#upload a[download]")).to_be_visible()  # it has arrived
+    tab.locator("#transcribe").click()
+
+
+def text(tab):
+    return tab.locator("#text textarea")
+
+
+def wait_for_status(tab, word):
+    tab.wait_for_function("word => document.querySelector('#status textarea')?.value.includes(word)", arg=word)
+
+
+def test_upload_live_text_refresh_and_download(tab, script):
+    script.gate.clear()
+    upload(tab)
+    expect(text(tab)).to_have_value("[00:00.0] Segment 0 is sparse.")
+    wait_for_status(tab, "Transcribing")
+    tab.reload()
+    expect(text(tab)).to_have_value("[00:00.0] Segment 0 is sparse.")  # it is still at work
+    script.gate.set()
+    wait_for_status(tab, "done")
+    tab.reload()
+    wait_for_status(tab, "done")
+    assert len(text(tab).input_value().splitlines()) == 9
+    with tab.expect_download() as download:
+        tab.locator("#files a[download='transcript.srt']").click()
+    assert "00:00:08,000 --> 00:00:08,900\nSegment 8 is sparse." in download.value.path().read_text()
+
+
+def test_stop_and_continue(tab, script):
+    script.gate.clear()
+    upload(tab)
+    expect(text(tab)).to_have_value("[00:00.0] Segment 0 is sparse.")
+    tab.locator("#stop").click()
+    wait_for_status(tab, "stopped")
+    assert len(text(tab).input_value().splitlines()) == 1
+    script.gate.set()
+    tab.locator("#continue").click()
+    wait_for_status(tab, "done")
+    assert len(text(tab).input_value().splitlines()) == 9
+
+
+def test_past_jobs_are_listed_and_shown(tab):
+    upload(tab)
+    wait_for_status(tab, "nomads.opus: done")
+    upload(tab, "repose.opus")
+    wait_for_status(tab, "repose.opus: done")
+    tab.locator("#jobs input").click()
+    tab.get_by_role("option").filter(has_text="nomads.opus (done)").click()
+    wait_for_status(tab, "nomads.opus: done")
+
+
+def test_player_follows_the_segments(tab):
+    upload(tab)
+    wait_for_status(tab, "done")
+    tab.locator("#segments").get_by_text("Segment 6 is sparse.").first.click()
+    expect(tab.locator("#player #time")).to_have_text("0:06")
+    tab.locator("#player [aria-label='Play']").click()
+    expect(tab.locator("#player [data-testid='subtitle-display']")).to_contain_text(
+        re.compile("Segment [67] is sparse.")
+    )
+
+
+def test_a_refusal_is_shown(tab):
+    tab.locator("#transcribe").click()
+    expect(tab.locator("body")).to_contain_text("Give one recording")
