@@ -66,6 +66,14 @@ def test_json(written, transcript, tmp_path):
     assert read_transcript(tmp_path / "talk.json") == transcript
 
 
+@pytest.mark.parametrize("extension", ["txt", "srt", "vtt", "tsv"])
+def test_speakers_stand_before_what_they_say(extension, transcript, written):
+    transcript.segments[0].speaker = "S01"
+    text = written(extension)
+    assert "S01: Good morning." in text
+    assert text.count(": ") == 1
+
+
 @pytest.mark.parametrize("extension", WRITERS)
 def test_nothing_said(extension, tmp_path):
     WRITERS[extension].write_file(Transcript([], TranscriptionInfo("silence.wav")), tmp_path / f"a.{extension}")

@@ -49,7 +49,7 @@ class TextWriter(ResultWriter):
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         for segment in transcript.segments:
-            print(_one_line(segment.text), file=file)
+            print(_line(segment), file=file)
 
 
 class SubRipWriter(ResultWriter):
@@ -58,7 +58,7 @@ class SubRipWriter(ResultWriter):
     def write(self, transcript: Transcript, file: TextIO) -> None:
         for number, segment in enumerate(transcript.segments, start=1):
             start, end = (format_timestamp(time, ",") for time in (segment.start, segment.end))
-            print(f"{number}\n{start} --> {end}\n{_one_line(segment.text).replace('-->', '->')}\n", file=file)
+            print(f"{number}\n{start} --> {end}\n{_line(segment).replace('-->', '->')}\n", file=file)
 
 
 class WebVTTWriter(ResultWriter):
@@ -68,7 +68,7 @@ class WebVTTWriter(ResultWriter):
         print("WEBVTT\n", file=file)
         for segment in transcript.segments:
             start, end = (format_timestamp(time) for time in (segment.start, segment.end))
-            text = _one_line(segment.text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            text = _line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             print(f"{start} --> {end}\n{text}\n", file=file)
 
 
@@ -81,7 +81,7 @@ class TabSeparatedWriter(ResultWriter):
         print("start\tend\ttext", file=file)
         for segment in transcript.segments:
             start, end = round(1000 * segment.start), round(1000 * segment.end)
-            print(f"{start}\t{end}\t{_one_line(segment.text)}", file=file)
+            print(f"{start}\t{end}\t{_line(segment)}", file=file)
 
 
 class JSONWriter(ResultWriter):
@@ -180,6 +180,12 @@ def _log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError:
             break
         place += len(line)
+
+
+def _line(segment: Segment) -> str:
+    """The text on one line, with the speaker before it where there is one."""
+    text = _one_line(segment.text)
+    return f"{segment.speaker}: {text}" if segment.speaker else text
 
 
 def _one_line(text: str) -> str:
