@@ -101,7 +101,15 @@ def test_a_prompt_over_the_capacity_is_refused(llama, embeds):
 def test_progress(llama, embeds):
     calls = []
     GreedyDecoder(llama, prefill_chunk=64).prefill(embeds, progress=lambda *call: calls.append(call))
-    assert calls == [(64, 200), (128, 200), (192, 200), (200, 200)]
+    assert calls == [(50, 200), (100, 200), (150, 200), (200, 200)]
+
+
+def test_no_chunk_of_the_prompt_is_a_decode_step(llama, embeds):
+    """Not even where all but one token fill whole chunks."""
+    decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), prefill_chunk=64)
+    decoder.prefill(embeds[:, :129])
+    assert decoder.statistics.steps == 0
+    assert decoder.length == 129
 
 
 @pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "quest"}, {"score": "second_moment"}])
