@@ -414,3 +414,15 @@ def test_context_layers_let_frames_see_one_another(speech_llm, tmp_path):
     again = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again.projector(states, directions).logits, before.logits)
+
+
+def test_context_layers_drop_out_only_while_they_train(speech_llm):
+    model, _ = speech_llm(context_layers=1, context_dropout=0.5)
+    states, directions = torch.randn(1, 40, 32), model.ctc_embeddings()[1]
+    found = {}
+    with torch.no_grad():
+        for training in (True, False):
+            model.projector.train(training)
+            found[training] = [model.projector(states, directions).logits for _ in range(2)]
+    assert not torch.equal(*found[True])
+    assert torch.equal(*found[False])

@@ -17,6 +17,7 @@ class SpeechLLMConfig(PretrainedConfig):
         stack_factor: encoder frames that the projector stacks into one frame.
         projector_size: hidden width of the projector.
         context_layers: transformer layers in the projector, over the frames of a window; 0: each frame by itself.
+        context_dropout: of these layers, while they train.
         merge: `ctc` merges the frames between two CTC spikes into one position of the LLM, `none` keeps every frame.
         ctc_vocabulary_size: number of tokens that the CTC head may emit; None: all of the LLM's.
         merge_frames: longest run of frames that one merged position covers.
@@ -37,6 +38,7 @@ class SpeechLLMConfig(PretrainedConfig):
         stack_factor: int = 4,
         projector_size: int = 1024,
         context_layers: int = 0,
+        context_dropout: float = 0.1,
         ctc_vocabulary_size: int | None = None,
         merge: str = "ctc",
         merge_frames: int = 12,
@@ -52,6 +54,7 @@ class SpeechLLMConfig(PretrainedConfig):
         self.stack_factor = stack_factor
         self.projector_size = projector_size
         self.context_layers = context_layers
+        self.context_dropout = context_dropout
         if merge not in ("ctc", "none"):
             raise ValueError(f"merge must be 'ctc' or 'none', not {merge!r}")
         self.ctc_vocabulary_size = ctc_vocabulary_size or self.text_config.vocab_size

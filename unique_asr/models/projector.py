@@ -47,10 +47,10 @@ class Residual(nn.Linear):
     """Starts at zero: the LLM first reads what the CTC head reads, and then learns to use the rest."""
 
 
-def context(size: int, layers: int) -> nn.Module:
+def context(size: int, layers: int, dropout: float) -> nn.Module:
     """Pre-norm transformer layers [W, T, size] -> [W, T, size]; the encoder's states carry positions already."""
     layer = nn.TransformerEncoderLayer(
-        size, max(1, size // 64), 4 * size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        size, max(1, size // 64), 4 * size, dropout, activation="gelu", batch_first=True, norm_first=True
     )
     return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(size), enable_nested_tensor=False)
 
@@ -70,7 +70,9 @@ class Projector(nn.Module):
         text_size = config.text_config.hidden_size
         self.norm = nn.LayerNorm(stacked)
         self.up = nn.Linear(stacked, config.projector_size)
-        self.context = context(config.projector_size, config.context_layers) if config.context_layers else nn.Identity()
+        self.context = nn.Identity()
+        if config.context_layers:
+            self.context = context(config.projector_size, config.context_layers, config.context_dropout)
         self.down = nn.Linear(config.projector_size, text_size)
         self.blank = nn.Linear(config.projector_size, 1)
         self.residual = Residual(config.projector_size, text_size)

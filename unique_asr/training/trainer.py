@@ -140,6 +140,7 @@ class Trainer:
             self._run_stage(stage, groups, trained, masters, handle, checkpoint)
         finally:
             masters.close()
+            self.model.projector.eval()
             if handle:
                 handle.restore()
             if stage.checkpointing:
@@ -269,6 +270,7 @@ class Trainer:
         self._recent.append(items)
         batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
         frames_train = any(part.startswith(("encoder", "projector")) for part in stage.train)
+        self.model.projector.train(frames_train)  # validation switches its dropout off
         with torch.set_grad_enabled(frames_train):
             frames = self.model.encode_windows(batch.features)
         measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
