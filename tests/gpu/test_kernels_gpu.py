@@ -60,8 +60,8 @@ def assert_statistics(case, buffers, size, pages):
     for index, (buffer, expected) in enumerate(zip(buffers, case.expected_statistics(size))):
         got, want = case.by_position(buffer).float(), expected.float()
         pick = pages[:, None].expand(got.shape[:3])
-        # A sum in another order may move a number by one step of its type.
-        limit = {torch.int8: 1.01 / 127, torch.float8_e4m3fn: 33 / 448}.get(buffer.dtype, 1e-2)
+        # A sum in another order may move a number by one step of its type, and its page's scale by one of its own.
+        limit = {torch.int8: 2.01 / 127, torch.float8_e4m3fn: 33 / 448}.get(buffer.dtype, 1e-2)
         report(f"statistic {index} of {size} tokens", difference(got[pick], want[pick]), limit)
 
 

@@ -1,6 +1,6 @@
 """Which of the two backends runs a decode step: plain PyTorch anywhere, or the Triton kernels on CUDA."""
 
-import importlib
+import importlib.util
 import os
 from functools import cache
 from types import SimpleNamespace
@@ -10,12 +10,12 @@ import torch
 
 def uses_triton(backend: str, device: torch.device) -> bool:
     """Whether `backend` (see the configuration) means the kernels for a cache on `device`."""
-    if backend != "triton":  # auto will mean the kernels on CUDA once they have been measured there
-        return False
-    if device.type == "cuda":
-        return True
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as NumPy, for tests
-    if not interpreted:
+    if backend == "auto":
+        return device.type == "cuda" and not interpreted and importlib.util.find_spec("triton") is not None
+    if backend == "torch":
+        return False
+    if device.type != "cuda" and not interpreted:
         raise ValueError(f"attention.backend is triton, which needs a CUDA device: the model is on {device}")
     return True
 

@@ -29,7 +29,7 @@ class SparseAttentionConfig:
     super_page_size: int | None = None  # tokens of a super-page, scored first; null: every page is scored
     super_pages: int | None = None  # super-pages whose pages are scored; null: as many as pages are read
     statistics_dtype: str = "keys"  # of page statistics: keys (the dtype of the keys), fp8 or int8 with a scale a page
-    backend: str = "auto"  # torch: plain PyTorch; triton: kernels, CUDA only; auto: torch, until those are measured
+    backend: str = "auto"  # torch: plain PyTorch; triton: kernels, CUDA only; auto: triton on CUDA
 
     def __post_init__(self):
         if self.page_size not in PAGE_SIZES:
