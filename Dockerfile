@@ -16,9 +16,16 @@ RUN if [ "$TORCH" = cpu ]; then \
         pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.15" "torchaudio>=2.11,<2.15"; \
     fi
 
+# What the project needs has a layer of its own, which a change of the code leaves as it is.
 WORKDIR /app
+COPY pyproject.toml .
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['vad'], sep='\n')" > /tmp/requirements.txt \
+    && pip install --no-cache-dir -r /tmp/requirements.txt
+
+# The files may be those of a strict umask: everybody has to read the weights.
 COPY . .
-RUN pip install --no-cache-dir --editable .
+RUN pip install --no-cache-dir --no-deps --editable . && chmod -R a+rX .
 
 # Anybody may be the user that runs it: caches go where everybody can write, jobs into the volume.
 RUN useradd --create-home listener && mkdir /jobs && chown listener /jobs

@@ -1,7 +1,7 @@
 # make transcribe                      transcribes a bundled recording
 # make transcribe audio=talk.m4a       transcribes any audio or video file; options="output.format=srt" passes options on
 # make app                             opens the web page on http://127.0.0.1:7860; options="port=8000" passes options on
-# make test                            runs the tests
+# make test                            runs the tests; those of the page in a browser need chromium (apt-get install chromium)
 # All make .venv first, with the first of these that is Python 3.11 or later; PYTHON=... names another.
 
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,\

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from unique_asr.audio import parse_time
+from unique_asr.audio import check_vad, parse_time
 from unique_asr.console import format_time
 from unique_asr.transcript import Segment
 
@@ -33,6 +33,7 @@ class View(NamedTuple):
     comparison: Any
     differences: Any
     measures: Any
+    plot: Any
     jobs: Any
 
 
@@ -58,6 +59,8 @@ class Page:
         budget: float,
         page_size: float,
         prompt: str | None,
+        vad: bool,
+        reads: bool,
         compare: bool,
         request: gr.Request,
     ) -> Iterator[View]:
@@ -70,10 +73,14 @@ class Page:
             "budget": int(budget or 0),
             "page_size": int(page_size or 0),
             "prompt": (prompt or "").strip(),
+            "vad": bool(vad),
+            "reads": bool(reads) and attention == "unique",
             "compare": bool(compare) and attention == "unique",
         }
         try:
             attention_settings(settings, self.worker.options)
+            if vad:
+                check_vad()
             self.worker.check_room()
             recording, uploaded = self.limits.choose(upload, recorded, path)
             record = self.store.create(recording, recording.name, settings, copy=uploaded)
@@ -144,18 +151,22 @@ class Page:
             comparison=gr.Column(visible=False) if first else gr.skip(),
             differences=empty,
             measures=empty,
+            plot=gr.HTML(visible=False) if first else gr.skip(),
             jobs=self._choices(live.record) if first else gr.skip(),
         )
 
     def _final_view(self, record: Record | None) -> View:
         if record is None:
-            return View("No job yet.", "", [], None, None, gr.Column(visible=False), None, None, self._choices())
+            empty = dict.fromkeys(View._fields) | {"status": "No job yet.", "text": "", "segments": []}
+            hidden = {"comparison": gr.Column(visible=False), "plot": gr.HTML(visible=False)}
+            return View(**empty | hidden | {"jobs": self._choices()})
         transcript, dense = self.store.transcript(record), self.store.transcript(record, "dense")
         segments = transcript.segments if transcript else self.store.segments(record)
         differences = measures = None
         if transcript and dense:
             differences, measures = compare(dense, transcript)
         found = Path(record.audio).is_file()
+        plot = self.store.plot(record)
         return View(
             status=f"{record.title}: {record.state}. {record.message}",
             text=_text(segments),
@@ -165,6 +176,7 @@ class Page:
             comparison=gr.Column(visible=measures is not None),
             differences=differences,
             measures=measures,
+            plot=gr.HTML(plot.read_text(encoding="utf-8"), visible=True) if plot.exists() else gr.HTML(visible=False),
             jobs=self._choices(record),
         )
 
@@ -198,6 +210,8 @@ class Page:
                         budget = gr.Number(options["budget"] or 512, label="Budget (tokens a step reads)", precision=0)
                         page_size = gr.Number(options["page_size"], label="Page size (tokens)", precision=0)
                         prompt = gr.Textbox(label="Instruction or hotwords", lines=2)
+                        vad = gr.Checkbox(label="Drop what is not speech (voice activity detection)")
+                        reads = gr.Checkbox(label="Plot which part of the audio each token read")
                         compared = gr.Checkbox(label="Transcribe densely as well, and compare")
                     with gr.Row():
                         start = gr.Button("Transcribe", variant="primary", elem_id="transcribe")
@@ -216,10 +230,11 @@ class Page:
                         label="Segments: a click moves the player",
                         interactive=False,
                         wrap=True,
-                        column_widths=["12%", "12%", "62%", "14%"],
+                        column_widths=["15%", "15%", "53%", "17%"],
                         elem_id="segments",
                     )
                     files = gr.File(label="Downloads", file_count="multiple", interactive=False, elem_id="files")
+                    plot = gr.HTML(label="Which part of the audio each token read", visible=False, elem_id="plot")
                     with gr.Column(visible=False, elem_id="comparison") as comparison:
                         measures = gr.Dataframe(
                             headers=COLUMNS, type="array", label="Dense and sparse", interactive=False
@@ -227,8 +242,8 @@ class Page:
                         differences = gr.HighlightedText(
                             label="Differences", color_map={DENSE: "orange", SPARSE: "blue"}, combine_adjacent=True
                         )
-            outputs = [status, text, table, player, files, comparison, differences, measures, jobs]
-            inputs = [upload, recorded, path, model, attention, budget, page_size, prompt, compared]
+            outputs = [status, text, table, player, files, comparison, differences, measures, plot, jobs]
+            inputs = [upload, recorded, path, model, attention, budget, page_size, prompt, vad, reads, compared]
             # A handler only watches its job: the worker does one at a time, however many watch.
             watching = {"outputs": outputs, "concurrency_limit": None, "show_progress": "hidden"}
             start.click(self.transcribe, inputs, api_name="transcribe", **watching)

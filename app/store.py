@@ -101,7 +101,11 @@ class Store:
             whole = [job.path(extension) for extension in WRITERS if job.path(extension).exists()]
             partial = [job.partial_path(extension) for extension in WRITERS if job.partial_path(extension).exists()]
             found += whole or partial
-        return found
+        return found + [plot for plot in (self.plot(record),) if plot.exists()]
+
+    def plot(self, record: Record) -> Path:
+        """Where the picture of what was read is, if it was asked for."""
+        return self.job(record).path("reads.svg")
 
     def recover(self) -> None:
         """After a restart nothing is running: what was can be continued."""

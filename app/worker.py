@@ -13,6 +13,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
 from unique_asr.cli import Transcriber, made_with, transcribe_one
 from unique_asr.console import STAGES, summarize
+from unique_asr.page_reads import PageReads
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import WRITERS, SegmentLog
 
@@ -166,14 +167,15 @@ class Worker:
         if job.path("json").exists():  # of an earlier attempt, which was stopped later
             return
         live.progress("load", 0, 1)
-        source = AudioFile(job.audio, name=record.title)
+        source = AudioFile(job.audio, name=record.title, vad=record.settings.get("vad", False))
         prompt = record.settings["prompt"] or None
         settings = {"model": record.settings["model"], "attention": attention, **self.options["transcriber"]}
-        text = text_settings(prompt, settings.get("max_pass_seconds"), 0.0, None, None)
+        text = text_settings(prompt, settings.get("max_pass_seconds"), 0.0, None, None, source.vad)
         unfinished, keep = job.unfinished(source.duration, made_with(settings, text))
         log = SegmentLog(job.partial_path("jsonl"), keep)
         transcriber = self._transcriber(settings, live)
-        transcribe_one(job, source, list(WRITERS), log, False, transcriber, prompt, unfinished, live, begin)
+        reads = PageReads() if record.settings.get("reads") and kind == "transcript" else None
+        transcribe_one(job, source, list(WRITERS), log, False, transcriber, prompt, unfinished, live, begin, reads)
 
     def _transcriber(self, settings: dict[str, Any], live: Live) -> Transcriber:
         """One is kept: with other settings of the attention, its model is taken over."""

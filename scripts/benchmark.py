@@ -1,4 +1,4 @@
-"""Measure UNIQUE attention: python scripts/benchmark.py task=kernel, task=decode or task=selection"""
+"""Measure UNIQUE attention: python scripts/benchmark.py task=kernel, decode, models or selection"""
 
 from unique_asr.benchmark.cli import main
 

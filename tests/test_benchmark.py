@@ -1,14 +1,19 @@
 """The benchmarks run from end to end on tiny inputs; where they time a graph on a GPU, the calls run once."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.benchmark import cli, decode, kernel, selection
+from unique_asr.attention.huggingface import NAME
+from unique_asr.benchmark import cli, decode, kernel, models, selection
 from unique_asr.benchmark.selection import Probe, benchmark_text
+from unique_asr.decoding import GreedyDecoder
+from unique_asr.models.adapters import ADAPTERS
 
 CPU = torch.device("cpu")
 
@@ -111,3 +116,54 @@ def test_the_command(capsys):
         cli.main(arguments)
     assert stop.value.code == 1
     assert "needs selection.text=FILE" in capsys.readouterr().err
+
+
+def test_models(monkeypatch, capsys, llama, tmp_path):
+    monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
+    attention, output = SparseAttentionConfig(budget=64), tmp_path / "out" / "models.json"
+    settings = {
+        "answer_tokens_an_hour": 15000,
+        "prefill_chunk": 200,
+        "steps": 2,
+        "mode": "captured",
+        "output": str(output),
+    }
+    arguments = {"attention": attention, "device": CPU, "dtype": torch.float32} | settings
+    models.benchmark(["tiny"], [0.5], [1, 2], max_seconds=60, **arguments)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
+    saved = json.loads(output.read_text())["results"]
+    assert len(table) == len(saved) == 2
+    assert [case["batch"] for case in saved] == [1, 2]
+    for case in saved:
+        assert (case["prompt"], case["context"]) == (375 + 256, 375 + 256 + 62)  # 12.5 positions a second
+        assert case["speedup"] == pytest.approx(min(case["dense"], case["flash"]) / case["sparse"])
+    assert models.benchmark(["tiny"], [0.5], [1], max_seconds=-1, **arguments) == []
+    assert "left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="choose of moss"):
+        models.benchmark(["none"], [0.5], [1], max_seconds=1, **arguments)
+
+
+@torch.no_grad()
+def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypatch, llama):
+    written = []
+    for forward in (None, models.flash_attention):
+        decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=None), capacity=300, static=True)
+        torch.manual_seed(1)
+        decoder.prefill(torch.randn(1, 100, llama.config.hidden_size))
+        if forward:
+            monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forward)
+        written.append(list(decoder.tokens(20)))
+    assert len(set(written[0])) > 5
+    assert written[0] == written[1]
+
+
+def test_models_take_what_fits(monkeypatch, llama):
+    monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
+    model = models.random_model("tiny", CPU, torch.float32)
+    settings = models.Settings(SparseAttentionConfig(budget=64), 15000, 200, 1, "captured")
+    one = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 1, settings)
+    rows = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 4, settings).batch
+    assert (one.batch, rows) == (1, 4)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(models, "free_memory", lambda device: 2.5 * (1e9 * one.estimated - weights))
+    assert models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 4, settings).batch == 2

@@ -27,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 class FakeTranscriber:
     """Two seconds a segment, two segments a pass; breaks off before segment `stop` with `error`."""
 
-    loaded = 0
+    loaded, name, records_reads = 0, "default", True
     decoded: ClassVar[list[int]] = []
 
     def __init__(self, stop=None, error=None, warnings=(), **settings):
@@ -35,13 +35,17 @@ class FakeTranscriber:
         self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
         settings["progress"]("load", 1, 1)
 
-    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass):
+    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass, reads=None):
+        if reads is not None:
+            reads.duration = audio.duration
         info = TranscriptionInfo(
             audio.name,
             duration=audio.duration,
             model=self.settings["model"],
             attention=self.settings["attention"].to_dict(),
-            settings=text_settings(prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel),
+            settings=text_settings(
+                prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel, audio.vad
+            ),
             sparsity={"steps": 40, "sparse_steps": 30, "share_of_pages_read": 0.25},
         )
         first = unfinished.state["segment"] if unfinished else 0
@@ -294,6 +298,30 @@ def test_part_of_a_recording(talk, command):
     code, _, err = command("audio=talk.opus")
     assert code == 1
     assert "was made from start=2.0; output.overwrite=true" in err
+
+
+def test_voice_activity_detection(talk, command, monkeypatch):
+    monkeypatch.setattr("unique_asr.vad.is_installed", lambda: True)
+    assert command("audio=talk.opus", "vad=true")[0] == 0
+    assert read_transcript("talk.json").info.settings["vad"] is True
+    code, _, err = command("audio=talk.opus")
+    assert code == 1
+    assert "was made from vad=True; output.overwrite=true" in err
+    monkeypatch.setattr("unique_asr.vad.is_installed", lambda: False)
+    code, _, err = command("audio=talk.opus", "vad=true")
+    assert code == 1
+    assert "needs the package silero-vad" in err
+
+
+def test_what_was_read_is_drawn(talk, command, monkeypatch):
+    code, out, _ = command("audio=talk.opus", "output.reads=true", "output.format=srt")
+    assert code == 0
+    assert "talk.srt, talk.reads.svg" in out
+    assert Path("talk.reads.svg").read_text().startswith("<svg")
+    monkeypatch.setattr(FakeTranscriber, "records_reads", False)
+    code, _, err = command("audio=talk.opus", "output.reads=true", "output.overwrite=true")
+    assert code == 1
+    assert "reads=true: model=default does not record" in err
 
 
 def test_json_lines(talk, command):

@@ -6,6 +6,9 @@ segments, info = unique_asr.transcribe("talk.m4a")
 for segment in segments:
     print(segment.start, segment.end, segment.text)
 
+for index, transcript in unique_asr.transcribe_batch(["a.mp3", "b.mp3"]):  # side by side
+    print(index, transcript.text)
+
 with unique_asr.sparse_attention(model, budget=512):  # any transformers decoder
     model.generate(...)
 """
@@ -15,12 +18,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unique_asr.attention import sparse_attention
+    from unique_asr.batch import transcribe_batch
     from unique_asr.pipeline import transcribe
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "sparse_attention", "transcribe"]
+__all__ = ["__version__", "sparse_attention", "transcribe", "transcribe_batch"]
 
-_MODULES = {"sparse_attention": "unique_asr.attention", "transcribe": "unique_asr.pipeline"}
+_MODULES = {
+    "sparse_attention": "unique_asr.attention",
+    "transcribe": "unique_asr.pipeline",
+    "transcribe_batch": "unique_asr.batch",
+}
 
 
 def __getattr__(name: str):

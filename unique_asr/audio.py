@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,6 +32,7 @@ class AudioFile:
         start, end: seconds between which the file is read; `duration` is what lies between them.
         channel: 1 for the first (left) one; None for the mean of all.
         name: what messages and transcripts call the file, if not its path.
+        vad: silence takes the place of what is not speech, see `vad.py`; `dropped` counts its seconds.
     """
 
     def __init__(
@@ -40,11 +42,15 @@ class AudioFile:
         end: float | None = None,
         channel: int | None = None,
         name: str | None = None,
+        vad: bool = False,
     ) -> None:
         self.path = Path(path).expanduser()
         self.name = name or str(self.path)
-        self.start, self.end, self.channel = start, end, channel
+        self.start, self.end, self.channel, self.vad = start, end, channel, vad
+        self.dropped = 0.0
         self.warnings: list[str] = []
+        if vad:
+            check_vad()
         if start < 0 or (end is not None and end <= start):
             raise AudioError(f"start={start:g} end={end:g}: end has to lie after start, and start not below 0")
         with self._open() as container:
@@ -67,29 +73,21 @@ class AudioFile:
 
         Damaged parts are skipped and noted in `warnings`; AudioError is raised only if nothing at all decodes.
         """
-        size = max(1, round(seconds * SAMPLE_RATE))
-        self.warnings = []
+        self.warnings, self.dropped = [], 0.0
+        yield from speech_blocks(self._part(), seconds, self)
+
+    def _part(self) -> Iterator[np.ndarray]:
+        """Arrays of any length, between start and end."""
         decoded = 0
-        pending: list[np.ndarray] = []
-        length = 0
         first = round(self.start * SAMPLE_RATE)
         last = None if self.end is None else round(self.end * SAMPLE_RATE)
         for samples in self._samples():
             wanted = samples[max(first - decoded, 0) : None if last is None else max(last - decoded, 0)]
             decoded += len(samples)
             if len(wanted):
-                pending.append(wanted)
-                length += len(wanted)
+                yield wanted
             if last is not None and decoded >= last:
                 break
-            if length < size:
-                continue
-            joined = np.concatenate(pending)
-            full = len(joined) - len(joined) % size
-            yield from joined[:full].reshape(-1, size)
-            pending, length = [joined[full:]], len(joined) - full
-        if length:
-            yield np.concatenate(pending)
         if not decoded:
             raise AudioError(f"{self.name}: no audio could be decoded; the file is damaged or holds no sound")
         if decoded <= first:
@@ -203,6 +201,51 @@ class AudioFile:
             )
         if damaged:
             self.warnings.append(f"{self.name}: {damaged} damaged packets skipped")
+
+
+def speech_blocks(stream: Iterable[np.ndarray], seconds: float, source: Any) -> Iterator[np.ndarray]:
+    """Blocks of `seconds` from arrays of any length, through voice activity detection if `source.vad` asks for it.
+
+    What that drops is counted in `source.dropped`, and noted in `source.warnings`.
+    """
+    if not source.vad:
+        yield from reblocked(stream, seconds)
+        return
+    from .vad import SpeechFilter
+
+    speech, total = SpeechFilter(), 0
+    for block in reblocked(speech(stream), seconds):
+        total += len(block)
+        yield block
+    source.dropped = speech.dropped / SAMPLE_RATE
+    source.warnings.append(
+        f"{source.name}: vad=true dropped {source.dropped:.1f} s of {total / SAMPLE_RATE:.1f} s as not speech"
+    )
+
+
+def reblocked(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarray]:
+    """Arrays of `seconds` * SAMPLE_RATE samples from arrays of any length, the last one shorter."""
+    size = max(1, round(seconds * SAMPLE_RATE))
+    pending: list[np.ndarray] = []
+    length = 0
+    for samples in stream:
+        pending.append(samples)
+        length += len(samples)
+        if length < size:
+            continue
+        joined = np.concatenate(pending)
+        full = len(joined) - len(joined) % size
+        yield from joined[:full].reshape(-1, size)
+        pending, length = [joined[full:]], len(joined) - full
+    if length:
+        yield np.concatenate(pending)
+
+
+def check_vad() -> None:
+    from .vad import is_installed
+
+    if not is_installed():
+        raise AudioError("vad=true: needs the package silero-vad (pip install silero-vad); vad=false goes without")
 
 
 def parse_time(value: str | float | None) -> float | None:

@@ -21,6 +21,7 @@ from unique_asr.audio import AudioError, AudioFile, parse_time
 from unique_asr.console import Display, JSONLines, format_time
 from unique_asr.jobs import STDIN, Job, OutputError, find_recordings, plan, resolve_formats
 from unique_asr.overrides import run
+from unique_asr.page_reads import PageReads
 from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import SegmentLog, read_transcript
 
@@ -31,6 +32,9 @@ LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 class Transcriber(Protocol):
     """`unique_asr.pipeline.Transcriber`, or a stand-in for it in a test."""
+
+    name: str
+    records_reads: bool  # whether `transcribe` takes `reads`, a PageReads, too
 
     def transcribe(
         self,
@@ -111,8 +115,10 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
                     with display:
                         transcriber = load(**settings, progress=display.progress)
                 log = SegmentLog(job.partial_path("jsonl"), keep)
+                reads = PageReads() if config.output.reads else None
+                keep_log = config.output.keep_log
                 transcribe_one(
-                    job, source, missing, log, config.output.keep_log, transcriber, prompt, unfinished, display, begin
+                    job, source, missing, log, keep_log, transcriber, prompt, unfinished, display, begin, reads
                 )
             except KeyboardInterrupt:
                 return INTERRUPTED
@@ -150,7 +156,7 @@ def audio_part(config: DictConfig) -> dict[str, Any]:
         start, end = parse_time(config.start) or 0.0, parse_time(config.end)
     except ValueError as error:
         raise ValueError(f"start={config.start} end={config.end}: {error}") from error
-    return {"start": start, "end": end, "channel": None if channel == "mix" else channel}
+    return {"start": start, "end": end, "channel": None if channel == "mix" else channel, "vad": config.vad}
 
 
 def made_with(settings: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
@@ -205,16 +211,26 @@ def transcribe_one(
     unfinished: Unfinished | None,
     display: Display,
     begin: float,
+    reads: PageReads | None = None,
 ) -> None:
     """One recording to its files. Whatever stops it, the segments decoded until then are on disk.
 
     begin: the clock when work on the recording began; loading the model for it counts.
+    reads: is drawn as one of the files; see `unique_asr.page_reads.PageReads`.
     """
     transcript: Transcript | None = None
     try:
         with display:
+            if reads is not None and not transcriber.records_reads:
+                raise ValueError(f"reads=true: model={transcriber.name} does not record what its steps read")
+            recorded = {} if reads is None else {"reads": reads}
             iterator, info = transcriber.transcribe(
-                source, prompt=prompt, progress=display.progress, unfinished=unfinished, on_pass=log.pass_begins
+                source,
+                prompt=prompt,
+                progress=display.progress,
+                unfinished=unfinished,
+                on_pass=log.pass_begins,
+                **recorded,
             )
             log.info = info
             transcript = Transcript([], info)
@@ -228,6 +244,9 @@ def transcribe_one(
                 log.append(segment)
                 display.segment(segment, job.name)
         files = job.write(transcript, formats)
+        if reads is not None:
+            files.append(job.path("reads.svg"))
+            files[-1].write_text(reads.svg(), encoding="utf-8")
     except BaseException as error:
         log.close(keep=True)
         if transcript is not None and transcript.segments:

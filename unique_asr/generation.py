@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.decoding import GreedyDecoder
-from unique_asr.models import ModelError, resolve_device, resolve_dtype
+from unique_asr.models import ModelError, loading, resolve_device, resolve_dtype
 from unique_asr.models.adapters.formats import TextStream
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")  # rotary embeddings that change with the length of what is read at once
@@ -186,17 +184,9 @@ def load_text_model(name_or_path: str | PathLike[str], device: str = "auto", dty
             raise ModelError(f"model={name_or_path}: no such file")
         path, options = path.parent, {"gguf_file": path.name}
     source = str(path) if path.is_dir() else str(name_or_path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with loading(name_or_path, "text LLM"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model={name_or_path}: cannot be loaded as a text LLM ({reason})") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return model.to(chosen).eval(), tokenizer
 
 

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from .alignment import AlignmentConfig, SpeechFrames
+from .page_reads import PageReads
 from .segmentation import DraftWord, SegmentationConfig, Segmenter, WordStream
 from .tracking import TextTracker
 from .transcript import Segment, Word
 
 Progress = Callable[[str, float, float], None]  # stage, done, total
+PENDING = -1  # what a decoder gives in the place of a token that is not there yet: others decode beside it
 State = dict[str, Any]  # what a pass inherits from those before it: enough to go on with it later; for JSON
 
 
@@ -61,7 +63,7 @@ class Decoder(Protocol):
         """Append inputs_embeds [1, N, hidden] to the sequence."""
 
     def tokens(self, max_new_tokens: int, stop_ids: set[int]) -> Iterator[int]:
-        """The tokens that follow, up to a stop id."""
+        """The tokens that follow, up to a stop id; PENDING where one is not there yet."""
 
 
 @dataclass
@@ -122,7 +124,7 @@ class LongformTranscriber:
     """Transcribes an encoded recording with any decoder.
 
     `prompt` is the processor's instruction for every pass; `offset` the second of the file at which the recording
-    begins: times count from the file's beginning.
+    begins: times count from the file's beginning. `reads` records what the decoder's sparse steps read.
     """
 
     def __init__(
@@ -134,8 +136,9 @@ class LongformTranscriber:
         segmentation: SegmentationConfig | None = None,
         prompt: str | None = None,
         offset: float = 0.0,
+        reads: PageReads | None = None,
     ) -> None:
-        self.model, self.processor, self.prompt, self.offset = model, processor, prompt, offset
+        self.model, self.processor, self.prompt, self.offset, self.reads = model, processor, prompt, offset, reads
         self.config = config or LongformConfig()
         self.alignment = alignment or AlignmentConfig()
         self.segmentation = segmentation or SegmentationConfig()
@@ -177,8 +180,8 @@ class LongformTranscriber:
         progress: Progress | None = None,
         state: State | None = None,
         on_pass: Callable[[State], None] | None = None,
-    ) -> Iterator[Segment]:
-        """Segments as they are complete; `report` is filled in on the way.
+    ) -> Iterator[Segment | None]:
+        """Segments as they are complete, and None where the decoder's next token is pending; `report` is filled in.
 
         on_pass: called with a state when a pass begins. Given such a state, transcription goes on with that pass, and
         its segments are those that it would have given.
@@ -190,6 +193,9 @@ class LongformTranscriber:
             report.stop_reason, report.coverage = "silence", 1.0
             return
         for words in self._passes(encoded, decoder, tracker, report, progress, state, on_pass):
+            if not words:
+                yield None
+                continue
             start, end = words[0].start, words[-1].end
             confidence = float(np.mean([word.confidence for word in words]))
             text = " ".join(word.text for word in words)
@@ -283,18 +289,33 @@ class LongformTranscriber:
         report: LongformReport,
         progress: Progress | None,
     ) -> Iterator[list[Word]]:
-        """Groups of words, one a segment, of the frames [start, end). Returns why the pass stopped."""
+        """Groups of words, one a segment, of the frames [start, end); an empty one where a token is pending.
+
+        Returns why the pass stopped.
+        """
         frames = tracker.frames
         tracker.begin(start, end)
         budget = self.token_budget(frames.count(start, end), (end - start) * frames.frame_seconds)
         with report.timed("prefill"):
-            embeds = self.prompt_embeds(encoded.slice(start, end))
+            span = encoded.slice(start, end)
+            embeds = self.prompt_embeds(span)
             decoder.reset()
             decoder.prefill(embeds, partial(progress, "prefill") if progress else None)
             if embeds.is_cuda:
                 torch.cuda.synchronize()
         words, loops, segmenter = WordStream(self.processor.tokenizer), LoopDetector(), Segmenter(self.segmentation)
         pending: list[DraftWord] = []
+        reads = self.reads
+        if reads is not None:
+            before = len(self.processor.prompt(self.prompt)[0])
+            seconds = (np.append(span.frames.cpu().numpy(), end - start) + start) * frames.frame_seconds
+            reads.begin_pass(before, seconds, frames.duration, decoder.cache, self.offset)
+
+        def cut(placed: list[tuple[DraftWord, Word]]) -> Iterator[list[Word]]:
+            for draft, word in placed:
+                if reads is not None:
+                    reads.place(draft.first, draft.last, word.start, word.end)
+                yield from segmenter.push(word, draft.ends_sentence)
 
         def place(drafts: list[DraftWord]) -> Iterator[list[Word]]:
             with report.timed("align"):
@@ -302,17 +323,21 @@ class LongformTranscriber:
             drafts.clear()
             if progress:
                 progress("decode", frames.seconds(tracker.cursor), frames.duration)
-            for draft, word in placed:
-                yield from segmenter.push(word, draft.ends_sentence)
+            yield from cut(placed)
 
         reason, written = "end", 0
         tokens = decoder.tokens(budget, self.stop_ids)
         while True:
             with report.timed("decode"):
                 token = next(tokens, None)
+            if token == PENDING:
+                yield []
+                continue
             if token is None or token in self.stop_ids:
                 reason = "length" if written >= budget else "end"
                 break
+            if reads is not None:
+                reads.step(written)
             pending += words.push(token, decoder.log_probs[written])
             written += 1
             if repeated := loops.push(token):
@@ -330,8 +355,7 @@ class LongformTranscriber:
             yield from place(pending + words.flush())
             reason = "gap" if tracker.gap else "end"
         if reason == "end":
-            for draft, word in tracker.finish():
-                yield from segmenter.push(word, draft.ends_sentence)
+            yield from cut(tracker.finish())
         yield from segmenter.flush()
         return reason
 

@@ -15,10 +15,12 @@ import torch
 
 from .alignment import AlignmentConfig
 from .attention import SparseAttentionConfig, SparsityStatistics
-from .audio import SAMPLE_RATE, AudioFile
+from .audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
+from .batch_decoding import BatchDecoder, Row
 from .decoding import GreedyDecoder
 from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress, State
 from .models import load
+from .page_reads import PageReads
 from .segmentation import SegmentationConfig
 from .transcript import Segment, TranscriptionInfo, Unfinished, text_settings
 
@@ -41,7 +43,9 @@ def transcribe(
     start: float = 0.0,
     end: float | None = None,
     channel: int | None = None,
+    vad: bool = False,
     progress: Progress | None = None,
+    reads: PageReads | None = None,
     **options: Any,
 ) -> tuple[Iterator[Segment], TranscriptionInfo]:
     """Transcribe a recording of any length.
@@ -62,19 +66,74 @@ def transcribe(
         device, dtype: see `unique_asr.models.load`.
         prompt: an instruction for the model.
         start, end, channel: the part of a file that is transcribed; see `AudioFile`. Times count from its beginning.
+        vad: drop what is not speech (needs silero-vad); `info.dropped` counts the seconds. Times stay.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
+        reads: records which part of the recording each token was read from; see `PageReads`. Not for adapters' models.
         options: of `Transcriber`.
     """
     from .models.adapters import make_transcriber  # which need what is here
 
-    source = open_audio(audio, start, end, channel)  # before the model, which takes longer
+    source = open_audio(audio, start, end, channel, vad)  # before the model, which takes longer
     transcriber = make_transcriber(
         model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
     )
-    return transcriber.transcribe(source, prompt=prompt, progress=progress)
+    if reads is None:
+        return transcriber.transcribe(source, prompt=prompt, progress=progress)
+    if not transcriber.records_reads:
+        raise PipelineError(f"reads: model={transcriber.name} does not record what its steps read")
+    return transcriber.transcribe(source, prompt=prompt, progress=progress, reads=reads)
 
 
-class Transcriber:
+class LoadedModel:
+    """A speech LLM in memory and its settings: what every transcriber has."""
+
+    records_reads = False  # whether `transcribe` takes `reads`
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | tuple[Any, Any],
+        loader: Callable[..., tuple[Any, Any]],
+        attention: str | SparseAttentionConfig,
+        budget: int | None,
+        device: str,
+        dtype: str,
+        max_pass_seconds: float | None,
+        prefill_chunk: int,
+        progress: Progress | None,
+    ) -> None:
+        self.attention = attention_config(attention, budget)
+        if max_pass_seconds is not None and max_pass_seconds <= 0:
+            raise PipelineError(f"max_pass_seconds={max_pass_seconds}: give a positive number of seconds")
+        self.max_pass_seconds, self.prefill_chunk = max_pass_seconds, prefill_chunk
+        begin = time.perf_counter()
+        if isinstance(model, tuple):
+            self.name = getattr(model[0].config, "name_or_path", "") or type(model[0]).__name__
+            self.model, self.processor = model
+        else:
+            self.name = str(model)
+            if progress:
+                progress("load", 0, 1)
+            self.model, self.processor = loader(model, device, dtype)
+            if progress:
+                progress("load", 1, 1)
+        self.load_seconds = time.perf_counter() - begin
+
+    def describe(self, source: AudioFile | Samples, prompt: str | None, language_model: Any) -> TranscriptionInfo:
+        """What is known of a transcription before it begins."""
+        weight = language_model.get_input_embeddings().weight
+        return TranscriptionInfo(
+            audio=source.name,
+            duration=source.duration or 0.0,
+            model=self.name,
+            device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            attention=self.attention.to_dict(),
+            settings=text_settings(prompt, self.max_pass_seconds, source.start, source.end, source.channel, source.vad),
+            timings={"load": self.load_seconds},
+        )
+
+
+class Transcriber(LoadedModel):
     """A loaded model with its settings.
 
     Args:
@@ -83,6 +142,8 @@ class Transcriber:
         prefill_chunk: audio positions that the LLM reads at once, which bounds the memory of the prefill.
         longform, alignment, segmentation: finer settings.
     """
+
+    records_reads = True
 
     def __init__(
         self,
@@ -99,33 +160,23 @@ class Transcriber:
         segmentation: SegmentationConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.attention = attention_config(attention, budget)
-        if max_pass_seconds is not None and max_pass_seconds <= 0:
-            raise PipelineError(f"max_pass_seconds={max_pass_seconds}: give a positive number of seconds")
-        self.prefill_chunk, self.max_pass_seconds = prefill_chunk, max_pass_seconds
+        super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
         self.alignment, self.segmentation = alignment, segmentation
-        begin = time.perf_counter()
-        if isinstance(model, tuple):
-            self.name = getattr(model[0].config, "name_or_path", "") or type(model[0]).__name__
-            self.model, self.processor = model
-        else:
-            self.name = str(model)
-            if progress:
-                progress("load", 0, 1)
-            self.model, self.processor = load(model, device, dtype)
-            if progress:
-                progress("load", 1, 1)
-        self.load_seconds = time.perf_counter() - begin
         self._decoder: GreedyDecoder | None = None  # the last one, with its memory and CUDA graphs
+        self._keeps_selection = False  # of its steps
 
     def with_attention(self, attention: SparseAttentionConfig) -> Transcriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
         other.attention, other._decoder, other.load_seconds = attention, None, 0.0
         return other
+
+    def batch_decoder(self) -> BatchDecoder:
+        """For recordings side by side."""
+        return BatchDecoder(self.model.language_model, self.attention, self.prefill_chunk)
 
     def transcribe(
         self,
@@ -135,25 +186,19 @@ class Transcriber:
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[State], None] | None = None,
-    ) -> tuple[Iterator[Segment], TranscriptionInfo]:
+        row: Row | None = None,
+        reads: PageReads | None = None,
+    ) -> tuple[Iterator[Segment | None], TranscriptionInfo]:
         """Segments of one recording, and how they were made; see the function `transcribe`.
 
         on_pass: called with a state whenever a pass of the LLM begins. With that state and the segments until then as
         `unfinished`, a later call gives the segments that were still to come.
+        reads: see `transcribe`.
+        row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
         """
         source = open_audio(audio)
-        weight = self.model.language_model.get_input_embeddings().weight
-        info = TranscriptionInfo(
-            audio=source.name,
-            duration=source.duration or 0.0,
-            model=self.name,
-            device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            attention=self.attention.to_dict(),
-            settings=text_settings(prompt, self.max_pass_seconds, source.start, source.end, source.channel),
-            timings={"load": self.load_seconds},
-        )
-        return self._segments(source, prompt, info, progress, unfinished, on_pass), info
+        info = self.describe(source, prompt, self.model.language_model)
+        return self._segments(source, prompt, info, progress, unfinished, on_pass, row, reads), info
 
     def _segments(
         self,
@@ -163,9 +208,11 @@ class Transcriber:
         progress: Progress | None,
         unfinished: Unfinished | None,
         on_pass: Callable[[State], None] | None,
-    ) -> Iterator[Segment]:
+        row: Row | None,
+        reads: PageReads | None,
+    ) -> Iterator[Segment | None]:
         transcriber = LongformTranscriber(
-            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt, source.start
+            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt, source.start, reads
         )
         report = LongformReport()
         state = unfinished.state if unfinished else None
@@ -176,7 +223,8 @@ class Transcriber:
             info.timings["encode"] = time.perf_counter() - begin
             info.duration = encoded.duration
             info.warnings += source.warnings
-            decoder = self._take_decoder(transcriber.capacity(encoded), info)
+            info.dropped = source.dropped
+            decoder = row or self._take_decoder(transcriber.capacity(encoded), info, reads is not None)
             before = SparsityStatistics(**vars(decoder.statistics))
 
             def sparsity() -> SparsityStatistics:
@@ -197,10 +245,13 @@ class Transcriber:
                 info.coverage, info.passes = report.coverage, report.passes
                 info.sparsity = sparsity().to_dict()
                 info.timings |= report.timings
+                if row is not None:
+                    info.timings |= {stage: info.timings[stage] + seconds for stage, seconds in row.seconds.items()}
+                else:
+                    self._decoder = decoder
                 info.warnings += report.warnings
                 if info.stop_reason == "silence":
                     info.warnings.append(f"{info.audio}: no speech was heard; the transcript is empty")
-                self._decoder = decoder
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"{info.audio}: out of memory on {info.device} ({info.dtype}); lower max_pass_seconds or "
@@ -217,12 +268,16 @@ class Transcriber:
             message = str(error)
             raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
 
-    def _take_decoder(self, capacity: int, info: TranscriptionInfo) -> GreedyDecoder:
-        """The decoder of the transcription before, if no other has it; a new one otherwise."""
+    def _take_decoder(self, capacity: int, info: TranscriptionInfo, keeps_selection: bool) -> GreedyDecoder:
+        """The decoder of the transcription before, if no other has it and it records the same; a new one otherwise."""
         decoder, self._decoder = self._decoder, None
-        if decoder is None:
+        if decoder is None or self._keeps_selection != keeps_selection:
             check_memory(self.model.language_model, capacity, info)
             decoder = GreedyDecoder(self.model.language_model, self.attention, capacity, self.prefill_chunk)
+            self._keeps_selection = keeps_selection
+            if keeps_selection:
+                for layer in decoder.cache.paged_layers:
+                    layer.keeps_selection = True
         decoder.capacity = max(decoder.capacity, capacity)
         return decoder
 
@@ -233,24 +288,32 @@ class Samples:
     name = "<array>"
     start, end, channel = 0.0, None, None
 
-    def __init__(self, samples: np.ndarray) -> None:
+    def __init__(self, samples: np.ndarray, vad: bool = False) -> None:
         if samples.ndim != 1:
             raise PipelineError(f"audio: give samples of one channel, [N], not an array of shape {samples.shape}")
         self.samples = samples.astype(np.float32, copy=False)
         self.duration = len(samples) / SAMPLE_RATE
+        self.vad, self.dropped = vad, 0.0
         self.warnings: list[str] = []
+        if vad:
+            check_vad()
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        yield self.samples
+    def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
+        self.warnings = []
+        yield from speech_blocks([self.samples], seconds, self) if self.vad else [self.samples]
 
 
 def open_audio(
-    audio: Audio | AudioFile | Samples, start: float = 0.0, end: float | None = None, channel: int | None = None
+    audio: Audio | AudioFile | Samples,
+    start: float = 0.0,
+    end: float | None = None,
+    channel: int | None = None,
+    vad: bool = False,
 ) -> AudioFile | Samples:
     """start, end, channel: of a file; an array is taken as it is."""
     if isinstance(audio, (AudioFile, Samples)):
         return audio
-    return Samples(audio) if isinstance(audio, np.ndarray) else AudioFile(audio, start, end, channel)
+    return Samples(audio, vad) if isinstance(audio, np.ndarray) else AudioFile(audio, start, end, channel, vad=vad)
 
 
 def attention_config(attention: str | SparseAttentionConfig, budget: int | None = 512) -> SparseAttentionConfig:
@@ -280,7 +343,8 @@ def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo) ->
 def free_memory(device: torch.device) -> int | None:
     """Bytes; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

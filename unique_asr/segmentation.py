@@ -29,6 +29,8 @@ class DraftWord:
     text: str
     log_probs: list[float] = field(default_factory=list)  # one for each token
     ends_sentence: bool = False
+    first: int = 0  # index of its first token in the text,
+    last: int = 0  # and of its last one
 
 
 def ends_sentence(word: str, following: str | None) -> bool:
@@ -74,9 +76,10 @@ class WordStream:
             if self._open and index == 0:
                 self._words[-1].text += part
             else:
-                self._words.append(DraftWord(part))
+                self._words.append(DraftWord(part, first=len(self._ids) - 1))
         if self._words:
             self._words[-1].log_probs.append(log_prob)
+            self._words[-1].last = len(self._ids) - 1
         self._open = not added[-1:].isspace() if added else self._open
         return self._complete(keep=1)
 

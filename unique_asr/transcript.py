@@ -53,6 +53,7 @@ class TranscriptionInfo:
     settings: dict[str, Any] = field(default_factory=dict)  # other choices that change the text; start and end in s
     stop_reason: str = ""  # of the last pass: end, length, loop, gap; silence if nothing was said; interrupted; error
     coverage: float = 0.0  # share of the audio up to the last segment's end, 0 to 1
+    dropped: float = 0.0  # s that voice activity detection took for anything but speech
     passes: int = 0  # times that decoding started: 1 unless it had to be continued
     sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityStatistics.to_dict()
     timings: dict[str, float] = field(default_factory=dict)  # s a stage: load, encode, prefill, decode
@@ -89,7 +90,12 @@ class Transcript:
 
 
 def text_settings(
-    prompt: str | None, max_pass_seconds: float | None, start: float, end: float | None, channel: int | None
+    prompt: str | None,
+    max_pass_seconds: float | None,
+    start: float,
+    end: float | None,
+    channel: int | None,
+    vad: bool = False,
 ) -> dict[str, Any]:
     """What changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it."""
     return {
@@ -98,4 +104,5 @@ def text_settings(
         "start": start or None,
         "end": end,
         "channel": channel,
+        "vad": vad or None,
     }

@@ -1,8 +1,9 @@
 # ruff: noqa: E402  (what follows needs Playwright and gradio)
-"""The page in a real browser: Debian's chromium (apt-get install chromium), driven by Playwright."""
+"""The page in a real browser, driven by Playwright: Debian's chromium, or Playwright's own."""
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,6 @@ from test_page import DATA, Script, configuration
 from app.__main__ import launch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
@@ -22,6 +22,8 @@ expect.set_options(timeout=20_000)
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
+        if not (CHROMIUM or Path(driver.chromium.executable_path).exists()):
+            pytest.skip("no chromium: apt-get install chromium, or playwright install chromium")
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -114,6 +116,18 @@ def test_player_follows_the_segments(tab):
     expect(tab.locator("#player [data-testid='subtitle-display']")).to_contain_text(
         re.compile("Segment [67] is sparse.")
     )
+
+
+def test_the_plot_of_what_was_read_is_shown(tab):
+    tab.get_by_text("Settings").click()
+    tab.get_by_label("Plot which part of the audio each token read").check()
+    upload(tab)
+    wait_for_status(tab, "done")
+    expect(tab.locator("#plot svg")).to_contain_text("audio that was read")
+    upload(tab, "repose.opus")
+    wait_for_status(tab, "repose.opus: done")
+    expect(tab.locator("#plot svg")).to_contain_text("0:15")  # it is that of this recording
+    expect(tab.locator("#files a[download='transcript.reads.svg']")).to_be_visible()
 
 
 def test_a_refusal_is_shown(tab):

@@ -23,7 +23,7 @@ from unique_asr.writers import read_transcript
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
-STATUS, TEXT, SEGMENTS, PLAYER, FILES, DIFFERENCES, MEASURES, JOBS = range(8)  # as the client counts: no layout
+STATUS, TEXT, SEGMENTS, PLAYER, FILES, DIFFERENCES, MEASURES, PLOT, JOBS = range(9)  # as the client counts: no layout
 
 
 class Script:
@@ -39,12 +39,16 @@ class Script:
 
 
 class FakeTranscriber:
+    records_reads = True
+
     def __init__(self, script, settings):
         self.script, self.settings = script, settings
 
-    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass):
+    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass, reads=None):
+        if reads is not None:
+            reads.duration = audio.duration
         attention = self.settings["attention"].to_dict()
-        text = text_settings(prompt, None, audio.start, audio.end, audio.channel)
+        text = text_settings(prompt, None, audio.start, audio.end, audio.channel, audio.vad)
         info = TranscriptionInfo(audio.name, audio.duration, attention=attention, settings=text)
         info.sparsity = {"steps": 9, "sparse_steps": 5, "share_of_pages_read": 0.5}
         return self.segments(info, progress, unfinished.state["segment"] if unfinished else 0, on_pass), info
@@ -100,7 +104,8 @@ def page(serve):
 
 
 def settings(upload=None, recorded=None, path="", compare=False, **changes):
-    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": "", **changes}
+    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": ""}
+    values |= {"vad": False, "reads": False, **changes}
     file = handle_file(str(upload)) if upload else None
     return [file, recorded, path, *values.values(), compare]
 
@@ -213,6 +218,28 @@ def test_dense_and_sparse_are_compared(page):
     assert {piece["class_or_confidence"] for piece in result[DIFFERENCES]} == {None, "only dense", "only sparse"}
     assert len(result[FILES]) == 10
     assert len(result[TEXT].splitlines()) == 9
+
+
+def test_what_was_read_is_plotted_if_asked_for(page, tmp_path):
+    result = transcribe(page, upload=DATA / "nomads.opus")
+    assert not result[PLOT]["visible"]
+    result = transcribe(page, upload=DATA / "nomads.opus", reads=True, compare=True)
+    plot = folder_of(tmp_path, result) / "transcript.reads.svg"
+    assert result[PLOT]["visible"]
+    assert result[PLOT]["value"] == plot.read_text()
+    assert ">0:08</text>" in plot.read_text()
+    assert len(result[FILES]) == 11
+    assert not list(plot.parent.glob("dense.reads.svg"))
+    assert page.predict(job_id(result), api_name="/show")[PLOT]["visible"]
+
+
+def test_voice_activity_detection_reaches_the_recording(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("unique_asr.vad.is_installed", lambda: True)
+    result = transcribe(page, upload=DATA / "nomads.opus", vad=True)
+    assert read_transcript(folder_of(tmp_path, result) / "transcript.json").info.settings["vad"] is True
+    monkeypatch.setattr("unique_asr.vad.is_installed", lambda: False)
+    with pytest.raises(AppError, match="needs the package silero-vad"):
+        transcribe(page, upload=DATA / "nomads.opus", vad=True)
 
 
 def test_a_file_of_an_allowed_folder(page, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import runpy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,10 +15,12 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
+from unique_asr.batch import side_by_side
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.models.adapters import ADAPTERS, estimate, find, load, load_lora, located
 from unique_asr.models.adapters.memory import shape_of
-from unique_asr.models.adapters.transcriber import AdapterTranscriber, PassConfig
+from unique_asr.models.adapters.recording import PassConfig
+from unique_asr.models.adapters.transcriber import AdapterTranscriber
 
 NEW_TOKENS = 20
 BUDGET = 32
@@ -180,6 +183,24 @@ def test_a_transcript_of_several_passes(speech_model, monkeypatch):
     assert [segment.start for segment in segments] == sorted(segment.start for segment in segments)
     assert info.sparsity["steps"] > 0
     json.dumps(info.to_dict())
+
+
+def test_recordings_side_by_side_are_those_of_one_by_one(speech_model, monkeypatch):
+    monkeypatch.setattr("unique_asr.models.adapters.transcriber.text_tokens", lambda adapter, seconds: 8)
+    name, model, processor = speech_model
+    passes = PassConfig(max_pass_seconds=1.5, retry_seconds=1.5)
+    transcriber = AdapterTranscriber((model, processor), attention="dense", passes=passes)
+    audios = [recording(seconds, seed) for seed, seconds in enumerate((1.2, 2.6, 1.6))]
+    expected, results = (dict(side_by_side(transcriber, audios, size)) for size in (1, 2))
+    assert (transcriber.batch_decoder() is None) == (name == "phi4_multimodal")
+    for index, transcript in results.items():
+        alone = expected[index]
+        assert transcript.segments == [
+            replace(segment, confidence=pytest.approx(segment.confidence, rel=1e-3)) for segment in alone.segments
+        ]
+        assert transcript.info.passes == alone.info.passes > (index == 1)
+        assert transcript.info.warnings == alone.info.warnings
+        assert transcript.info.sparsity["steps"] == alone.info.sparsity["steps"] > 0
 
 
 def test_every_model_of_the_configuration_is_in_the_catalogue():

@@ -8,9 +8,13 @@ import speech_models
 import transformers
 
 import unique_asr
-from unique_asr.attention import SparsityStatistics
-from unique_asr.models.adapters import make_transcriber
-from unique_asr.models.adapters.transcriber import AdapterTranscriber, PassConfig, Speech
+from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.batch import side_by_side
+from unique_asr.longform import PENDING
+from unique_asr.models.adapters import ADAPTERS, make_transcriber
+from unique_asr.models.adapters.recording import PassConfig, Speech
+from unique_asr.models.adapters.transcriber import AdapterTranscriber
+from unique_asr.page_reads import PageReads
 from unique_asr.pipeline import PipelineError
 from unique_asr.transcript import Unfinished
 
@@ -44,11 +48,44 @@ class Script:
         self.stop_reason = self.reasons.pop(0) if self.reasons else "end"
 
 
+class ScriptedRows:
+    """Stands in for a `BatchDecoder`, each row with its own answers; a token comes at every other step."""
+
+    def __init__(self, tokenizer, answers):
+        self.tokenizer, self.answers = tokenizer, [list(each) for each in answers]
+
+    def row(self):
+        return ScriptedRow(self.tokenizer, self.answers.pop(0))
+
+    def step(self):
+        pass
+
+    def remove(self, row):
+        pass
+
+
+class ScriptedRow(Script):
+    seconds = {"prefill": 1.0, "decode": 2.0}
+
+    def tokens(self, budget, stop_ids):
+        for token in super().tokens(budget, stop_ids):
+            yield PENDING
+            yield token
+
+
 @pytest.fixture(scope="module")
 def models():
-    if not hasattr(transformers, "MossTranscribeDiarizeConfig"):
-        pytest.skip("this transformers does not know MOSS-Transcribe-Diarize")
-    return {name: speech_models.make(name) for name in ("moss_transcribe_diarize", "qwen3_asr")}
+    return Models()
+
+
+class Models(dict):
+    """Made when they are asked for; a transformers that does not know one skips the test."""
+
+    def __missing__(self, name):
+        if not hasattr(transformers, ADAPTERS[name].model_class):
+            pytest.skip(f"this transformers does not know {name}")
+        self[name] = speech_models.make(name)
+        return self[name]
 
 
 def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=None):
@@ -164,6 +201,29 @@ def test_transcribe_takes_the_model_like_any_other(models, tmp_path):
     assert isinstance(make_transcriber((model, processor)), AdapterTranscriber)
 
 
+def test_recordings_side_by_side_with_loops_and_passes(models):
+    """Each with the answers that it gets alone, whatever the others need."""
+    model, processor = models["qwen3_asr"]
+    loops = "It " + "rained " * 400
+    answers = [["One.", "Two."], [loops, "Three.", "Four."], ["Five."]]
+    audios = [speech(18), speech(9), speech(5)]
+    transcriber = AdapterTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
+    transcriber.batch_decoder = lambda: ScriptedRows(processor.tokenizer, answers)
+    results = dict(side_by_side(transcriber, audios, 3))
+    assert [results[index].text for index in range(3)] == ["One. Two.", "Three. Four.", "Five."]
+    assert [results[index].info.passes for index in range(3)] == [2, 3, 1]
+    assert "shorter passes" in results[1].info.warnings[0]
+
+
+def test_another_attention_over_the_same_model(models):
+    sparse = AdapterTranscriber(models["qwen3_asr"], budget=64)
+    dense = sparse.with_attention(SparseAttentionConfig(budget=None))
+    assert dense.model is sparse.model
+    for transcriber, budget in ((sparse, 64), (dense, None)):
+        _, info = transcriber.transcribe(speech(1))
+        assert info.attention["budget"] == transcriber.decoder.cache.attention.budget == budget
+
+
 def test_a_broken_off_transcription_goes_on_with_its_pass(models):
     model, processor = models["qwen3_asr"]
     answers, states = ["One.", "Two.", "Three."], []
@@ -180,6 +240,11 @@ def test_a_broken_off_transcription_goes_on_with_its_pass(models):
     rest, info = transcriber(answers[1:]).transcribe(speech(27), unfinished=Unfinished(segments[:1], state))
     assert list(rest) == segments[1:]
     assert (info.passes, info.coverage, info.warnings) == (whole.passes, whole.coverage, whole.warnings)
+
+
+def test_page_reads_need_times_of_words(models):
+    with pytest.raises(PipelineError, match="no times of words"):
+        AdapterTranscriber(models["qwen3_asr"]).transcribe(speech(1), reads=PageReads())
 
 
 def test_silence_has_no_text(models):

@@ -136,6 +136,8 @@ class PagedLayer(CacheLayerMixin):
         self.levels = [PageLevel(size) for size in page_sizes(config)]
         self.step: StaticStep | None = None
         self.sparse_layer = config.budget is not None
+        self.keeps_selection = False  # set it before the first step, which may be captured
+        self.selected: Tensor | None = None  # int32 [B, K, k - 1]: pages of the last sparse step, if they are kept
         self.index = 0  # in the cache
 
     @property
@@ -249,6 +251,13 @@ class PagedLayer(CacheLayerMixin):
             new = reference.page_statistics(self.keys.index_select(2, slots), level.size, self.score)
             for statistic, values in zip(level.statistics, self.score.stored(new, self.config.statistics_dtype)):
                 raw(statistic).index_copy_(2, page, raw(values))
+
+    def keep_selection(self, pages: Tensor) -> None:
+        """Copy the complete pages [B, K, k - 1] that a step reads to an address that stays, if they are kept."""
+        if self.keeps_selection:
+            if self.selected is None:
+                self.selected = torch.empty_like(pages, dtype=torch.int32)
+            self.selected.copy_(pages)
 
     def count_step(self, length: int) -> None:
         """Count one decode step at a context of `length` tokens, the new one included."""

@@ -143,6 +143,7 @@ def sparse_step(
             super_bias = reference.super_page_bias(bias, config.fan, newest // config.fan)
             scores = keep_best_super_pages(layer, queries, scaling, scores, super_bias, newest // config.fan)
     best = reference.top_pages(scores, config.pages - 1)
+    layer.keep_selection(best)
     pages = torch.cat([best, best.new_full((*best.shape[:2], 1), newest)], dim=-1)
 
     read = config.budget - ((newest + 1) * size - layer.length)  # without the slots still empty in the newest page
@@ -172,6 +173,7 @@ def kernel_step(
 ) -> Tensor:
     """`sparse_step` in kernels: `lengths` [B] on the device counts the tokens of each row, the new one included."""
     pages = select_pages(layer, query.squeeze(2), scaling, lengths, starts)
+    layer.keep_selection(pages)
     output = kernels().sparse_decode(
         query.squeeze(2), layer.keys, layer.values, pages, lengths, scaling, layer.config.page_size, starts=starts
     )
@@ -226,6 +228,7 @@ def static_step(layer: PagedLayer, query: Tensor, scaling: float) -> Tensor:
     if config.fan > 1:
         scores = keep_best_super_pages(layer, queries, scaling, scores, step.super_page_bias, step.touched[1][0])
     best = reference.top_pages(scores, config.pages - 1)
+    layer.keep_selection(best)
     pages = torch.cat([best, step.newest.expand(*best.shape[:2], 1)], dim=-1)
     keys = reference.gather_pages(layer.keys, pages, config.page_size)
     values = reference.gather_pages(layer.values, pages, config.page_size)

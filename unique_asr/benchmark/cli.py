@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..overrides import run
 
-PATHS = ("selection.text", "selection.audio", "selection.model")
+PATHS = ("selection.text", "selection.audio", "selection.model", "models.output")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,5 +68,9 @@ def benchmark(config: DictConfig) -> None:
         else:
             raise ValueError("task=selection needs selection.text=FILE or selection.audio=FILE")
         probe.report()
+    elif config.task == "models":
+        from . import models
+
+        models.benchmark(attention=attention, device=device, dtype=dtype, **options["models"])
     else:
-        raise ValueError(f"task is {config.task!r}: choose kernel, decode or selection")
+        raise ValueError(f"task is {config.task!r}: choose kernel, decode, models or selection")

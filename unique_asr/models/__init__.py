@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,9 +45,7 @@ def load(
     precision = resolve_dtype(dtype, chosen)
     folder = PRETRAINED / name_or_path if (PRETRAINED / name_or_path).is_dir() else Path(name_or_path)
     source = str(folder) if folder.is_dir() else str(name_or_path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with loading(name_or_path, "speech LLM", "; try model=default"):
         kind = SpeechLLMConfig.get_config_dict(source)[0].get("model_type", "nothing")
         if kind != SpeechLLMConfig.model_type:
             raise ValueError(f"its config.json describes {kind}, not {SpeechLLMConfig.model_type}")
@@ -58,15 +58,22 @@ def load(
             model, info = SpeechLLMForConditionalGeneration.from_pretrained(source, **options)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"model={name_or_path}: cannot be loaded as a speech LLM ({reason}); try model=default"
-        ) from error
+    return model.to(chosen).eval(), processor
+
+
+@contextmanager
+def loading(name_or_path: str | Path, kind: str, remedy: str = "") -> Iterator[None]:
+    """Without progress bars; what goes wrong is a ModelError of one line."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"model={name_or_path}: cannot be loaded as a {kind} ({reason}){remedy}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.to(chosen).eval(), processor
 
 
 def resolve_device(device: str) -> torch.device:

@@ -13,9 +13,8 @@ from typing import Any
 
 import transformers
 from transformers import AutoProcessor, PreTrainedConfig
-from transformers.utils import logging
 
-from unique_asr.models import PRETRAINED, ModelError, resolve_device, resolve_dtype
+from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
 
 from .catalogue import ADAPTERS, Adapter, Checkpoint
 from .formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
@@ -62,19 +61,11 @@ def load(name_or_path: str | Path, device: str = "auto", dtype: str = "auto") ->
     if kind is None:
         raise ModelError(f"model={name_or_path}: transformers {transformers.__version__} does not know it; upgrade it")
     source, options = located(name_or_path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with loading(name_or_path, "speech LLM", "; try model=default"):
         processor = AutoProcessor.from_pretrained(source, **options)
         model = kind.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
         if adapter.lora:
             load_lora(model, adapter.lora, source, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model={name_or_path}: cannot be loaded ({reason}); try model=default") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return model.to(chosen).eval(), processor
 
 

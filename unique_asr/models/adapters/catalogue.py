@@ -1,4 +1,8 @@
-"""The speech LLMs that are known, one entry each: how to ask, how to encode, how to read the answer, and its limits."""
+"""The speech LLMs that are known, one entry each: how to ask, how to encode, how to read the answer, and its limits.
+
+Licences, limits and numbers of parameters are those of the model cards; shapes, audio positions a second and contexts
+those of the configurations and processors in transformers. A comment says where a limit comes from.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ class Checkpoint:
     hub_id: str
     parameters: float  # billions
     layers: int  # of the LLM
+    heads: int
     kv_heads: int
     head_dim: int
     hidden: int
@@ -39,7 +44,7 @@ class Adapter:
     model_class: str  # in transformers
     licence: str
     tokens_a_second: float  # audio positions of the LLM, a second
-    pass_seconds: float  # audio in one pass, as its authors say
+    pass_seconds: float  # audio in one pass
     request: Request
     encoding: AudioEncoding
     parser: type[Parser]
@@ -50,6 +55,7 @@ class Adapter:
     static: bool = True  # a decode step can be captured in a CUDA graph
     chunked: bool = True  # a chunked prefill equals a whole one
     lora: str | None = None  # folder of weights for speech beside the model's
+    marker_tokens_a_second: float = 0.0  # times that stand among the audio positions
     text_tokens_a_second: float = 10.0  # of the answer: the token limit of a pass
 
 
@@ -97,65 +103,76 @@ def phi4(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
 ADAPTERS = {
     adapter.model_type: adapter
     for adapter in (
+        # The card: 90 minutes in one pass, 128 K tokens.
         Adapter(
             "moss_transcribe_diarize", "MossTranscribeDiarizeForConditionalGeneration",
             "Apache-2.0", 12.5, 5400, transcription, encoding.MossRows(), BracketParser,
-            (Checkpoint("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 8, 128, 1024, 3072),), 131072,
+            (Checkpoint("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 16, 8, 128, 1024, 3072),), 131072,
+            marker_tokens_a_second=2.0,  # the seconds every two seconds, a token a digit
         ),
+        # The card: 60 minutes within 64 K tokens.
         Adapter(
             "vibevoice_asr", "VibeVoiceAsrForConditionalGeneration",
             "MIT", 7.5, 3600, vibevoice, encoding.VibeVoicePiece(), JsonParser,
-            (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 4, 128, 3584, 18944),), 65536,
+            (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 28, 4, 128, 3584, 18944),), 65536,
             sample_rate=24000, carries_text=True,
         ),
+        # The card: 30 minutes for transcription, 32 K tokens. Audio is padded to whole windows of 30 s.
         Adapter(
             "voxtral", "VoxtralForConditionalGeneration",
             "Apache-2.0", 12.5, 1800, voxtral, encoding.Rows(), PlainParser,
             (
-                Checkpoint("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 8, 128, 3072, 8192),
-                Checkpoint("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 8, 128, 5120, 32768),
+                Checkpoint("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 32, 8, 128, 3072, 8192),
+                Checkpoint("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 32, 8, 128, 5120, 32768),
             ),
-            131072,
+            32768,
         ),
+        # MAX_ASR_INPUT_SECONDS of the package qwen_asr. 104 positions for a window of 8 s.
         Adapter(
             "qwen3_asr", "Qwen3ASRForConditionalGeneration",
             "Apache-2.0", 13.0, 1200, transcription, encoding.Qwen3Windows(), PlainParser,
             (
-                Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 8, 128, 1024, 3072),
-                Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 8, 128, 2048, 6144),
+                Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 16, 8, 128, 1024, 3072),
+                Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
             ),
             65536, carries_text=True,
         ),
+        # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
         Adapter(
             "glmasr", "GlmAsrForConditionalGeneration",
             "MIT", 12.5, 480, transcription, encoding.Rows(), PlainParser,
-            (Checkpoint("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 4, 128, 2048, 6144),), 8192,
+            (Checkpoint("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 16, 4, 128, 2048, 6144),), 8192,
         ),
+        # Its processor cuts at 600 s.
         Adapter(
             "audioflamingo3", "AudioFlamingo3ForConditionalGeneration",
             "NVIDIA OneWay Noncommercial", 25.0, 600, transcription, encoding.Rows(), PlainParser,
-            (Checkpoint("nvidia/audio-flamingo-3-hf", 8.3, 28, 4, 128, 3584, 18944),), 32768,
+            (Checkpoint("nvidia/audio-flamingo-3-hf", 8.3, 28, 28, 4, 128, 3584, 18944),), 32768,
         ),
+        # The card gives no limit; this one is a guess.
         Adapter(
             "granite_speech", "GraniteSpeechForConditionalGeneration",
             "Apache-2.0", 10.0, 120, granite, encoding.GranitePiece(), PlainParser,
-            (Checkpoint("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 8, 64, 2048, 8192),), 131072,
+            (Checkpoint("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 32, 8, 64, 2048, 8192),), 131072,
         ),
+        # The card gives no limit, and its authors cut at 30 s by voice activity; this one is a guess.
         Adapter(
             "fun_asr_nano", "FunAsrNanoForConditionalGeneration",
             "Apache-2.0", 16.7, 120, transcription, AudioEncoding(), PlainParser,
-            (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 8, 128, 1024, 3072),), 40960,
+            (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 16, 8, 128, 1024, 3072),), 40960,
             carries_text=True,
         ),
+        # One window of its encoder.
         Adapter(
             "qwen2_audio", "Qwen2AudioForConditionalGeneration",
             "Apache-2.0", 25.0, 30, qwen2_audio, encoding.Qwen2AudioRows(), PlainParser,
-            (Checkpoint("Qwen/Qwen2-Audio-7B-Instruct", 8.4, 32, 32, 128, 4096, 11008),), 8192,
+            (Checkpoint("Qwen/Qwen2-Audio-7B-Instruct", 8.4, 32, 32, 32, 128, 4096, 11008),), 8192,
         ),
+        # What its technical report (arXiv 2503.01743) summarises; how well it transcribes as much is not known here.
         Adapter(
             "phi4_multimodal", "Phi4MultimodalForCausalLM",
             "MIT", 12.5, 1800, phi4, encoding.Phi4Piece(), PlainParser,
-            (Checkpoint("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 8, 128, 3072, 8192),), 131072,
+            (Checkpoint("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 24, 8, 128, 3072, 8192),), 131072,
             # LongRoPE chooses its frequencies by the length of what it is given at once.
             lora="speech-lora", static=False, chunked=False,
         ),

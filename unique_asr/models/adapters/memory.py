@@ -14,7 +14,7 @@ from unique_asr.attention.scores import SCORES
 
 from .catalogue import Adapter, Checkpoint
 
-PROMPT_TOKENS = 256  # around the audio
+PROMPT_TOKENS = 256  # of text around the audio, at most
 SPARE_TOKENS = 256  # of the answer, for short audio
 
 
@@ -26,7 +26,7 @@ class Memory:
     cache: int  # keys and values
     statistics: int  # of their pages
     audio: int  # embeddings, and the copy of them in the prompt
-    scratch: int  # of the largest layer of a prefill chunk
+    scratch: int  # of the largest operation on a prefill chunk
 
     @property
     def total(self) -> int:
@@ -43,9 +43,14 @@ def text_tokens(adapter: Adapter, seconds: float) -> int:
     return int(adapter.text_tokens_a_second * seconds) + SPARE_TOKENS
 
 
+def prompt_tokens(adapter: Adapter, seconds: float) -> int:
+    """Positions of the prompt of a pass."""
+    return int((adapter.tokens_a_second + adapter.marker_tokens_a_second) * seconds) + PROMPT_TOKENS
+
+
 def pass_tokens(adapter: Adapter, seconds: float) -> int:
-    """Positions of a pass, prompt and answer together. MOSS writes the time into the audio every two seconds."""
-    return int(1.15 * adapter.tokens_a_second * seconds) + PROMPT_TOKENS + text_tokens(adapter, seconds)
+    """Positions of a pass, prompt and answer together."""
+    return prompt_tokens(adapter, seconds) + text_tokens(adapter, seconds)
 
 
 def estimate(
@@ -69,13 +74,17 @@ def estimate(
         page = sum(width * each.itemsize for width, each in buffers)
         statistics = sum(heads * (capacity // size) * page for size in page_sizes(attention))
     positions = min(prefill_chunk if adapter.chunked else tokens, tokens)
+    feed_forward = batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize
+    # Behind a mask, which every chunk but the first has, `sdpa` repeats keys and values for the heads of a group.
+    repeated = 2 * batch * shape.heads * min(prompt_tokens(adapter, seconds), tokens) * shape.head_dim * dtype.itemsize
+    masked = adapter.chunked and shape.heads != shape.kv_heads
     audio = int(adapter.tokens_a_second * seconds)
     return Memory(
         weights=int(shape.parameters * 1e9 * dtype.itemsize),
         cache=2 * heads * capacity * shape.head_dim * dtype.itemsize,
         statistics=statistics,
         audio=2 * batch * audio * shape.hidden * dtype.itemsize,
-        scratch=batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize,
+        scratch=max(feed_forward, repeated if masked else 0),
     )
 
 
@@ -86,6 +95,7 @@ def shape_of(model: Any) -> Checkpoint:
         hub_id=getattr(config, "name_or_path", ""),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
         layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         hidden=config.hidden_size,

@@ -1,0 +1,86 @@
+"""On a GPU: rows side by side in captured steps, and what captured steps record of their selection.
+
+python -m pytest tests/gpu/test_batch_gpu.py -m gpu
+"""
+
+import pytest
+import torch
+
+from unique_asr.attention import SparseAttentionConfig
+from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.decoding import GreedyDecoder
+from unique_asr.longform import PENDING
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def together(rows, prompts, count):
+    """All prompts at once, in one wave."""
+    decoding = []
+    for prompt in prompts:
+        row = rows.row()
+        row.prefill(prompt)
+        decoding.append((row, row.tokens(count), []))
+    while any(len(written) < count for _, _, written in decoding):
+        rows.step()
+        for _, tokens, written in decoding:
+            for token in tokens:
+                if token == PENDING:
+                    break
+                written.append(token)
+    for row, _, _ in decoding:
+        rows.remove(row)
+    return [written for _, _, written in decoding]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("budget", [None, 1024])
+def test_rows_write_what_they_write_alone(llama, budget, backend):
+    """Dense, in float32; a second wave finds the captured steps of the first, and other padding."""
+    llama.to("cuda")
+    attention = SparseAttentionConfig(budget=budget, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (300, 77, 123, 64)]
+    expected = []
+    for prompt in prompts:
+        decoder = GreedyDecoder(llama, attention, capacity=1024)
+        decoder.prefill(prompt)
+        expected.append(list(decoder.tokens(24)))
+    rows = BatchDecoder(llama, attention)
+    assert rows.static
+    assert together(rows, prompts, 24) == expected
+    assert together(rows, prompts[::-1], 24) == expected[::-1]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sparse_rows_are_those_of_uncaptured_steps(llama, backend):
+    llama.to("cuda")
+    attention = SparseAttentionConfig(budget=64, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (300, 177, 223)]
+    captured, eager = (together(BatchDecoder(llama, attention, static=static), prompts, 24) for static in (True, False))
+    assert captured == eager
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_captured_steps_keep_what_they_select(llama, backend):
+    llama.to("cuda")
+    attention = SparseAttentionConfig(budget=64, backend=backend)
+    prompt = torch.randn(1, 300, 90, generator=torch.Generator().manual_seed(1)).cuda()
+    kept = []
+    for static in (True, False):
+        decoder = GreedyDecoder(llama, attention, capacity=1024, static=static)
+        for layer in decoder.cache.paged_layers:
+            layer.keeps_selection = True
+        decoder.prefill(prompt)
+        steps = []
+        for index, _ in enumerate(decoder.tokens(12)):
+            if index:
+                pages = torch.stack([layer.selected for layer in decoder.cache.paged_layers])
+                steps.append(pages.sort(-1).values.tolist())
+        kept.append(steps)
+    assert kept[0] == kept[1]
+    assert len({str(pages) for pages in kept[0]}) > 1  # not those of one step again and again

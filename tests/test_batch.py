@@ -1,0 +1,163 @@
+"""Recordings side by side: what each of them would get alone, whatever is decoded beside it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_pipeline import noise
+
+import unique_asr
+from unique_asr import batch
+from unique_asr.attention import SparseAttentionConfig
+from unique_asr.batch import side_by_side, transcribe_batch
+from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.decoding import GreedyDecoder
+from unique_asr.longform import PENDING, LongformConfig
+from unique_asr.pipeline import Transcriber
+
+DATA = Path(__file__).parent / "data"
+
+
+def alone(model, attention, prompt, count):
+    decoder = GreedyDecoder(model, attention, capacity=1024, prefill_chunk=16)
+    decoder.prefill(prompt)
+    return list(decoder.tokens(count)), decoder.log_probs
+
+
+def prompts_of(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, length, 90, generator=generator) for length in lengths]
+
+
+def together(rows, prompts, counts, beside, stop_ids=()):
+    """What every prompt gets, (tokens, row), each begun as soon as fewer than `beside` others are at work."""
+    waiting, running, results = list(range(len(prompts))), {}, {}
+    while waiting or running:
+        while waiting and len(running) < beside:
+            index, row = waiting.pop(0), rows.row()
+            row.prefill(prompts[index])
+            running[index], results[index] = row.tokens(counts[index], stop_ids), ([], row)
+        for index, tokens in list(running.items()):
+            written, row = results[index]
+            for token in tokens:
+                if token == PENDING:
+                    break
+                written.append(token)
+            else:
+                rows.remove(row)
+                del running[index]
+        if running:
+            rows.step()
+    return [results[index] for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("budget", [None, 512])
+def test_rows_of_any_length_write_what_they_write_alone(llama, static, budget):
+    """Waves of three rows, and of fewer."""
+    attention = SparseAttentionConfig(budget=budget)
+    prompts, counts = prompts_of(40, 7, 23, 64, 33), (9, 30, 12, 5, 20)
+    rows = BatchDecoder(llama, attention, prefill_chunk=16, static=static)
+    for (tokens, row), prompt, count in zip(together(rows, prompts, counts, 3), prompts, counts, strict=True):
+        expected, log_probs = alone(llama, attention, prompt, count)
+        assert tokens == expected
+        torch.testing.assert_close(row.log_probs, log_probs, rtol=1e-3, atol=1e-4)
+        assert row.statistics.steps == count - 1
+
+
+def test_a_stop_id_ends_its_row_only(llama):
+    prompts = prompts_of(12, 30)
+    first, second = (alone(llama, None, prompt, 16)[0] for prompt in prompts)
+    stop = next(token for token in first[1:] if token not in second)
+    written = [tokens for tokens, _ in together(BatchDecoder(llama), prompts, (16, 16), 2, {stop})]
+    assert written == [first[: first.index(stop)], second]
+
+
+def described(transcript):
+    """All but what rounding may touch."""
+    segments = [(each.text, each.start, each.end, [word.text for word in each.words]) for each in transcript.segments]
+    info = transcript.info
+    return segments, info.stop_reason, info.coverage, info.passes, info.warnings, info.duration
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_transcripts_are_those_of_one_by_one(tiny, size):
+    """Several passes a recording, of which some are tried again: every recording goes its own way."""
+    config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+    audios = [noise(seconds) for seconds in (7, 2, 5, 9, 3)]
+    transcriber = Transcriber(tiny, longform=config)
+    expected = dict(side_by_side(transcriber, audios, 1))
+    results = dict(side_by_side(transcriber, audios, size))
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    assert max(transcript.info.passes for transcript in results.values()) > 3
+    for index, transcript in results.items():
+        assert described(transcript) == described(expected[index])
+        assert transcript.info.timings["decode"] > 0
+        assert transcript.info.sparsity["steps"] == expected[index].info.sparsity["steps"]
+
+
+def test_a_recording_that_fails_does_not_stop_the_others(tiny):
+    audios = ["no such file.wav", noise(2), np.zeros(0, np.float32), noise(3), DATA / "manifest.jsonl"]
+    heard, stages = [], set()
+    results = dict(
+        transcribe_batch(
+            audios,
+            tiny,
+            batch=2,
+            on_segment=lambda index, segment: heard.append(index),
+            progress=lambda index, stage, done, total: stages.add((index, stage)),
+        )
+    )
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    for index, message in ((0, "no such file"), (2, "empty"), (4, "not audio or video")):
+        assert results[index].info.stop_reason == "error"
+        assert message in results[index].info.warnings[-1]
+    for index in (1, 3):
+        assert results[index].info.stop_reason not in ("", "error", "interrupted")
+        assert heard.count(index) == len(results[index].segments)
+        assert {(index, "prefill"), (index, "decode")} <= stages
+    assert results[0].info.audio == "no such file.wav"
+
+
+def test_sparse_attention_beside_others(tiny):
+    results = dict(side_by_side(Transcriber(tiny, budget=32), [noise(6), noise(4)], 2))
+    for transcript in results.values():
+        assert 0 < transcript.info.sparsity["sparse_steps"] <= transcript.info.sparsity["steps"]
+        assert transcript.info.sparsity["share_of_pages_read"] < 1
+
+
+def test_a_transcriber_of_another_kind_goes_one_by_one(tiny, monkeypatch):
+    """As adapters do: it knows nothing of rows."""
+    transcriber = Transcriber(tiny)
+
+    class Other:
+        def transcribe(self, audio, *, prompt, progress):
+            return transcriber.transcribe(audio, prompt=prompt, progress=progress)
+
+    monkeypatch.setattr("unique_asr.models.adapters.make_transcriber", lambda *arguments, **options: Other())
+    results = list(transcribe_batch([noise(2), noise(3)], batch=8))
+    assert [index for index, _ in results] == [0, 1]
+    assert results[1][1].segments == list(transcriber.transcribe(noise(3))[0])
+
+
+def test_what_cannot_work(tiny, monkeypatch):
+    with pytest.raises(ValueError, match="batch=0"):
+        transcribe_batch([], tiny, batch=0)
+    assert list(unique_asr.transcribe_batch([], tiny)) == []
+
+    def fails(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(batch.BatchDecoder, "step", fails)
+    with pytest.raises(ValueError, match="lower batch"):
+        list(transcribe_batch([noise(2)], tiny))
+
+
+def test_the_shipped_model_writes_the_same():
+    transcriber = Transcriber(device="cpu")
+    clips = [DATA / f"{name}.opus" for name in ("nomads", "milner")]
+    expected, results = (dict(side_by_side(transcriber, clips, size)) for size in (1, 2))
+    for index, transcript in results.items():
+        assert len(transcript.text.split()) > 15
+        assert described(transcript) == described(expected[index])

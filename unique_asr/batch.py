@@ -1,0 +1,127 @@
+"""Many recordings: `transcribe_batch` decodes several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from os import PathLike
+from typing import Any
+
+import torch
+
+from .attention import SparseAttentionConfig
+from .batch_decoding import BatchDecoder
+from .longform import Progress
+from .pipeline import Audio, PipelineError, open_audio
+from .transcript import Segment, Transcript, TranscriptionInfo
+
+BatchProgress = Callable[[int, str, float, float], None]  # index of the recording, stage, done, total
+OnSegment = Callable[[int, Segment], None]  # index of the recording, and what was just decoded of it
+
+
+def transcribe_batch(
+    audios: Iterable[Audio],
+    model: str | PathLike[str] | tuple[Any, Any] = "default",
+    *,
+    batch: int = 8,
+    attention: str | SparseAttentionConfig = "unique",
+    budget: int | None = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    prompt: str | None = None,
+    vad: bool = False,
+    progress: BatchProgress | None = None,
+    on_segment: OnSegment | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Transcript]]:
+    """Transcribe recordings side by side: one decode step writes a token for each of `batch` of them.
+
+        for index, transcript in transcribe_batch(files, batch=8):
+            print(files[index], transcript.text, transcript.info.coverage)
+
+    Yields (index, transcript) as recordings are complete, which need not be their order. One that cannot be read or
+    decoded has `info.stop_reason == "error"`, and its last warning says why.
+
+    Dense steps write what they write one by one. Sparse ones may not: padding shifts a row's pages, and so what is
+    selected. Phi-4-multimodal decodes one by one, as the length of one recording would change the text of another.
+
+    Args:
+        batch: recordings that are in memory and decoded at once.
+        progress: called as progress(index, stage, done, total).
+        on_segment: called as on_segment(index, segment), the moment a segment is decoded.
+        all else: as for `transcribe`.
+    """
+    from .models.adapters import make_transcriber
+
+    if batch < 1:
+        raise PipelineError(f"batch={batch}: give at least 1")
+    transcriber = make_transcriber(model, attention=attention, budget=budget, device=device, dtype=dtype, **options)
+    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment)
+
+
+def side_by_side(
+    transcriber: Any,
+    audios: Iterable[Audio],
+    batch: int,
+    prompt: str | None = None,
+    vad: bool = False,
+    progress: BatchProgress | None = None,
+    on_segment: OnSegment | None = None,
+) -> Iterator[tuple[int, Transcript]]:
+    """See `transcribe_batch`; with batch=1, any transcriber does."""
+    make = getattr(transcriber, "batch_decoder", None)
+    rows = make() if make and batch > 1 else None
+    batch = batch if rows else 1
+    waiting = enumerate(audios)
+    running: dict[int, Generator[None, None, Transcript]] = {}
+    while True:
+        for index, audio in islice(waiting, batch - len(running)):
+            callbacks = (partial(callback, index) if callback else None for callback in (progress, on_segment))
+            running[index] = recording(transcriber, audio, prompt, vad, *callbacks, rows)
+        if not running:
+            return
+        complete = False
+        for index, steps in list(running.items()):
+            try:
+                next(steps)
+            except StopIteration as stop:
+                complete = True
+                del running[index]
+                yield index, stop.value
+        if not complete:  # all of them wait
+            try:
+                rows.step()
+            except torch.OutOfMemoryError as error:
+                raise PipelineError(f"out of memory on {rows.device}; lower batch or max_pass_seconds") from error
+
+
+def recording(
+    transcriber: Any,
+    audio: Audio,
+    prompt: str | None,
+    vad: bool,
+    progress: Progress | None,
+    on_segment: Callable[[Segment], None] | None,
+    rows: BatchDecoder | None,
+) -> Generator[None, None, Transcript]:
+    """Yields where the batch has to make a step; returns the transcript, of which an error says why it is not whole."""
+    transcript = Transcript([], TranscriptionInfo(str(audio) if isinstance(audio, str | PathLike) else "<array>"))
+    row = rows.row() if rows else None
+    try:
+        source, where = open_audio(audio, vad=vad), {"row": row} if row else {}
+        segments, transcript.info = transcriber.transcribe(source, prompt=prompt, progress=progress, **where)
+        for segment in segments:
+            if segment is None:
+                yield
+                continue
+            transcript.segments.append(segment)
+            if on_segment is not None:
+                on_segment(segment)
+    except ValueError as error:
+        transcript.info.stop_reason = "error"
+        transcript.info.warnings.append(str(error))
+    finally:
+        if row is not None:
+            rows.remove(row)
+    return transcript

@@ -1,0 +1,161 @@
+"""Recordings side by side: one decode step writes a token for each of them.
+
+Every recording keeps its own transcription with its own passes, and asks a `Row` for tokens as it would ask a
+`GreedyDecoder`. While its token is not there yet, it is set aside. Once all wait, the batch makes a step: for the
+passes that are in it, until the last of them has ended, then for those that wait to begin.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
+from .attention.cache import HEADROOM
+from .attention.huggingface import NAME, set_attention
+from .longform import PENDING
+
+
+class Row:
+    """The decoder of one recording in a batch; see `unique_asr.longform.Decoder`."""
+
+    def __init__(self) -> None:
+        self.log_probs: list[float] = []
+        self.statistics = SparsityStatistics()  # its share of the batch's
+        self.seconds = {"prefill": 0.0, "decode": 0.0}  # its share of the time
+        self.embeds: Tensor | None = None  # [1, N, hidden], a prompt that waits for its prefill
+        self.progress: Callable[[int, int], None] | None = None
+        self.running = False
+        self.stop_reason: str | None = None  # of the last `tokens`, as of `GreedyDecoder`
+        self.next: tuple[int, float] | None = None  # token and log-probability that nobody took yet
+
+    def reset(self) -> None:
+        self.running, self.next, self.embeds = False, None, None
+
+    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
+        self.embeds, self.progress, self.log_probs = inputs_embeds, progress, []
+
+    def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
+        """As `GreedyDecoder.tokens`, with PENDING where the batch has to make a step first."""
+        self.stop_reason = None
+        for _ in range(max_new_tokens):
+            while self.next is None:
+                yield PENDING
+            (token, log_prob), self.next = self.next, None
+            if token in stop_ids:
+                self.stop_reason = "end"
+                break
+            self.log_probs.append(log_prob)
+            yield token
+        self.stop_reason = self.stop_reason or "length"
+        self.running = False
+
+
+class BatchDecoder:
+    """Greedy decoding of several rows over one paged cache, padded on the left.
+
+        rows = BatchDecoder(model.language_model, SparseAttentionConfig(budget=512))
+        first, second = rows.row(), rows.row()
+        ...                                   # prefill each, and ask them for tokens until they are PENDING
+        rows.step()
+
+    `static` and `prefill_chunk` as for `GreedyDecoder`.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        attention: SparseAttentionConfig | None = None,
+        prefill_chunk: int = 2048,
+        static: bool | None = None,
+    ) -> None:
+        self.model, self.attention, self.prefill_chunk = language_model, attention, prefill_chunk
+        self.device = language_model.get_input_embeddings().weight.device
+        self.static = self.device.type == "cuda" if static is None else static
+        set_attention(language_model, NAME)
+        self.statistics = SparsityStatistics()
+        self.rows: list[Row] = []
+        self._wave: list[Row] = []  # the rows whose passes are in the cache, in its order
+        self._made: DecodeStep | None = None  # for as many rows as the last wave had
+
+    def row(self) -> Row:
+        self.rows.append(Row())
+        return self.rows[-1]
+
+    def remove(self, row: Row) -> None:
+        row.reset()
+        self.rows.remove(row)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Give every row in the wave its next token, or begin a wave with those that wait."""
+        begin, before = time.perf_counter(), SparsityStatistics(**vars(self.statistics))
+        active = [row for row in self._wave if row.running]
+        stage = "decode" if active else "prefill"
+        if active:
+            self._decode()
+        else:
+            self._wave = active = [row for row in self.rows if row.embeds is not None]
+            self._prefill([row.embeds[0] for row in active])
+            for row in active:
+                row.embeds, row.running = None, True
+        tokens, log_probs = self._made.result.tolist()
+        for row, token, log_prob in zip(self._wave, tokens, log_probs, strict=True):
+            if row.running:
+                row.next = int(token), log_prob
+                row.seconds[stage] += (time.perf_counter() - begin) / len(active)
+                self._count(row.statistics, before)
+
+    def _prefill(self, prompts: list[Tensor]) -> None:
+        """Vectors [N_i, hidden] of every row, padded to the longest, densely and in chunks."""
+        longest = max(map(len, prompts))
+        self._starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
+        if self._made is None or len(self._made.token) != len(prompts):
+            cache = PagedCache(self.model.config, self.attention, statistics=self.statistics)
+            self._made = DecodeStep(self.model, cache, batch=len(prompts), starts=self._starts.clone())
+        self._made.starts.copy_(self._starts)  # captured steps read it there
+        cache = self._made.cache
+        cache.reset()
+        self._made.reserve(longest + HEADROOM)
+        embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[-1])
+        for row, prompt in zip(embeds, prompts, strict=True):
+            row[longest - len(prompt) :] = prompt
+        size = math.ceil(longest / math.ceil(longest / self.prefill_chunk))  # equal: one token were a decode step
+        for start in range(0, longest, size):
+            logits = self._forward(start, inputs_embeds=embeds[:, start : start + size])
+            for row in self._wave:
+                if row.progress is not None:
+                    row.progress(min(longest, start + size), longest)
+        self._made.choose(logits)
+
+    def _decode(self) -> None:
+        if self.static:
+            self._made.run()
+        else:
+            self._made.choose(self._forward(self._made.cache.length, input_ids=self._made.token))
+
+    def _forward(self, start: int, **inputs: Tensor) -> Tensor:
+        """Logits [B, V] of the last of the positions that begin at `start`."""
+        end = start + next(iter(inputs.values())).shape[1]
+        place = torch.arange(end, device=self.device) - self._starts[:, None]  # [B, end]
+        output = self.model(
+            **inputs,
+            attention_mask=(place >= 0).long(),
+            position_ids=place[:, start:].clamp(min=0),
+            past_key_values=self._made.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _count(self, counters: SparsityStatistics, before: SparsityStatistics) -> None:
+        """Add a row's share of what the batch has counted since `before`; its padding counts as read."""
+        for name, value in vars(self.statistics).items():
+            share = value - getattr(before, name)
+            share = share if name in ("steps", "sparse_steps") else share // len(self._wave)
+            setattr(counters, name, getattr(counters, name) + share)

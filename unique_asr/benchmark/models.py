@@ -1,0 +1,287 @@
+"""Passes of pretrained speech LLMs at real shapes: memory against its estimate, prefill, and milliseconds a step.
+
+The LLM has random weights and the cache random keys and values, which take the time of any others; the encoder is left
+out. A step is measured at the context in the middle of the answer. Dense attention is the step that serves as our own,
+and FlashAttention over exactly the tokens written: the speed-up is over the faster of the two.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from ..attention import PagedCache, SparseAttentionConfig
+from ..attention.huggingface import NAME, set_attention, unique_attention_forward
+from ..models.adapters import ADAPTERS, Adapter, estimate
+from ..models.adapters.memory import prompt_tokens, shape_of
+from .decode import WARM_UP, measure
+from .timing import attempt, describe
+
+# The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
+LLMS: dict[str, tuple[str, PreTrainedConfig]] = {
+    "moss": ("moss_transcribe_diarize", Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True,
+    )),
+    "voxtral-mini": ("voxtral", LlamaConfig(
+        vocab_size=131072, hidden_size=3072, intermediate_size=8192, num_hidden_layers=30, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+    )),
+    "vibevoice": ("vibevoice_asr", Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=131072,
+    )),
+}  # fmt: skip
+MARGIN = 1.08  # of the estimate, that must be free
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case; times are medians of steps."""
+
+    model: str
+    minutes: float  # of audio
+    batch: int
+    prompt: int  # positions
+    answer: int  # tokens
+    context: int  # at the measured steps
+    prefill: float | None  # s, of one sequence
+    dense: float | None  # ms a step
+    flash: float | None  # ms a step
+    sparse: float | None  # ms a step
+    estimated: float  # GB
+    peak: float | None  # GB
+
+    COLUMNS = ("model", "minutes", "batch", "prompt", "context", "prefill s", "dense ms", "flash ms", "sparse ms",
+               "x dense", "answer", "dense s", "sparse s", "GB estimated", "GB peak", "error")  # fmt: skip
+
+    @property
+    def fastest_dense(self) -> float | None:
+        return min((each for each in (self.dense, self.flash) if each is not None), default=None)
+
+    @property
+    def speedup(self) -> float | None:
+        return self.fastest_dense / self.sparse if self.fastest_dense and self.sparse else None
+
+    def row(self) -> str:
+        """A line of a Markdown table."""
+
+        def shown(value: float | None, digits: int = 2, unit: str = "") -> str:
+            return "" if value is None else f"{value:.{digits}f}{unit}"
+
+        def whole(milliseconds: float | None) -> str:
+            return "" if milliseconds is None else f"{milliseconds * self.answer / 1000:.1f}"
+
+        error = None if self.peak is None else 100 * (self.estimated / self.peak - 1)
+        cells = [
+            self.model, f"{self.minutes:g}", str(self.batch), str(self.prompt), str(self.context),
+            shown(self.prefill), shown(self.dense), shown(self.flash), shown(self.sparse), shown(self.speedup),
+            str(self.answer), whole(self.fastest_dense), whole(self.sparse),
+            shown(self.estimated), shown(self.peak), shown(error, 0, " %"),
+        ]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Settings:
+    attention: SparseAttentionConfig
+    answer_tokens_an_hour: float
+    prefill_chunk: int
+    steps: int
+    mode: str  # captured or compiled
+
+
+def benchmark(
+    names: Sequence[str],
+    minutes: Sequence[float],
+    batches: Sequence[int],
+    answer_tokens_an_hour: float,
+    prefill_chunk: int,
+    steps: int,
+    mode: str,
+    max_seconds: float,
+    output: str | None,
+    attention: SparseAttentionConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Result]:
+    """Print a row for each case as it is done, and write all of them to `output` (JSON) after each."""
+    if not set(names) <= set(LLMS):
+        raise ValueError(f"models.names are {', '.join(names)}: choose of {', '.join(LLMS)}")
+    if mode not in ("captured", "compiled"):
+        raise ValueError(f"models.mode is {mode!r}: choose captured or compiled")
+    begin, results = time.monotonic(), []
+    settings = Settings(attention, answer_tokens_an_hour, prefill_chunk, steps, mode)
+    print(f"| {' | '.join(Result.COLUMNS)} |\n|{'---|' * len(Result.COLUMNS)}", flush=True)
+    for name in names:
+        adapter, model = ADAPTERS[LLMS[name][0]], None
+        for length in minutes:
+            for batch in batches:
+                if time.monotonic() - begin > max_seconds:
+                    print(f"  left out: {name}, {length} minutes, batch {batch}: models.max_seconds={max_seconds}")
+                    continue
+                model = model or random_model(name, device, dtype)
+                result = attempt(partial(measure_case, name, model, adapter, length, batch, settings))
+                if result is not None:
+                    print(result.row(), flush=True)
+                    results.append(result)
+                    if output is not None:
+                        save(Path(output), results, settings, device)
+                release(device)
+        del model
+        release(device)
+    return results
+
+
+def save(path: Path, results: Sequence[Result], settings: Settings, device: torch.device) -> None:
+    rows = [asdict(result) | {"speedup": result.speedup} for result in results]
+    whole = {"device": describe(device), "settings": asdict(settings), "results": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes; None on a CPU, whose tests are small."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The LLM of random weights, switched to UNIQUE attention."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LLMS[name][1], dtype=dtype).eval()
+    set_attention(model, NAME)
+    return model
+
+
+@torch.no_grad()
+def measure_case(
+    name: str, model: PreTrainedModel, adapter: Adapter, minutes: float, batch: int, settings: Settings
+) -> Result:
+    """Prefill, memory and sparse steps over one cache, then dense steps over another."""
+    seconds, device, attention = 60 * minutes, model.device, settings.attention
+    prompt, answer = prompt_tokens(adapter, seconds), round(settings.answer_tokens_an_hour * seconds / 3600)
+    context = prompt + answer // 2
+    memory = partial(
+        estimate, adapter, seconds, shape_of(model), attention, model.dtype, settings.prefill_chunk, prompt + answer
+    )
+    free = free_memory(device)
+    while free is not None and batch > 1 and MARGIN * memory(batch=batch).pass_bytes > free:
+        batch -= 1  # the row says how many were left
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    cache = PagedCache(model.config, attention, capacity=prompt + answer)
+    prefill_seconds = prefill(model, cache, batch, prompt, int(adapter.tokens_a_second * seconds), settings)
+    fill(cache, context)
+    sparse = measure(model, cache, batch, settings.mode, settings.steps)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    del cache
+    release(device)
+
+    times = {"flash": None}
+    kinds = [("dense", unique_attention_forward), ("flash", flash_attention)]
+    for kind, forward in kinds if settings.mode == "captured" else kinds[:1]:  # compiled, ours is one operator
+        times[kind] = attempt(partial(measure_dense, model, batch, context, settings, forward))
+        release(device)
+    milliseconds = {kind: None if value is None else 1000 * value for kind, value in times.items()}
+    return Result(
+        name, minutes, batch, prompt, answer, context, prefill_seconds, **milliseconds, sparse=1000 * sparse,
+        estimated=memory(batch=batch).total / 1e9, peak=peak,
+    )  # fmt: skip
+
+
+def prefill(
+    model: PreTrainedModel, cache: PagedCache, batch: int, prompt: int, audio: int, settings: Settings
+) -> float | None:
+    """Read a prompt with `audio` positions as a transcriber does; seconds, of one sequence.
+
+    Of a batch only the last chunk is read, after random keys and values: the one that takes the most memory.
+    """
+    weight = model.get_input_embeddings().weight
+    features = torch.randn(batch * audio, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    embeds = torch.randn(batch, prompt, weight.shape[1], dtype=weight.dtype, device=weight.device) / 50
+    size = math.ceil(prompt / math.ceil(prompt / settings.prefill_chunk))
+
+    def read(start: int) -> None:
+        chunk = embeds[:, start : start + size]
+        positions = torch.arange(start, start + chunk.shape[1], device=weight.device).unsqueeze(0)
+        output = model(inputs_embeds=chunk, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        output.logits[:, -1].argmax(dim=-1).tolist()  # waits for the device
+
+    read(0)  # allocates, and warms up
+    cache.reset()
+    first = 0 if batch == 1 else prompt - size
+    fill(cache, first)
+    begin = time.perf_counter()
+    for start in range(first, prompt, size):
+        read(start)
+    del features
+    return time.perf_counter() - begin if batch == 1 else None
+
+
+def fill(cache: PagedCache, tokens: int) -> None:
+    """Write random keys and values behind what the cache holds, in place, up to `tokens`."""
+    for layer in cache.paged_layers:
+        for buffer in (layer.keys, layer.values):
+            buffer[:, :, layer.length : tokens].normal_()
+        layer.length = tokens
+    if cache.attention.budget is not None:
+        cache.update_statistics()
+
+
+def measure_dense(
+    model: PreTrainedModel, batch: int, context: int, settings: Settings, forward: Callable[..., Any]
+) -> float:
+    """Seconds of a captured step by an attention function, with no more room in the cache than the steps take."""
+    config = SparseAttentionConfig(budget=None, backend=settings.attention.backend)
+    cache = PagedCache(model.config, config, capacity=context + WARM_UP + settings.steps)
+    weight = model.get_input_embeddings().weight
+    tokens = torch.zeros(batch, 2, dtype=torch.long, device=weight.device)
+    model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)  # allocates
+    fill(cache, context)
+    AttentionInterface.register(NAME, forward)
+    try:
+        return measure(model, cache, batch, settings.mode, settings.steps)
+    finally:
+        AttentionInterface.register(NAME, unique_attention_forward)
+
+
+def flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """A static step over exactly the tokens written when it is captured: [B, H, 1, D] -> [B, 1, H, D]."""
+    layer = key.paged_layer
+    layer.write_token(key, value)
+    keys, values = (buffer[:, :, : layer.length + 1] for buffer in (layer.keys, layer.values))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if query.is_cuda else nullcontext():
+        output = F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
