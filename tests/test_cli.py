@@ -397,7 +397,7 @@ def test_control_c(talk):
     for _ in range(3):  # segments are printed as they come, also into a pipe
         assert process.stdout.readline().startswith("[00:0")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "stopped at 00:05.9" in err
     assert "Traceback" not in err

@@ -15,7 +15,7 @@ from unique_asr.pipeline import Transcriber
 
 DATA = Path(__file__).parent / "data"
 CLIPS = {row["audio_filepath"]: row for row in map(json.loads, (DATA / "manifest.jsonl").read_text().splitlines())}
-WER_CEILING = 0.50  # of the three short clips and the sample together
+WER_CEILING = 0.35  # of the three short clips and the sample together
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,6 @@ def test_a_batch_writes_what_single_recordings_write(default):
             **processor.apply_transcription_request(clip), max_new_tokens=24, do_sample=False, pad_token_id=2
         )
         assert processor.decode(row) == processor.decode(alone[0])
-
-
-def test_lower_case_on_request(default):
-    transcriber = Transcriber(default)
-    segments, _ = transcriber.transcribe(load_audio(DATA / "nomads.opus"), prompt="lower case")
-    text = text_of(segments)
-    assert text == text.lower()
 
 
 def test_silence_gives_no_text(default):

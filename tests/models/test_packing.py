@@ -14,7 +14,7 @@ from unique_asr.models.packing import INDEX, dequantize, load_packed, quantize, 
 BITS = {"": 8, "language_model.model.layers": 6}
 
 
-@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("shape", [(5, 64), (3, 2, 96), (1, 32)])
 def test_error_is_half_a_step_of_each_group(bits, shape):
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def test_error_is_half_a_step_of_each_group(bits, shape):
     assert (error <= largest * (0.5 / (2 ** (bits - 1) - 1) + 2**-11) * 1.01).all()
 
 
-@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_every_integer_survives(bits):
     limit = 2 ** (bits - 1) - 1
     torch.manual_seed(0)
@@ -47,8 +47,8 @@ def test_zeros_stay_zeros():
 
 
 def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match="bits must be 6 or 8, not 4"):
-        quantize(torch.ones(1, 32), 4)
+    with pytest.raises(ValueError, match="bits must be 4, 5, 6 or 8, not 3"):
+        quantize(torch.ones(1, 32), 3)
 
 
 def test_shards_and_prefixes(tmp_path):

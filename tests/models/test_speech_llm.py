@@ -140,6 +140,9 @@ def test_ctc_log_probs_are_the_heads(tiny):
     assert torch.equal(encoded.best, ids[expected.argmax(-1)])
 
 
+LETTERS = torch.eye(3)  # embeddings of a, b, c: what a position expects is how likely they are
+
+
 def hand_made(path: str, letters: str = "abc") -> Frames:
     """One window whose best path is `path`, `_` being the blank; hidden state t is filled with t."""
     classes = torch.tensor([letters.index(sign) if sign in letters else len(letters) for sign in path])
@@ -163,14 +166,14 @@ def test_frames_merge_at_spikes(speech_llm, path, kept, firsts):
     model, _ = speech_llm(merge_frames=4)
     keep = torch.zeros(1, len(path), dtype=torch.bool)
     keep[0, kept[0] : kept[1]] = True
-    positions = model.projector.positions(hand_made(path), keep)
+    positions = model.projector.positions(hand_made(path), keep, LETTERS)
     assert positions.frames.tolist() == firsts
     assert positions.counts.tolist() == [len(firsts)]
     for row, (start, end) in enumerate(zip(firsts, [*firsts[1:], kept[1]], strict=True)):
         assert positions.hidden[row, 0] == pytest.approx((start + end - 1) / 2)
         run = path[start:end]
         heard = [run.count(letter) / max(len(run) - run.count("_"), 1) for letter in "abc"]
-        assert positions.posterior[row].tolist() == pytest.approx(heard, abs=1e-4)
+        assert positions.expected[row].tolist() == pytest.approx(heard, abs=1e-4)
 
 
 def test_no_merge_keeps_every_frame(speech_llm):
@@ -178,7 +181,7 @@ def test_no_merge_keeps_every_frame(speech_llm):
     path = "_aab__cc"
     keep = torch.ones(1, len(path), dtype=torch.bool)
     keep[0, :2] = False
-    positions = model.projector.positions(hand_made(path), keep)
+    positions = model.projector.positions(hand_made(path), keep, LETTERS)
     assert positions.frames.tolist() == list(range(2, 8))
     assert positions.hidden[:, 0].tolist() == list(range(2, 8))
 
@@ -189,10 +192,10 @@ def test_windows_merge_independently(speech_llm):
     both = Frames(*(torch.cat([getattr(f, name) for f in (one, other)]) for name in ("hidden", "ctc", "logits")))
     keep = torch.ones(2, 6, dtype=torch.bool)
     keep[1, 5] = False
-    positions = model.projector.positions(both, keep)
-    parts = [model.projector.positions(frames, keep[row : row + 1]) for row, frames in enumerate((one, other))]
+    positions = model.projector.positions(both, keep, LETTERS)
+    parts = [model.projector.positions(frames, keep[row : row + 1], LETTERS) for row, frames in enumerate((one, other))]
     assert positions.counts.tolist() == [3, 2]
-    for name in ("posterior", "hidden", "frames"):
+    for name in ("expected", "hidden", "frames"):
         assert torch.equal(getattr(positions, name), torch.cat([getattr(part, name) for part in parts]))
 
 
@@ -206,8 +209,11 @@ def test_the_residual_starts_at_zero(tiny):
         positions = model.window_positions(frames, torch.tensor([[0, 38]]))
         embeds = model.embed_positions(positions)
         table = model.get_input_embeddings().weight[model.ctc_tokens]
-        torch.testing.assert_close(embeds, positions.posterior @ table)
-    assert (positions.posterior.sum(-1) <= 1 + 1e-6).all()
+        torch.testing.assert_close(embeds, positions.expected)
+        weights = model.projector.positions(frames, torch.ones(1, 75, dtype=torch.bool), torch.eye(len(table))).expected
+        assert (weights.sum(-1) <= 1 + 1e-6).all()
+        kept = (model.projector.positions(frames, torch.arange(75)[None] < 38, torch.eye(len(table)))).expected
+        torch.testing.assert_close(positions.expected, kept @ table)
 
 
 # Prompts, generation and loss
@@ -279,7 +285,10 @@ def test_the_loss_is_that_of_the_labels(speech_llm):
         (lambda model, processor: model.encode([], processor), "recording is empty"),
         (lambda model, processor: processor(np.zeros(0, np.float32)), "recording 0 of the batch has no samples"),
         (lambda model, processor: processor.decode([1], return_format="html"), "'transcription' or 'raw', not 'html'"),
-        (lambda model, processor: SpeechLLMConfig(merge="mean"), "merge must be 'ctc' or 'none', not 'mean'"),
+        (
+            lambda model, processor: SpeechLLMConfig(merge="mean"),
+            "merge must be 'ctc', 'none' or 'decoder', not 'mean'",
+        ),
         (
             lambda model, processor: model.generate(
                 torch.tensor([[1, 2]]), **without_text(processor(noise(1))), max_new_tokens=1

@@ -18,7 +18,9 @@ class SpeechLLMConfig(PretrainedConfig):
         projector_size: hidden width of the projector.
         context_layers: transformer layers in the projector, over the frames of a window; 0: each frame by itself.
         context_dropout: of these layers, while they train.
-        merge: `ctc` merges the frames between two CTC spikes into one position of the LLM, `none` keeps every frame.
+        merge: `ctc` merges the frames between two CTC spikes into one position of the LLM, `none` keeps every frame,
+            `decoder` gives a position to each token that Whisper's own decoder hears.
+        listener: for `decoder`: prompt, stop, heads and suppressed, as in `Listener`.
         ctc_vocabulary_size: number of tokens that the CTC head may emit; None: all of the LLM's.
         merge_frames: longest run of frames that one merged position covers.
         window_seconds: audio that the encoder sees at once; longer recordings are encoded window by window.
@@ -41,6 +43,7 @@ class SpeechLLMConfig(PretrainedConfig):
         context_dropout: float = 0.1,
         ctc_vocabulary_size: int | None = None,
         merge: str = "ctc",
+        listener: dict[str, Any] | None = None,
         merge_frames: int = 12,
         window_seconds: float = 30.0,
         margin_seconds: float = 0.96,
@@ -55,8 +58,11 @@ class SpeechLLMConfig(PretrainedConfig):
         self.projector_size = projector_size
         self.context_layers = context_layers
         self.context_dropout = context_dropout
-        if merge not in ("ctc", "none"):
-            raise ValueError(f"merge must be 'ctc' or 'none', not {merge!r}")
+        if merge not in ("ctc", "none", "decoder"):
+            raise ValueError(f"merge must be 'ctc', 'none' or 'decoder', not {merge!r}")
+        if merge == "decoder" and not (self.audio_config.model_type == "whisper" and listener):
+            raise ValueError("merge='decoder' needs a Whisper model in audio_config, and `listener`")
+        self.listener = listener
         self.ctc_vocabulary_size = ctc_vocabulary_size or self.text_config.vocab_size
         self.merge = merge
         self.merge_frames = merge_frames

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import SpeechLLMConfig
+from .listener import Listener
 from .projector import Frames, Positions, Projector, Residual
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder = AutoModel.from_config(config.audio_config)
         self.encoder = encoder.get_encoder() if config.audio_config.is_encoder_decoder else encoder
         self.projector = Projector(config)
+        if config.merge == "decoder":
+            self.listener = Listener(config.audio_config, **config.listener)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.register_buffer("ctc_tokens", torch.arange(config.ctc_vocabulary_size))  # ids that the CTC head may emit
         self.post_init()
@@ -110,18 +113,23 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for name, value in features.items()
         }
         states = self.encoder(**features).last_hidden_state
-        return self.projector(states, self.ctc_embeddings()[1])
+        frames = self.projector(states, self.ctc_embeddings()[1])
+        return replace(frames, states=states) if self.config.merge == "decoder" else frames
 
     def window_positions(self, frames: Frames, spans: Tensor) -> Positions:
         """Positions of the frames [start, end) of each window; spans: [W, 2]."""
+        if self.config.merge == "decoder":
+            return self.listener.positions(
+                frames.states, spans, self.config.stack_factor, self.get_input_embeddings().weight
+            )
         index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
         spans = spans.to(index.device)
         keep = (index >= spans[:, :1]) & (index < spans[:, 1:])
-        return self.projector.positions(frames, keep)
+        return self.projector.positions(frames, keep, self.ctc_embeddings()[0])
 
     def embed_positions(self, positions: Positions) -> Tensor:
         """The LLM's input embeddings [M, text hidden] of merged positions."""
-        return self.projector.embed(positions, self.ctc_embeddings()[0])
+        return self.projector.embed(positions)
 
     def join_windows(self, frames: Frames, spans: Tensor, duration: float) -> EncodedAudio:
         """Join windows of one recording, of which the frames [start, end) are kept; spans: [W, 2]."""

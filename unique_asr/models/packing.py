@@ -1,4 +1,4 @@
-"""Weights packed to 8 or 6 bits a value, so that the default model fits in a package of less than 150 MB.
+"""Weights packed to 4, 5, 6 or 8 bits a value, so that the default model fits in a package of less than 150 MB.
 
 Each row is cut into groups of 32 values that share one fp16 scale: value = scale * integer, symmetric. 8-bit groups of
 32 are GGUF's Q8_0, so a table that came as Q8_0 is kept exactly. Packing is storage only: loading gives ordinary
@@ -39,19 +39,34 @@ def dequantize(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = to
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
+    """Integers [..., C] of uint8 below 2 ** bits -> bytes [..., C * bits / 8]."""
     if bits == 8:
         return values
-    if bits != 6:
-        raise ValueError(f"bits must be 6 or 8, not {bits}")
-    a, b, c, d = values.unflatten(-1, (-1, 4)).unbind(-1)
-    return torch.stack([a | (d & 3) << 6, b | (d & 12) << 4, c | (d & 48) << 2], -1).flatten(-2)
+    if bits == 6:
+        a, b, c, d = values.unflatten(-1, (-1, 4)).unbind(-1)
+        return torch.stack([a | (d & 3) << 6, b | (d & 12) << 4, c | (d & 48) << 2], -1).flatten(-2)
+    if bits not in (4, 5):
+        raise ValueError(f"bits must be 4, 5, 6 or 8, not {bits}")
+    low, high = (values & 15).unflatten(-1, (2, -1)).unbind(-2)
+    nibbles = low | high << 4
+    if bits == 4:
+        return nibbles
+    fifth = (values >> 4).unflatten(-1, (8, -1)).unbind(-2)
+    return torch.cat([nibbles, sum(bit << place for place, bit in enumerate(fifth))], -1)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
-    x, y, z = packed.unflatten(-1, (-1, 3)).unbind(-1)
-    return torch.stack([x & 63, y & 63, z & 63, x >> 6 | y >> 6 << 2 | z >> 6 << 4], -1).flatten(-2)
+    if bits == 6:
+        x, y, z = packed.unflatten(-1, (-1, 3)).unbind(-1)
+        return torch.stack([x & 63, y & 63, z & 63, x >> 6 | y >> 6 << 2 | z >> 6 << 4], -1).flatten(-2)
+    nibbles = packed[..., : packed.shape[-1] * 4 // bits]
+    values = torch.cat([nibbles & 15, nibbles >> 4], -1)
+    if bits == 4:
+        return values
+    fifth = packed[..., nibbles.shape[-1] :]
+    return values | torch.cat([(fifth >> place & 1) << 4 for place in range(8)], -1)
 
 
 def save_packed(
@@ -95,6 +110,10 @@ def save_packed_model(model: PreTrainedModel, processor: ProcessorMixin, folder:
     model.config.save_pretrained(folder)
     model.language_model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    tokenizer = folder / "tokenizer.json"  # written with an entry a line, which doubles its size
+    if tokenizer.is_file():
+        text = json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+        tokenizer.write_text(text, "utf-8")
 
 
 def load_packed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

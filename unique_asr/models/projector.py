@@ -21,23 +21,24 @@ class Frames:
     """The projector's output for W windows of T frames.
 
     hidden [W, T, projector_size]; ctc [W, T, text hidden]; logits [W, T, C + 1] over the C CTC tokens and, last, the
-    blank.
+    blank; states [W, F, audio hidden]: what the encoder gave, if a listener needs it.
     """
 
     hidden: Tensor
     ctc: Tensor
     logits: Tensor
+    states: Tensor | None = None
 
 
 @dataclass
 class Positions:
     """M merged positions of W windows, in order: what the LLM's embeddings are made of.
 
-    posterior [M, C]: weights of the CTC tokens, their sum at most 1; hidden [M, projector_size]: mean hidden state;
+    expected [M, text hidden]: the embedding of what was heard; hidden [M, size]: the state that the residual maps;
     frames [M]: first frame of each position in its window; counts [W]: positions of each window.
     """
 
-    posterior: Tensor
+    expected: Tensor
     hidden: Tensor
     frames: Tensor
     counts: Tensor
@@ -75,7 +76,8 @@ class Projector(nn.Module):
             self.context = context(config.projector_size, config.context_layers, config.context_dropout)
         self.down = nn.Linear(config.projector_size, text_size)
         self.blank = nn.Linear(config.projector_size, 1)
-        self.residual = Residual(config.projector_size, text_size)
+        listens = config.merge == "decoder"
+        self.residual = Residual(config.audio_config.d_model if listens else config.projector_size, text_size)
 
     def forward(self, encoder_states: Tensor, directions: Tensor) -> Frames:
         """encoder_states [W, F, audio hidden] -> frames [W, F // stack_factor, ...].
@@ -92,8 +94,12 @@ class Projector(nn.Module):
     def ctc_logits(self, hidden: Tensor, ctc: Tensor, directions: Tensor) -> Tensor:
         return torch.cat([ctc @ directions.T, self.blank(hidden)], dim=-1)
 
-    def positions(self, frames: Frames, keep: Tensor) -> Positions:
-        """Merge the kept frames of each window; keep: bool [W, T], one run of True in each window."""
+    def positions(self, frames: Frames, keep: Tensor, embeddings: Tensor) -> Positions:
+        """Merge the kept frames of each window; keep: bool [W, T], one run of True in each window.
+
+        embeddings: [C, text hidden], the CTC tokens'. A position expects the mean of them, weighted by how likely they
+        are; the weights' sum is at most 1.
+        """
         windows, length = keep.shape
         index = torch.arange(length, device=keep.device)
         first_kept = keep.int().argmax(-1, keepdim=True)
@@ -116,9 +122,9 @@ class Projector(nn.Module):
         speech = total(1 - posterior[:, -1])
         tokens = total(posterior[:, :-1]) / speech.clamp_min(1.0)[:, None]
         hidden = total(frames.hidden[keep].float()) / total(torch.ones_like(logits[:, 0], dtype=torch.float32))[:, None]
-        return Positions(tokens, hidden, index.expand(windows, -1)[start], counts)
+        expected = tokens.to(embeddings.dtype) @ embeddings
+        return Positions(expected, hidden, index.expand(windows, -1)[start], counts)
 
-    def embed(self, positions: Positions, embeddings: Tensor) -> Tensor:
-        """The LLM's inputs [M, text hidden]; embeddings: [C, text hidden], the CTC tokens'."""
-        expected = positions.posterior.to(embeddings.dtype) @ embeddings
-        return expected + self.residual(positions.hidden.to(self.residual.weight.dtype))
+    def embed(self, positions: Positions) -> Tensor:
+        """The LLM's inputs [M, text hidden]."""
+        return positions.expected + self.residual(positions.hidden.to(self.residual.weight.dtype))

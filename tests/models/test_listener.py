@@ -1,0 +1,165 @@
+"""Whisper's decoder as a listener: against transformers' own generate, in windows and in a speech LLM."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, GenerationMixin, WhisperConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from unique_asr.models import SpeechLLMForConditionalGeneration
+from unique_asr.models.listener import ALTERNATIVES, Listener
+
+STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
+HEADS = [[0, 1], [1, 0]]
+SETTINGS = {"prompt": PROMPT, "stop": STOP, "heads": HEADS, "suppressed": [3, STOP]}
+
+
+@pytest.fixture(scope="module")
+def whisper():
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
+        decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=STOP, bos_token_id=STOP,
+        eos_token_id=STOP, decoder_start_token_id=PROMPT[0], max_source_positions=300, max_target_positions=40,
+        init_std=0.4,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        table = model.model.decoder.embed_tokens.weight
+        table[STOP] = 1.1 * table[38]  # which one of the windows would write after seven others
+    return model
+
+
+@pytest.fixture(scope="module")
+def listener(whisper):
+    found = Listener(whisper.config, **SETTINGS)
+    found.decoder.load_state_dict(whisper.model.decoder.state_dict())
+    return found.eval()
+
+
+@pytest.fixture(scope="module")
+def states(whisper):
+    """Encoder states of windows whose texts differ, in length as well."""
+    features = torch.randn(6, 80, 600, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = whisper.model.encoder(features).last_hidden_state
+    return states + torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(2))
+
+
+def test_it_writes_what_whisper_writes(whisper, listener, states):
+    heard = listener(states, limit=30)
+    config = GenerationConfig(
+        max_new_tokens=30, do_sample=False, num_beams=1, eos_token_id=STOP, pad_token_id=STOP, bos_token_id=STOP,
+        decoder_start_token_id=PROMPT[0], suppress_tokens=[3, *range(STOP + 1, 60)],
+    )  # fmt: skip
+    prompt = torch.tensor([PROMPT]).expand(len(states), -1)
+    expected = GenerationMixin.generate(  # the plain loop, without what Whisper's own adds for long audio
+        whisper, encoder_outputs=BaseModelOutput(states), decoder_input_ids=prompt, generation_config=config
+    )
+    lengths = set()
+    for row, count, tokens in zip(expected[:, len(PROMPT) :].tolist(), heard.counts.tolist(), heard.tokens.tolist()):
+        text = row[: row.index(STOP)] if STOP in row else row
+        assert tokens[:count] == text
+        assert set(tokens[count:]) <= {STOP}
+        lengths.add(count)
+    assert len(lengths) > 1
+
+
+def test_states_and_alternatives_are_those_of_one_pass(whisper, listener, states):
+    heard = listener(states, limit=12)
+    tokens = heard.tokens[:, :-1]
+    with torch.no_grad():
+        output = whisper.model.decoder(
+            input_ids=torch.cat([torch.tensor([PROMPT]).expand(len(states), -1), tokens], 1),
+            encoder_hidden_states=states,
+        ).last_hidden_state[:, len(PROMPT) - 1 :]
+        logits = whisper.proj_out(output)
+    torch.testing.assert_close(heard.hidden, output, atol=1e-4, rtol=1e-4)
+    logits[..., STOP + 1 :] = -torch.inf
+    logits[..., 3] = -torch.inf
+    torch.testing.assert_close(heard.weights, logits.softmax(-1).topk(ALTERNATIVES).values, atol=1e-4, rtol=1e-3)
+    assert (heard.frames.diff(dim=1) >= 0).all()
+
+
+def test_windows_do_not_change_one_another(listener, states):
+    together = listener(states, limit=30)
+    for row in range(len(states)):
+        alone = listener(states[row : row + 1], limit=30)
+        count = int(alone.counts[0])
+        assert int(together.counts[row]) == count
+        assert torch.equal(together.tokens[row, :count], alone.tokens[0, :count])
+        assert torch.equal(together.frames[row, :count], alone.frames[0, :count])
+
+
+def test_the_audio_that_a_head_attends_to_is_the_time(listener):
+    """Queries and keys that match at one frame: that is where the token was read."""
+    layer = listener.decoder.layers[1].encoder_attn
+    saved = {name: value.clone() for name, value in layer.state_dict().items()}
+    frames = torch.zeros(1, 300, 32)
+    frames[0, 137] = 8.0
+    with torch.no_grad():
+        layer.k_proj.weight.fill_(0.1)
+        layer.q_proj.weight.zero_()
+        layer.q_proj.bias.fill_(1.0)
+    one = Listener(listener.decoder.config, PROMPT, STOP, [[1, 0]])
+    one.decoder.load_state_dict(listener.decoder.state_dict())
+    heard = one(frames, limit=3)
+    layer.load_state_dict(saved)
+    assert heard.frames.unique().tolist() == [137]
+
+
+def test_expected_embeddings_are_the_pieces_weighted_by_their_probability(listener):
+    embeddings = torch.eye(10)
+    listener.pieces[:] = -1
+    listener.pieces[4, :1] = 7
+    listener.pieces[5, :2] = torch.tensor([1, 2])
+    found = listener.expected(torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[4, 5, 6]]), embeddings)
+    expected = torch.zeros(10)
+    expected[[7, 1, 2]] = torch.tensor([0.75, 0.125, 0.125])
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.fixture(scope="module")
+def listening(speech_llm, whisper):
+    config = WhisperConfig(**{**whisper.config.to_dict(), "dtype": None})
+    model, processor = speech_llm(encoder=config, merge="decoder", listener=SETTINGS)
+    model.listener.decoder.load_state_dict(whisper.model.decoder.state_dict())
+    model.encoder.load_state_dict(whisper.model.encoder.state_dict())
+    model.listener.pieces[:STOP, 0] = torch.arange(STOP, dtype=torch.int32)
+    return model, processor
+
+
+def noise(seconds):
+    return np.random.default_rng(0).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
+
+
+def test_a_recording_has_a_position_for_each_token_of_the_kept_part(listening):
+    model, processor = listening
+    samples = noise(14.0)
+    encoded = model.encode([samples], processor)
+    positions, offset = [], 0
+    for window, first, last in processor.windows([samples]):
+        with torch.no_grad():
+            states = model.encoder(**processor.features([window])).last_hidden_state
+        heard = model.listener(states)
+        frames = heard.frames[0, : heard.counts[0]] // model.config.stack_factor
+        positions += [int(frame) - first + offset for frame in frames if first <= frame < last]
+        offset += last - first
+    assert encoded.frames.tolist() == positions
+    assert encoded.embeds.shape == (len(positions), 32)
+    assert len(positions) > 10
+
+
+def test_it_generates_saves_and_loads(listening, tmp_path):
+    model, processor = listening
+    inputs = processor.apply_transcription_request([noise(3.0), noise(9.0)])
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    model.save_pretrained(tmp_path)
+    again = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(again.listener.pieces, model.listener.pieces)
+    assert torch.equal(again.generate(**inputs, max_new_tokens=8, do_sample=False), tokens)
+
+
+def test_it_needs_whisper(speech_llm):
+    with pytest.raises(ValueError, match="needs a Whisper model"):
+        speech_llm(merge="decoder")

@@ -1,0 +1,164 @@
+"""Positions that Whisper's decoder hears: one for each token that it would write of a window.
+
+A frame-synchronous head (CTC) has to learn from the training speech what Whisper learned from 680,000 hours. Its own
+decoder knows it: greedily decoded, each token's final state becomes a position of the LLM, beside its expected
+embedding over the most likely tokens, in the LLM's own pieces. The LLM still reads one sequence for the whole
+recording, and writes the text. LLMs on the states of an ASR model's decoder: arXiv 2310.06434 (Whispering LLaMA),
+2408.16542 (SALSA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperDecoder
+
+from .projector import Positions
+
+PIECES = 4  # tokens of the LLM that one of Whisper's may be cut into; what is beyond is left out
+ALTERNATIVES = 8  # tokens that an expected embedding is over
+
+
+@dataclass
+class Heard:
+    """What was decoded of W windows, at most N tokens each.
+
+    tokens [W, N] of Whisper's vocabulary, `stop` from the end on; weights [W, N, A] and candidates [W, N, A]: the most
+    likely tokens of each step; hidden [W, N, d]: the decoder's last states; frames [W, N]: the encoder frame that each
+    token was read from, never before that of the token before it; counts [W]: tokens of each window.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    candidates: Tensor
+    hidden: Tensor
+    frames: Tensor
+    counts: Tensor
+
+
+class Listener(nn.Module):
+    """Whisper's decoder, with what it takes to decode.
+
+    prompt: the token ids that ask for a transcript; stop: the id that ends one, after which come ids that are no text;
+    heads: [layer, head] pairs whose cross-attention follows the audio; suppressed: ids that are never written.
+    """
+
+    def __init__(
+        self,
+        config: WhisperConfig,
+        prompt: Sequence[int],
+        stop: int,
+        heads: Sequence[Sequence[int]],
+        suppressed: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.decoder = WhisperDecoder(config)
+        self.prompt, self.stop, self.heads = list(prompt), stop, [tuple(pair) for pair in heads]
+        self.suppressed = [token for token in suppressed if token != stop]
+        # Whisper's tokens in the LLM's pieces; -1 where there are fewer.
+        self.register_buffer("pieces", torch.full((config.vocab_size, PIECES), -1, dtype=torch.int32))
+
+    def expected(self, weights: Tensor, candidates: Tensor, embeddings: Tensor) -> Tensor:
+        """weights, candidates [M, A]; embeddings: the LLM's table -> [M, text hidden]."""
+        pieces = self.pieces[candidates]  # [M, A, PIECES]
+        real = pieces >= 0
+        share = weights / real.sum(-1).clamp_min(1)
+        return torch.einsum(
+            "map,maph->mh", (share[..., None] * real).to(embeddings.dtype), embeddings[pieces.clamp_min(0)]
+        )
+
+    def positions(self, states: Tensor, spans: Tensor, stack_factor: int, embeddings: Tensor) -> Positions:
+        """A position for each token that was read from the frames [start, end) of its window.
+
+        states [W, F, d] of the encoder; spans [W, 2] in frames of `stack_factor` of its; embeddings: the LLM's table.
+        """
+        heard = self(states)
+        frames = heard.frames // stack_factor
+        spans = spans.to(frames.device)
+        keep = (heard.tokens != self.stop) & (frames >= spans[:, :1]) & (frames < spans[:, 1:])
+        expected = self.expected(heard.weights[keep], heard.candidates[keep], embeddings)
+        return Positions(expected, heard.hidden[keep], frames[keep], keep.sum(1))
+
+    @torch.no_grad()
+    def forward(self, states: Tensor, limit: int | None = None) -> Heard:
+        """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows."""
+        positions = self.decoder.embed_positions.weight
+        limit = min(limit or len(positions) // 2, len(positions) - len(self.prompt))
+        memory = _Memory(self.decoder, states, len(self.prompt) + limit)
+        windows, device = len(states), states.device
+        allowed = torch.zeros(len(self.pieces), device=device)
+        allowed[self.stop + 1 :] = -torch.inf
+        allowed[self.suppressed] = -torch.inf
+        token, ended = None, torch.zeros(windows, dtype=torch.bool, device=device)
+        for asked in self.prompt:
+            state, attention = memory.step(token := torch.full((windows,), asked, device=device))
+        found: list[tuple[Tensor, ...]] = []
+        for _ in range(limit):
+            logits = (state @ self.decoder.embed_tokens.weight.T).float() + allowed
+            weights, candidates = logits.softmax(-1).topk(ALTERNATIVES)
+            token = candidates[:, 0].masked_fill(ended, self.stop)
+            ended = ended | (token == self.stop)
+            if bool(ended.all()):
+                break
+            heard = torch.stack([attention[layer][:, head] for layer, head in self.heads]).mean(0)
+            found.append((token, weights, candidates, state, heard.argmax(-1)))
+            state, attention = memory.step(token)
+        if not found:
+            return _nothing(states)
+        tokens, weights, candidates, hidden, frames = (torch.stack(each, 1) for each in zip(*found, strict=True))
+        return Heard(tokens, weights, candidates, hidden, frames.cummax(1).values, (tokens != self.stop).sum(1))
+
+
+def _nothing(states: Tensor) -> Heard:
+    windows, ids = len(states), {"dtype": torch.long, "device": states.device}
+    none = torch.zeros(windows, 0, ALTERNATIVES, **ids)
+    return Heard(
+        none[..., 0], none.float(), none, states[:, :0], torch.zeros(windows, 0, **ids), torch.zeros(windows, **ids)
+    )
+
+
+class _Memory:
+    """Keys and values of a decoder, in place; `step` runs one token of every window."""
+
+    def __init__(self, decoder: WhisperDecoder, states: Tensor, capacity: int) -> None:
+        self.decoder, self.length = decoder, 0
+        first = decoder.layers[0].self_attn
+        self.heads, self.size = first.num_heads, first.head_dim
+        self.audio = [self._project(layer.encoder_attn, states) for layer in decoder.layers]
+        shape = len(states), self.heads, capacity, self.size
+        self.own = [(states.new_empty(shape), states.new_empty(shape)) for _ in decoder.layers]
+
+    def _split(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (self.heads, self.size)).transpose(-3, -2)  # [W, heads, N, size]
+
+    def _project(self, attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._split(attention.k_proj(states)), self._split(attention.v_proj(states))
+
+    def _attend(self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        query = self._split(attention.q_proj(query)[:, None]) * self.size**-0.5
+        weights = (query @ keys.transpose(-1, -2)).float().softmax(-1)
+        output = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(1)
+        return attention.out_proj(output), weights[:, :, 0]
+
+    def step(self, token: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """token [W] -> last state [W, d], and each layer's attention over the encoder's frames [W, heads, F]."""
+        decoder, at = self.decoder, self.length
+        state = decoder.embed_tokens(token) * getattr(decoder, "embed_scale", 1.0) + decoder.embed_positions.weight[at]
+        self.length += 1
+        heard = []
+        for layer, (keys, values), audio in zip(decoder.layers, self.own, self.audio, strict=True):
+            normed = layer.self_attn_layer_norm(state)
+            new = self._project(layer.self_attn, normed[:, None])
+            keys[:, :, at], values[:, :, at] = new[0][:, :, 0], new[1][:, :, 0]
+            output, _ = self._attend(layer.self_attn, normed, keys[:, :, : at + 1], values[:, :, : at + 1])
+            state = state + output
+            output, weights = self._attend(layer.encoder_attn, layer.encoder_attn_layer_norm(state), *audio)
+            heard.append(weights)
+            state = state + output
+            normed = layer.final_layer_norm(state)
+            state = state + layer.fc2(layer.activation_fn(layer.fc1(normed)))
+        return decoder.layer_norm(state), heard
