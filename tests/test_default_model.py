@@ -101,6 +101,14 @@ def test_a_batch_writes_what_single_recordings_write(default):
         assert processor.decode(row) == processor.decode(alone[0])
 
 
+@pytest.mark.xfail(reason="this checkpoint does not reliably follow the prompt; see its model card", strict=False)
+def test_lower_case_on_request(default):
+    transcriber = Transcriber(default)
+    segments, _ = transcriber.transcribe(load_audio(DATA / "nomads.opus"), prompt="lower case")
+    text = text_of(segments)
+    assert text == text.lower()
+
+
 def test_silence_gives_no_text(default):
     segments, info = Transcriber(default).transcribe(np.zeros(16_000 * 5, np.float32))
     assert list(segments) == []
