@@ -1,4 +1,4 @@
-"""What may be transcribed: one recording, from an allowed place, not too long. All else is refused in one line."""
+"""What may be transcribed: recordings from an allowed place, not too long. All else is refused in one line."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ class Limits:
     max_minutes: float = 180.0
     max_megabytes: float = 1000.0
 
-    def choose(self, upload: str | None, recorded: str | None, path: str | None) -> tuple[Path, bool]:
-        """The recording that is meant, and whether it was uploaded."""
+    def choose(self, uploads: Sequence[str] | None, recorded: str | None, path: str | None) -> tuple[list[Path], bool]:
+        """The recordings that are meant, and whether they were uploaded."""
         path = (path or "").strip()
-        given = [name for name in (upload, recorded, path) if name]
+        given = [name for name in (uploads, recorded, path) if name]
         if len(given) != 1:
             what = "nothing" if not given else "more than one"
-            raise Refusal(f"Give one recording: a file, the microphone or a path; {what} was given.")
-        recording = self._allowed(path) if path else Path(given[0])
+            raise Refusal(f"Give files, the microphone or a path; {what} was given.")
+        if path:
+            recordings = [self._allowed(path)]
+        else:
+            recordings = [Path(name) for name in (uploads or [recorded])]
+        for recording in recordings:
+            self.check(recording)
+        return recordings, not path
+
+    def check(self, recording: Path) -> None:
         size = recording.stat().st_size / 1e6
         if size > self.max_megabytes:
-            raise Refusal(f"The recording has {size:.0f} MB; the limit is {self.max_megabytes:g} MB.")
+            raise Refusal(f"{recording.name} has {size:.0f} MB; the limit is {self.max_megabytes:g} MB.")
         try:
             duration = AudioFile(recording, name=recording.name).duration
         except AudioError as error:
             raise Refusal(str(error)) from error
         if duration is not None:
             self.check_duration(duration)
-        return recording, not path
 
     def check_duration(self, seconds: float) -> None:
         if seconds > 60 * self.max_minutes:

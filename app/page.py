@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import gradio as gr
 
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.console import format_time
+from unique_asr.models.adapters import check_language
 from unique_asr.transcript import Segment
 
 from .comparison import COLUMNS, DENSE, SPARSE, compare
@@ -51,7 +52,7 @@ class Page:
 
     def transcribe(
         self,
-        upload: str | None,
+        uploads: list[str] | None,
         recorded: str | None,
         path: str | None,
         model: str,
@@ -59,12 +60,13 @@ class Page:
         budget: float,
         page_size: float,
         prompt: str | None,
+        language: str | None,
         vad: bool,
         reads: bool,
         compare: bool,
         request: gr.Request,
     ) -> Iterator[View]:
-        """Refuse in one line, or make a job and show it until it ends."""
+        """Refuse in one line, or make a job of each recording, and show them one after the other until they end."""
         if model not in self.models:
             raise _error(f"model={model}: this page offers {', '.join(self.models)}")
         settings = {
@@ -73,26 +75,32 @@ class Page:
             "budget": int(budget or 0),
             "page_size": int(page_size or 0),
             "prompt": (prompt or "").strip(),
+            "language": None,
             "vad": bool(vad),
             "reads": bool(reads) and attention == "unique",
             "compare": bool(compare) and attention == "unique",
         }
+        records: list[Record] = []
         try:
             attention_settings(settings, self.worker.options)
+            settings["language"] = check_language((language or "").strip(), model)
             if vad:
                 check_vad()
-            self.worker.check_room()
-            recording, uploaded = self.limits.choose(upload, recorded, path)
-            record = self.store.create(recording, recording.name, settings, copy=uploaded)
+            self.worker.check_room(len(uploads) if uploads else 1)
+            recordings, uploaded = self.limits.choose(uploads, recorded, path)
+            for recording in recordings:
+                records.append(self.store.create(recording, recording.name, settings, copy=uploaded))
+                self.worker.submit(records[-1])
         except (Refusal, ValueError) as error:
             raise _error(str(error)) from error
         except OSError as error:
             raise _error(f"{self.store.folder}: the recording cannot be kept there ({error.strerror})") from error
-        self.worker.submit(record)
-        yield from self.show(record.id, request)
+        for record in records:
+            if not (yield from self.show(record.id, request)):
+                return
 
-    def show(self, id: str | None, request: gr.Request) -> Iterator[View]:
-        """A job: as it changes while it waits or runs, then as it is on disk."""
+    def show(self, id: str | None, request: gr.Request) -> Generator[View, None, bool]:
+        """A job: as it changes while it waits or runs, then as it is on disk. Whether it was shown to its end."""
         status, count, mine = None, None, object()
         self._watching[request.session_hash] = mine
         while id and (live := self.worker.live(id)) is not None:
@@ -102,8 +110,9 @@ class Page:
                 yield self._live_view(live, first, more)
             live.finished.wait(REFRESH_SECONDS)
             if self._watching.get(request.session_hash) is not mine:
-                return
+                return False
         yield self._final_view(self.store.load(id))
+        return self._watching.get(request.session_hash) is mine
 
     def latest(self, request: gr.Request) -> Iterator[View]:
         """What a page that is opened or reloaded shows: the job at work, else the last one."""
@@ -197,9 +206,9 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=1):
                     with gr.Tab("File"):
-                        upload = gr.File(label="Audio or video", elem_id="upload")
+                        uploads = gr.File(label="Audio or video", file_count="multiple", elem_id="upload")
                         if self.examples:
-                            gr.Examples(self.examples, upload)
+                            gr.Examples([[[path]] for path in self.examples], uploads)
                     with gr.Tab("Microphone"):
                         recorded = gr.Audio(label="Microphone", sources=["microphone"], type="filepath")
                     with gr.Tab("Path", visible=bool(self.limits.folders)):
@@ -210,6 +219,7 @@ class Page:
                         budget = gr.Number(options["budget"] or 512, label="Budget (tokens a step reads)", precision=0)
                         page_size = gr.Number(options["page_size"], label="Page size (tokens)", precision=0)
                         prompt = gr.Textbox(label="Instruction or hotwords", lines=2)
+                        language = gr.Textbox(label="Language, for models that can be told (fr or French; empty: any)")
                         vad = gr.Checkbox(label="Drop what is not speech (voice activity detection)")
                         reads = gr.Checkbox(label="Plot which part of the audio each token read")
                         compared = gr.Checkbox(label="Transcribe densely as well, and compare")
@@ -243,7 +253,8 @@ class Page:
                             label="Differences", color_map={DENSE: "orange", SPARSE: "blue"}, combine_adjacent=True
                         )
             outputs = [status, text, table, player, files, comparison, differences, measures, plot, jobs]
-            inputs = [upload, recorded, path, model, attention, budget, page_size, prompt, vad, reads, compared]
+            inputs = [uploads, recorded, path, model, attention, budget, page_size]
+            inputs += [prompt, language, vad, reads, compared]
             # A handler only watches its job: the worker does one at a time, however many watch.
             watching = {"outputs": outputs, "concurrency_limit": None, "show_progress": "hidden"}
             start.click(self.transcribe, inputs, api_name="transcribe", **watching)

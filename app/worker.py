@@ -111,9 +111,9 @@ class Worker:
             self._change.notify()
         return live
 
-    def check_room(self) -> None:
-        if len(self._queue) >= self.max_waiting:
-            raise Refusal(f"{self.max_waiting} jobs are waiting, which is the limit; try again later.")
+    def check_room(self, jobs: int = 1) -> None:
+        if len(self._queue) + jobs > self.max_waiting:
+            raise Refusal(f"At most {self.max_waiting} jobs may wait, and {len(self._queue)} do; try again later.")
 
     def live(self, id: str) -> Live | None:
         return self._lives.get(id)
@@ -170,12 +170,14 @@ class Worker:
         source = AudioFile(job.audio, name=record.title, vad=record.settings.get("vad", False))
         prompt = record.settings["prompt"] or None
         settings = {"model": record.settings["model"], "attention": attention, **self.options["transcriber"]}
-        text = text_settings(prompt, settings.get("max_pass_seconds"), 0.0, None, None, source.vad)
+        language = record.settings.get("language")
+        text = text_settings(prompt, settings.get("max_pass_seconds"), 0.0, None, None, source.vad, language)
         unfinished, keep = job.unfinished(source.duration, made_with(settings, text))
         log = SegmentLog(job.partial_path("jsonl"), keep)
         transcriber = self._transcriber(settings, live)
         reads = PageReads() if record.settings.get("reads") and kind == "transcript" else None
-        transcribe_one(job, source, list(WRITERS), log, False, transcriber, prompt, unfinished, live, begin, reads)
+        recording = job, source, list(WRITERS), log, False
+        transcribe_one(*recording, transcriber, prompt, language, unfinished, live, begin, reads)
 
     def _transcriber(self, settings: dict[str, Any], live: Live) -> Transcriber:
         """One is kept: with other settings of the attention, its model is taken over."""

@@ -8,12 +8,14 @@ import torch
 from test_pipeline import noise
 
 import unique_asr
-from unique_asr import batch
+from unique_asr import batch, batch_decoding, pipeline
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.batch import side_by_side, transcribe_batch
+from unique_asr.attention.cache import HEADROOM
+from unique_asr.batch import interleave, side_by_side, transcribe_batch
 from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.longform import PENDING, LongformConfig
+from unique_asr.memory import decoding_memory
 from unique_asr.pipeline import Transcriber
 
 DATA = Path(__file__).parent / "data"
@@ -132,7 +134,7 @@ def test_a_transcriber_of_another_kind_goes_one_by_one(tiny, monkeypatch):
     transcriber = Transcriber(tiny)
 
     class Other:
-        def transcribe(self, audio, *, prompt, progress):
+        def transcribe(self, audio, *, prompt, language, progress):
             return transcriber.transcribe(audio, prompt=prompt, progress=progress)
 
     monkeypatch.setattr("unique_asr.models.adapters.make_transcriber", lambda *arguments, **options: Other())
@@ -150,8 +152,150 @@ def test_what_cannot_work(tiny, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(batch.BatchDecoder, "step", fails)
-    with pytest.raises(ValueError, match="lower batch"):
-        list(transcribe_batch([noise(2)], tiny))
+    for _, transcript in transcribe_batch([noise(2), noise(3), noise(2)], tiny, batch=2):
+        assert transcript.info.stop_reason == "error"
+        assert transcript.info.warnings[-1] == "out of memory on cpu; lower batch or max_pass_seconds"
+
+
+def test_the_language_is_that_of_the_model(tiny):
+    with pytest.raises(ValueError, match="language=French: model=default takes en; leave language out"):
+        transcribe_batch([noise(2)], language="French")
+    transcriber = Transcriber(tiny)
+    transcriber.languages = ("en",)
+    for _, transcript in side_by_side(transcriber, [noise(2), noise(3)], 2, language="English"):
+        assert transcript.info.settings["language"] == "en"
+
+
+def waves(rows, monkeypatch):
+    """The number of rows in each wave from now on."""
+    counts, prefill = [], rows._prefill
+    monkeypatch.setattr(rows, "_prefill", lambda prompts: (counts.append(len(prompts)), prefill(prompts)))
+    return counts
+
+
+def test_what_does_not_fit_beside_the_others_waits(llama, monkeypatch):
+    prompts, counts = prompts_of(40, 7, 23, 64, 33), (9, 30, 12, 5, 20)
+    rows = BatchDecoder(llama, SparseAttentionConfig(budget=None), prefill_chunk=16)
+    two = decoding_memory(rows._shape, 64, 64 + HEADROOM, 64, rows.attention, torch.float32, 16, 2).pass_bytes
+    # The cache that is there makes room for the next one.
+    monkeypatch.setattr(batch_decoding, "free_memory", lambda device: two - rows.held)
+    sizes = waves(rows, monkeypatch)
+    results = together(rows, prompts, counts, 4)
+    assert [tokens for tokens, _ in results] == [
+        alone(llama, rows.attention, prompt, count)[0] for prompt, count in zip(prompts, counts, strict=True)
+    ]
+    assert max(sizes) == 2
+    assert rows.notice.startswith("4 recordings side by side need 0.0 GB and 0.0 GB are free on cpu: 2 at a time")
+
+    monkeypatch.setattr(batch_decoding, "free_memory", lambda device: 0)
+    del sizes[:]
+    together(rows, prompts, counts, 4)
+    assert set(sizes) == {1}
+    monkeypatch.setattr(batch_decoding, "free_memory", lambda device: None)  # a system that does not tell
+    del sizes[:]
+    together(rows, prompts, counts, 4)
+    assert sizes[0] == 4
+
+
+@pytest.mark.parametrize("budget", [None, 512])
+def test_the_estimate_for_a_wave_is_what_its_cache_takes(llama, budget):
+    rows = BatchDecoder(llama, SparseAttentionConfig(budget=budget), prefill_chunk=16)
+    begun = []
+    for prompt in prompts_of(40, 7, 23):
+        row = rows.row()
+        row.prefill(prompt)
+        begun.append((row, row.tokens(1200)))
+        next(begun[-1][1])
+    options = rows.attention, torch.float32, 16, 3
+    assert rows._memory(rows.rows) == decoding_memory(rows._shape, 40, 1240, 40, *options).pass_bytes
+    assert rows.held == 0
+    rows.step()
+    begins = decoding_memory(rows._shape, 40, 40 + HEADROOM, 40, *options)
+    assert rows.held == begins.cache + begins.statistics
+    assert begun[0][0].held == rows.held
+
+
+def test_a_recording_that_does_not_fit_alone_is_refused_by_name(tiny, monkeypatch):
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
+    results = dict(transcribe_batch([DATA / "nomads.opus", noise(2)], tiny, batch=2))
+    for transcript in results.values():
+        assert transcript.info.stop_reason == "error"
+        assert (
+            "does not fit into the 0.0 GB that are free on cpu; lower max_pass_seconds" in transcript.info.warnings[-1]
+        )
+    assert results[0].info.warnings[-1].startswith(str(DATA / "nomads.opus"))
+
+
+def test_a_cache_that_cannot_be_had_is_gone(llama, monkeypatch):
+    rows = BatchDecoder(llama)
+    row = rows.row()
+    row.prefill(prompts_of(40)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "_forward", lambda *arguments, **options: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        with pytest.raises(torch.OutOfMemoryError):
+            rows.step()
+    assert rows.held == 0
+    rows.remove(row)
+    assert together(rows, prompts_of(12), (5,), 1)[0][0] == alone(llama, None, prompts_of(12)[0], 5)[0]
+
+
+class Steps:
+    """Tasks for `interleave`, and what was raised in them."""
+
+    def __init__(self, *turns, fails=None):
+        self.turns, self.fails, self.stepped, self.raised, self.begun = turns, fails, 0, {}, []
+
+    def step(self):
+        self.stepped += 1
+        if self.stepped == self.fails:
+            raise RuntimeError("no")
+
+    def task(self, index, turns):
+        self.begun.append(index)
+        try:
+            for _ in range(turns):
+                yield
+        except BaseException as error:
+            self.raised[index] = type(error)
+            if not isinstance(error, RuntimeError):
+                raise
+            return "failed"
+        return "done"
+
+    def tasks(self):
+        return (self.task(index, turns) for index, turns in enumerate(self.turns))
+
+
+def test_tasks_take_turns_and_the_next_begins_when_one_ends():
+    steps = Steps(3, 1, 0, 2)
+    ended = list(interleave(steps.tasks(), 2, steps.step))
+    assert ended == [(1, "done"), (2, "done"), (0, "done"), (3, "done")]
+    assert steps.begun == [0, 1, 2, 3]
+
+
+def test_a_step_that_fails_ends_those_that_waited_for_it():
+    steps = Steps(3, 3, 1, fails=2)
+    assert list(interleave(steps.tasks(), 2, steps.step)) == [(0, "failed"), (1, "failed"), (2, "done")]
+    assert steps.raised == {0: RuntimeError, 1: RuntimeError}
+
+
+def test_whoever_stops_listening_ends_all():
+    steps = Steps(3, 1, 3, 3)
+    results = interleave(steps.tasks(), 3, steps.step)
+    next(results)
+    results.close()
+    assert steps.raised == {0: GeneratorExit, 2: GeneratorExit}
+    assert steps.begun == [0, 1, 2]
+
+
+def test_an_interrupt_reaches_every_task():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    steps = Steps(3, 3, 3)
+    with pytest.raises(KeyboardInterrupt):
+        list(interleave(steps.tasks(), 2, interrupted))
+    assert steps.raised == {0: KeyboardInterrupt, 1: KeyboardInterrupt}
 
 
 def test_the_shipped_model_writes_the_same():

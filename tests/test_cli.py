@@ -35,7 +35,7 @@ class FakeTranscriber:
         self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
         settings["progress"]("load", 1, 1)
 
-    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass, reads=None):
+    def transcribe(self, audio, *, prompt, language, progress, unfinished, on_pass, reads=None):
         if reads is not None:
             reads.duration = audio.duration
         info = TranscriptionInfo(
@@ -44,7 +44,7 @@ class FakeTranscriber:
             model=self.settings["model"],
             attention=self.settings["attention"].to_dict(),
             settings=text_settings(
-                prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel, audio.vad
+                prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel, audio.vad, language
             ),
             sparsity={"steps": 40, "sparse_steps": 30, "share_of_pages_read": 0.25},
         )
@@ -268,6 +268,16 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "start=1:00"], 1, "error: talk.opus: start=60, but it ends after 9.1 s"),
         (["audio=talk.opus", "channel=left"], 2, "error: channel=left: give mix, or a number"),
         (["audio=talk.opus", "channel=2"], 1, "talk.opus: has no channel=2, only 1 to 1"),
+        (
+            ["audio=talk.opus", "language=French"],
+            2,
+            "error: language=French: model=default takes en; leave language out",
+        ),
+        (["audio=talk.opus", "language=no"], 2, "error: language=no: model=default takes en"),
+        (["audio=talk.opus", "batch=0"], 2, "error: batch=0: give a whole number of recordings, 1 or more"),
+        (["audio=talk.opus", "batch=2.5"], 2, "error: batch=2.5: give a whole number"),
+        (["audio=talk.opus", "batch=true"], 2, "error: batch=True: give a whole number"),
+        (["audio=talk.opus", "batch=2", "output.reads=true"], 2, "error: output.reads=true: draws what one recording"),
         (["audio=talk.opus", "attention.size=7"], 2, "error: Could not override 'attention.size'"),
     ],
 )
@@ -298,6 +308,18 @@ def test_part_of_a_recording(talk, command):
     code, _, err = command("audio=talk.opus")
     assert code == 1
     assert "was made from start=2.0; output.overwrite=true" in err
+
+
+@pytest.mark.parametrize("language", ["en", "English", "ENGLISH"])
+def test_the_language_is_recorded(talk, command, language):
+    assert command("audio=talk.opus", f"language={language}")[0] == 0
+    assert read_transcript("talk.json").info.settings["language"] == "en"
+    assert "keeping" in command("audio=talk.opus", "language=en")[2]
+    code, _, err = command("audio=talk.opus")
+    assert code == 1
+    assert "was made from language=en; output.overwrite=true" in err
+    assert command("audio=talk.opus", "language=null", "output.overwrite=true")[0] == 0
+    assert read_transcript("talk.json").info.settings["language"] is None
 
 
 def test_voice_activity_detection(talk, command, monkeypatch):
@@ -476,7 +498,9 @@ def test_resume_without_anything_to_resume_is_a_transcription(talk, command):
     assert len(read_transcript("talk.json").segments) == 4
 
 
-@pytest.mark.parametrize("option", ["attention=dense", "model=./other", "end=5", "decoding.prompt=Names: Ada."])
+@pytest.mark.parametrize(
+    "option", ["attention=dense", "model=./other", "end=5", "decoding.prompt=Names: Ada.", "language=en"]
+)
 def test_other_settings_do_not_go_on_with_it(talk, command, option):
     command("audio=talk.opus", stop=3, error=RuntimeError("no"))
     before = Path("talk.partial.jsonl").read_bytes()

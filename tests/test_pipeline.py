@@ -147,6 +147,21 @@ def test_errors_are_one_line_and_come_at_once(tiny, audio, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_default_model_takes_english_alone():
+    with pytest.raises(ValueError, match="language=fr: model=default takes en; leave language out"):
+        transcribe(np.zeros(16000, np.float32), language="fr", dtype="none")  # said before anything about loading
+
+
+@pytest.mark.parametrize("language", ["en", "English"])
+def test_the_language_is_recorded(tiny, language):
+    transcriber = Transcriber(tiny)
+    with pytest.raises(ValueError, match=f"language={language}: model=SpeechLLM.* cannot be told a language"):
+        transcriber.transcribe(noise(1), language=language)
+    transcriber.languages = ("en",)
+    assert transcriber.transcribe(noise(1), language=language)[1].settings["language"] == "en"
+    assert transcriber.transcribe(noise(1))[1].settings["language"] is None
+
+
 def test_audio_without_samples(tiny):
     segments, _ = transcribe(np.zeros(0, np.float32), model=tiny)
     with pytest.raises(PipelineError, match="empty"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from .transcript import Segment, Transcript, TranscriptionInfo
 
 BatchProgress = Callable[[int, str, float, float], None]  # index of the recording, stage, done, total
 OnSegment = Callable[[int, Segment], None]  # index of the recording, and what was just decoded of it
+Result = TypeVar("Result")
 
 
 def transcribe_batch(
@@ -30,6 +32,7 @@ def transcribe_batch(
     device: str = "auto",
     dtype: str = "auto",
     prompt: str | None = None,
+    language: str | None = None,
     vad: bool = False,
     progress: BatchProgress | None = None,
     on_segment: OnSegment | None = None,
@@ -47,17 +50,20 @@ def transcribe_batch(
     selected. Phi-4-multimodal decodes one by one, as the length of one recording would change the text of another.
 
     Args:
-        batch: recordings that are in memory and decoded at once.
+        batch: recordings that are in memory and decoded at once; fewer where their KV caches would not fit beside
+            each other into the memory that is free.
         progress: called as progress(index, stage, done, total).
         on_segment: called as on_segment(index, segment), the moment a segment is decoded.
         all else: as for `transcribe`.
     """
-    from .models.adapters import make_transcriber
+    from .models.adapters import check_language, make_transcriber
 
     if batch < 1:
         raise PipelineError(f"batch={batch}: give at least 1")
+    if not isinstance(model, tuple):
+        check_language(language, model)
     transcriber = make_transcriber(model, attention=attention, budget=budget, device=device, dtype=dtype, **options)
-    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment)
+    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment, language)
 
 
 def side_by_side(
@@ -68,38 +74,71 @@ def side_by_side(
     vad: bool = False,
     progress: BatchProgress | None = None,
     on_segment: OnSegment | None = None,
+    language: str | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
     """See `transcribe_batch`; with batch=1, any transcriber does."""
+    rows = batch_rows(transcriber, batch)
+
+    def begun(index: int, audio: Audio) -> Generator[None, None, Transcript]:
+        callbacks = (partial(callback, index) if callback else None for callback in (progress, on_segment))
+        return recording(transcriber, audio, prompt, language, vad, *callbacks, rows)
+
+    return interleave(starmap(begun, enumerate(audios)), batch if rows else 1, partial(step, rows))
+
+
+def batch_rows(transcriber: Any, batch: int) -> BatchDecoder | None:
+    """What decodes `batch` recordings side by side; None if they go one by one."""
     make = getattr(transcriber, "batch_decoder", None)
-    rows = make() if make and batch > 1 else None
-    batch = batch if rows else 1
-    waiting = enumerate(audios)
-    running: dict[int, Generator[None, None, Transcript]] = {}
-    while True:
-        for index, audio in islice(waiting, batch - len(running)):
-            callbacks = (partial(callback, index) if callback else None for callback in (progress, on_segment))
-            running[index] = recording(transcriber, audio, prompt, vad, *callbacks, rows)
-        if not running:
-            return
-        complete = False
-        for index, steps in list(running.items()):
-            try:
-                next(steps)
-            except StopIteration as stop:
-                complete = True
-                del running[index]
-                yield index, stop.value
-        if not complete:  # all of them wait
-            try:
-                rows.step()
-            except torch.OutOfMemoryError as error:
-                raise PipelineError(f"out of memory on {rows.device}; lower batch or max_pass_seconds") from error
+    return make() if make and batch > 1 else None
+
+
+def step(rows: BatchDecoder) -> None:
+    try:
+        rows.step()
+    except torch.OutOfMemoryError as error:
+        raise PipelineError(f"out of memory on {rows.device}; lower batch or max_pass_seconds") from error
+
+
+def interleave(
+    tasks: Iterable[Generator[None, None, Result]], batch: int, step: Callable[[], None]
+) -> Iterator[tuple[int, Result]]:
+    """Advances `batch` generators in turn, and calls `step` whenever all of them wait for it.
+
+    Yields (index, what a generator returned) as they end, which need not be their order. What `step` raises is raised
+    in each generator that waits. What a generator raises, or an interrupt, ends them all, each with that error.
+    """
+    waiting, running, failure = enumerate(tasks), {}, None
+    try:
+        while True:
+            running.update(islice(waiting, batch - len(running)))
+            if not running:
+                return
+            ended = False
+            for index, task in list(running.items()):
+                try:
+                    task.throw(failure) if failure else next(task)
+                except StopIteration as stop:
+                    ended = True
+                    del running[index]
+                    yield index, stop.value
+            failure = None
+            if not ended:
+                try:
+                    step()
+                except Exception as error:
+                    failure = error
+    except BaseException as error:
+        for task in running.values():
+            with suppress(BaseException):
+                task.throw(error)
+        raise
 
 
 def recording(
     transcriber: Any,
     audio: Audio,
     prompt: str | None,
+    language: str | None,
     vad: bool,
     progress: Progress | None,
     on_segment: Callable[[Segment], None] | None,
@@ -110,14 +149,17 @@ def recording(
     row = rows.row() if rows else None
     try:
         source, where = open_audio(audio, vad=vad), {"row": row} if row else {}
-        segments, transcript.info = transcriber.transcribe(source, prompt=prompt, progress=progress, **where)
-        for segment in segments:
-            if segment is None:
-                yield
-                continue
-            transcript.segments.append(segment)
-            if on_segment is not None:
-                on_segment(segment)
+        segments, transcript.info = transcriber.transcribe(
+            source, prompt=prompt, language=language, progress=progress, **where
+        )
+        with closing(segments):
+            for segment in segments:
+                if segment is None:
+                    yield
+                    continue
+                transcript.segments.append(segment)
+                if on_segment is not None:
+                    on_segment(segment)
     except ValueError as error:
         transcript.info.stop_reason = "error"
         transcript.info.warnings.append(str(error))

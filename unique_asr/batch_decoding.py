@@ -19,20 +19,28 @@ from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsitySt
 from .attention.cache import HEADROOM
 from .attention.huggingface import NAME, set_attention
 from .longform import PENDING
+from .memory import decoding_memory, free_memory, held, shape_of
 
 
 class Row:
     """The decoder of one recording in a batch; see `unique_asr.longform.Decoder`."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: BatchDecoder) -> None:
+        self.batch = batch
         self.log_probs: list[float] = []
         self.statistics = SparsityStatistics()  # its share of the batch's
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # its share of the time
         self.embeds: Tensor | None = None  # [1, N, hidden], a prompt that waits for its prefill
+        self.max_new_tokens = 0  # of its answer
         self.progress: Callable[[int, int], None] | None = None
         self.running = False
         self.stop_reason: str | None = None  # of the last `tokens`, as of `GreedyDecoder`
         self.next: tuple[int, float] | None = None  # token and log-probability that nobody took yet
+
+    @property
+    def held(self) -> int:
+        """Bytes of the batch's cache, whose place the next one takes."""
+        return self.batch.held
 
     def reset(self) -> None:
         self.running, self.next, self.embeds = False, None, None
@@ -42,7 +50,7 @@ class Row:
 
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
         """As `GreedyDecoder.tokens`, with PENDING where the batch has to make a step first."""
-        self.stop_reason = None
+        self.stop_reason, self.max_new_tokens = None, max_new_tokens
         for _ in range(max_new_tokens):
             while self.next is None:
                 yield PENDING
@@ -64,6 +72,8 @@ class BatchDecoder:
         ...                                   # prefill each, and ask them for tokens until they are PENDING
         rows.step()
 
+    Rows that would not fit into the free memory beside the others wait; `notice` says so.
+
     `static` and `prefill_chunk` as for `GreedyDecoder`.
     """
 
@@ -82,25 +92,43 @@ class BatchDecoder:
         self.rows: list[Row] = []
         self._wave: list[Row] = []  # the rows whose passes are in the cache, in its order
         self._made: DecodeStep | None = None  # for as many rows as the last wave had
+        self._shape = shape_of(language_model)
+        self._limit: int | None = None  # rows, the last time that memory had no room for all
+        self.notice = ""  # one line about it
 
     def row(self) -> Row:
-        self.rows.append(Row())
+        self.rows.append(Row(self))
         return self.rows[-1]
 
     def remove(self, row: Row) -> None:
         row.reset()
         self.rows.remove(row)
 
-    @torch.no_grad()
+    @property
+    def held(self) -> int:
+        """Bytes of the cache."""
+        return held(self._made.cache) if self._made is not None else 0
+
     def step(self) -> None:
-        """Give every row in the wave its next token, or begin a wave with those that wait."""
+        """Give every row in the wave its next token, or begin a wave with those that wait, if memory has room for all.
+
+        After an error the cache is gone, and with it the wave.
+        """
+        try:
+            self._step()
+        except BaseException:
+            self._wave, self._made = [], None
+            raise
+
+    @torch.no_grad()
+    def _step(self) -> None:
         begin, before = time.perf_counter(), SparsityStatistics(**vars(self.statistics))
         active = [row for row in self._wave if row.running]
         stage = "decode" if active else "prefill"
         if active:
             self._decode()
         else:
-            self._wave = active = [row for row in self.rows if row.embeds is not None]
+            self._wave = active = self._fitting([row for row in self.rows if row.embeds is not None])
             self._prefill([row.embeds[0] for row in active])
             for row in active:
                 row.embeds, row.running = None, True
@@ -110,6 +138,32 @@ class BatchDecoder:
                 row.next = int(token), log_prob
                 row.seconds[stage] += (time.perf_counter() - begin) / len(active)
                 self._count(row.statistics, before)
+
+    def _fitting(self, rows: list[Row]) -> list[Row]:
+        """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""
+        free = free_memory(self.device)
+        if free is None:
+            return rows
+        free += self.held
+        count = len(rows)
+        while count > 1 and self._memory(rows[:count]) > free:
+            count -= 1
+        if count < len(rows) and count != self._limit:
+            self._limit = count
+            self.notice = (
+                f"{len(rows)} recordings side by side need {self._memory(rows) / 1e9:.1f} GB and "
+                f"{free / 1e9:.1f} GB are free on {self.device}: {count} at a time"
+            )
+        return rows[:count]
+
+    def _memory(self, rows: list[Row]) -> int:
+        """Bytes that a wave of these rows may take."""
+        prompt = max(row.embeds.shape[1] for row in rows)
+        tokens = prompt + max(HEADROOM, *(row.max_new_tokens for row in rows))
+        dtype = rows[0].embeds.dtype
+        return decoding_memory(
+            self._shape, prompt, tokens, prompt, self.attention, dtype, self.prefill_chunk, len(rows)
+        ).pass_bytes
 
     def _prefill(self, prompts: list[Tensor]) -> None:
         """Vectors [N_i, hidden] of every row, padded to the longest, densely and in chunks."""

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.audio import AudioError, AudioFile, parse_time
-from unique_asr.console import Display, JSONLines, format_time
+from unique_asr.console import Display, JSONLines, format_time, speed
 from unique_asr.jobs import STDIN, Job, OutputError, find_recordings, plan, resolve_formats
 from unique_asr.overrides import run
 from unique_asr.page_reads import PageReads
@@ -26,7 +26,10 @@ from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfini
 from unique_asr.writers import SegmentLog, read_transcript
 
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
-LITERAL_KEYS = ("audio", "start", "end", "output.dir", "output.format", "model.name_or_path", "decoding.prompt")
+LITERAL_KEYS = (
+    *("audio", "start", "end", "language"),
+    *("output.dir", "output.format", "model.name_or_path", "decoding.prompt"),
+)
 LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 
@@ -35,16 +38,18 @@ class Transcriber(Protocol):
 
     name: str
     records_reads: bool  # whether `transcribe` takes `reads`, a PageReads, too
+    # batch_decoder(), if it has one, gives what decodes recordings side by side; `transcribe` takes a `row` of it.
 
     def transcribe(
         self,
         audio: AudioFile,
         *,
         prompt: str | None,
+        language: str | None,
         progress: Callable[[str, float, float], None],
         unfinished: Unfinished | None,
         on_pass: Callable[[dict[str, Any]], None],
-    ) -> tuple[Iterator[Segment], TranscriptionInfo]: ...
+    ) -> tuple[Iterator[Segment | None], TranscriptionInfo]: ...
 
 
 def main(arguments: Sequence[str] | None = None, load: Callable[..., Transcriber] | None = None) -> None:
@@ -86,7 +91,9 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
         audio = OmegaConf.to_container(config.audio) if OmegaConf.is_list(config.audio) else config.audio
         formats = resolve_formats(config.output.format)
         jobs = plan(find_recordings(audio), config.output.dir)
+        batch = batch_size(config)
         settings = transcriber_settings(config)
+        language = recording_language(config)
         part = audio_part(config)
     except AudioError as error:
         display.error(str(error))
@@ -95,41 +102,123 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
         display.error(str(error))
         return USAGE
 
-    transcriber, prompt = None, config.decoding.prompt
-    code = SUCCESS
+    from unique_asr.batch import interleave
+
     with ExitStack() as temporary:
-        for number, job in enumerate(jobs, start=1):
-            if len(jobs) > 1:
-                display.note(f"{job.name} ({number} of {len(jobs)})")
-            begin = time.perf_counter()
-            try:
-                if job.audio == STDIN:
-                    job = replace(job, audio=spool(sys.stdin.buffer, temporary))
-                source = AudioFile(job.audio, **part, name=job.name)
-                made_from = made_with(settings, text_settings(prompt, config.decoding.max_pass_seconds, **part))
-                missing = missing_formats(job, formats, config.output.overwrite, source, made_from, display)
-                if not missing:
-                    continue
-                unfinished, keep = job.unfinished(source.duration, made_from) if config.resume else (None, 0)
-                if transcriber is None:
-                    with display:
-                        transcriber = load(**settings, progress=display.progress)
-                log = SegmentLog(job.partial_path("jsonl"), keep)
-                reads = PageReads() if config.output.reads else None
-                keep_log = config.output.keep_log
-                transcribe_one(
-                    job, source, missing, log, keep_log, transcriber, prompt, unfinished, display, begin, reads
-                )
-            except KeyboardInterrupt:
-                return INTERRUPTED
-            except Exception as error:
-                if config.debug:
-                    raise
-                display.error(_describe(error, job), job.name)
-                code = FAILED
-                if transcriber is None and not isinstance(error, AudioError | OutputError):
-                    break  # a model that does not load for this recording does not load for the next one
-    return code
+        run = Run(config, formats, settings, language, part, load, display, temporary)
+        tasks = (run.recording(job, number, len(jobs)) for number, job in enumerate(jobs, start=1))
+        begin = time.perf_counter()
+        try:
+            for _ in interleave(tasks, batch, run.step):
+                pass
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    if batch > 1 and len(run.done) > 1:
+        display.note(f"{len(run.done)} recordings: {speed(sum(run.done), time.perf_counter() - begin)}")
+    return run.code
+
+
+class Run:
+    """What the recordings of one command share: settings, the model, and the exit code."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        formats: Sequence[str],
+        settings: dict[str, Any],
+        language: str | None,
+        part: dict[str, Any],
+        load: Callable[..., Transcriber],
+        display: Display,
+        temporary: ExitStack,
+    ) -> None:
+        self.config, self.formats, self.settings, self.language, self.part = config, formats, settings, language, part
+        self._load, self.display, self.temporary = load, display, temporary
+        self.transcriber: Transcriber | None = None  # from the first recording that needs it
+        self.rows: Any = None  # the BatchDecoder, if they are decoded side by side
+        self.code = SUCCESS
+        self.done: list[float] = []  # seconds of the recordings that were transcribed
+        self._unusable = False  # a model that does not load for one recording does not load for the next one
+        self._noticed = ""
+
+    def recording(self, job: Job, number: int, total: int) -> Generator[None, None, None]:
+        """One recording to its files; yields where its next token waits for `step`. An error ends it alone."""
+        if self._unusable:
+            return
+        config, row = self.config, None
+        display = self.display.beside(job.name) if config.batch > 1 else self.display
+        if total > 1:
+            display.note(f"{job.name} ({number} of {total})")
+        begin = time.perf_counter()
+        try:
+            if job.audio == STDIN:
+                job = replace(job, audio=spool(sys.stdin.buffer, self.temporary))
+            source = AudioFile(job.audio, **self.part, name=job.name)
+            prompt, limit = config.decoding.prompt, config.decoding.max_pass_seconds
+            text = text_settings(prompt, limit, **self.part, language=self.language)
+            made_from = made_with(self.settings, text)
+            missing = missing_formats(job, self.formats, config.output.overwrite, source, made_from, display)
+            if not missing:
+                return
+            unfinished, keep = job.unfinished(source.duration, made_from) if config.resume else (None, 0)
+            self.load()
+            row = self.rows.row() if self.rows else None
+            log = SegmentLog(job.partial_path("jsonl"), keep)
+            reads = PageReads() if config.output.reads else None
+            keep_log = config.output.keep_log
+            info = yield from transcription(
+                *(job, source, missing, log, keep_log, self.transcriber),
+                *(prompt, self.language, unfinished, display, begin, reads, row),
+            )
+            self.done.append(info.duration)
+        except Exception as error:
+            if config.debug:
+                raise
+            display.error(_describe(error, job), job.name)
+            self.code = FAILED
+            self._unusable = self.transcriber is None and not isinstance(error, AudioError | OutputError)
+        finally:
+            if row is not None:
+                self.rows.remove(row)
+
+    def load(self) -> None:
+        """The model, if it is not there yet."""
+        if self.transcriber is not None:
+            return
+        from unique_asr.batch import batch_rows
+
+        with self.display as display:
+            self.transcriber = self._load(**self.settings, progress=display.progress)
+        self.rows = batch_rows(self.transcriber, self.config.batch)
+        if self.config.batch > 1 and self.rows is None:
+            self.display.note(f"batch={self.config.batch}: {self.transcriber.name} takes recordings one by one")
+
+    def step(self) -> None:
+        """Give every recording that waits its next token."""
+        from unique_asr.batch import step
+
+        step(self.rows)
+        if self.rows.notice != self._noticed:
+            self._noticed = self.rows.notice
+            self.display.note(self._noticed)
+
+
+def batch_size(config: DictConfig) -> int:
+    batch = config.batch
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ValueError(f"batch={batch}: give a whole number of recordings, 1 or more")
+    if batch > 1 and config.output.reads:
+        raise ValueError("output.reads=true: draws what one recording alone was read from; use batch=1")
+    return batch
+
+
+def recording_language(config: DictConfig) -> str | None:
+    """The code of config.language, if the model can be told it."""
+    if not config.language:
+        return None
+    from unique_asr.models.adapters import check_language
+
+    return check_language(str(config.language), config.model.name_or_path)
 
 
 def transcriber_settings(config: DictConfig) -> dict[str, Any]:
@@ -200,7 +289,13 @@ def missing_formats(
     return missing
 
 
-def transcribe_one(
+def transcribe_one(*arguments: Any) -> None:
+    """`transcription` of a recording that has none beside it."""
+    for _ in transcription(*arguments):
+        pass
+
+
+def transcription(
     job: Job,
     source: AudioFile,
     formats: Sequence[str],
@@ -208,29 +303,33 @@ def transcribe_one(
     keep_log: bool,
     transcriber: Transcriber,
     prompt: str | None,
+    language: str | None,
     unfinished: Unfinished | None,
     display: Display,
     begin: float,
     reads: PageReads | None = None,
-) -> None:
+    row: Any = None,
+) -> Generator[None, None, TranscriptionInfo]:
     """One recording to its files. Whatever stops it, the segments decoded until then are on disk.
 
     begin: the clock when work on the recording began; loading the model for it counts.
     reads: is drawn as one of the files; see `unique_asr.page_reads.PageReads`.
+    row: of a `BatchDecoder`, which decodes: the generator yields where the batch has to make a step.
     """
     transcript: Transcript | None = None
     try:
         with display:
             if reads is not None and not transcriber.records_reads:
                 raise ValueError(f"reads=true: model={transcriber.name} does not record what its steps read")
-            recorded = {} if reads is None else {"reads": reads}
+            more = ({} if reads is None else {"reads": reads}) | ({} if row is None else {"row": row})
             iterator, info = transcriber.transcribe(
                 source,
                 prompt=prompt,
+                language=language,
                 progress=display.progress,
                 unfinished=unfinished,
                 on_pass=log.pass_begins,
-                **recorded,
+                **more,
             )
             log.info = info
             transcript = Transcript([], info)
@@ -240,6 +339,9 @@ def transcribe_one(
                     transcript.segments.append(segment)
                     display.segment(segment, job.name)
             for segment in iterator:
+                if segment is None:
+                    yield
+                    continue
                 transcript.segments.append(segment)
                 log.append(segment)
                 display.segment(segment, job.name)
@@ -267,6 +369,7 @@ def transcribe_one(
     for warning in info.warnings:
         display.warning(warning)
     display.summary(info, time.perf_counter() - begin, files)
+    return info
 
 
 def _describe(error: Exception, job: Job) -> str:

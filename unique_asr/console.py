@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,19 @@ def format_time(seconds: float) -> str:
     return f"{hours}:{clock}" if hours else clock
 
 
-class Display:
-    """Segments go to standard output, where they can be piped; progress and messages to standard error."""
+class Bars:
+    """How far each recording at work is, and how much time is left; one bar shows for each."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self._messages = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        # One terminal cannot have two writers: with both on a terminal, everything goes through one console.
-        both = sys.stdout.isatty() and self._messages.is_terminal
-        self._out = self._messages if both else None
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._progress: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._open = 0  # recordings
+        self._tasks: dict[tuple[str, str], TaskID] = {}  # of a recording and a stage
+        self._done: dict[TaskID, float] = {}
 
-    def __enter__(self) -> Display:
-        if not self.quiet and self._messages.is_terminal:
+    def open(self) -> None:
+        self._open += 1
+        if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
@@ -59,35 +59,75 @@ class Display:
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                console=self._messages,
+                console=self._console,
                 transient=True,
                 redirect_stdout=False,
             )
             self._progress.start()
+
+    def close(self, recording: str) -> None:
+        for key in [key for key in self._tasks if key[0] == recording]:
+            self._progress.remove_task(self._tasks.pop(key))
+        self._open -= 1
+        if not self._open:
+            self._progress.stop()
+            self._progress = None
+
+    def update(self, recording: str, stage: str, done: float, total: float) -> None:
+        if self._progress is None:
+            return
+        key = recording, stage
+        if key not in self._tasks:
+            description = STAGES.get(stage, stage)
+            description = f"{recording}: {description}" if recording else description
+            self._tasks[key] = self._progress.add_task(description, total=total or None)
+        elif self._done[self._tasks[key]] > done:
+            self._progress.reset(self._tasks[key])  # another pass begins: its time left is its own
+        self._done[self._tasks[key]] = done
+        for other, task in self._tasks.items():
+            if other[0] == recording:
+                self._progress.update(task, visible=other == key)
+        self._progress.update(self._tasks[key], completed=done, total=total or None)
+
+
+class Display:
+    """Segments go to standard output, where they can be piped; progress and messages to standard error."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.recording = ""  # that it is about, where there are others beside it
+        self._messages = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        # One terminal cannot have two writers: with both on a terminal, everything goes through one console.
+        both = sys.stdout.isatty() and self._messages.is_terminal
+        self._out = self._messages if both else None
+        self._bars = Bars(self._messages) if self._messages.is_terminal and not quiet else None
+
+    def beside(self, recording: str) -> Display:
+        """The display of one recording among several at once: what it shows begins with the recording's name."""
+        other = copy(self)
+        other.recording = recording
+        return other
+
+    def __enter__(self) -> Display:
+        if self._bars is not None:
+            self._bars.open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._tasks = None, {}
+        if self._bars is not None:
+            self._bars.close(self.recording)
 
     def progress(self, stage: str, done: float, total: float) -> None:
-        """What `transcribe` calls; one stage shows at a time."""
-        if self._progress is None:
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(STAGES.get(stage, stage), total=total or None)
-        elif self._progress.tasks[self._tasks[stage]].completed > done:
-            self._progress.reset(self._tasks[stage])  # another pass begins: its time left is its own
-        for other, task in self._tasks.items():
-            self._progress.update(task, visible=other == stage)
-        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+        """What `transcribe` calls; one stage of a recording shows at a time."""
+        if self._bars is not None:
+            self._bars.update(self.recording, stage, done, total)
 
     def segment(self, segment: Segment, recording: str) -> None:
-        self._print(f"[{format_time(segment.start)} -> {format_time(segment.end)}] {segment.text.strip()}")
+        times = f"[{format_time(segment.start)} -> {format_time(segment.end)}]"
+        self._print(self._named(f"{times} {segment.text.strip()}"))
 
     def summary(self, info: TranscriptionInfo, seconds: float, files: Sequence[Path]) -> None:
-        self._print(f"{summarize(info, seconds)}; {', '.join(map(str, files))}")
+        self._print(self._named(f"{summarize(info, seconds)}; {', '.join(map(str, files))}"))
 
     def kept(self, recording: str, files: Sequence[Path]) -> None:
         """Transcripts that are there already."""
@@ -102,10 +142,15 @@ class Display:
         self._messages.print(f"usage: {line} (--help shows every option)")
 
     def warning(self, message: str) -> None:
-        self._messages.print(f"warning: {message}")
+        self._messages.print(f"warning: {self._named(message)}")
 
     def error(self, message: str, recording: str | None = None) -> None:
-        self._messages.print(f"error: {message}")
+        self._messages.print(f"error: {self._named(message)}")
+
+    def _named(self, message: str) -> str:
+        """With the recording in front where several are at work, if it is not there already."""
+        name = self.recording
+        return f"{name}: {message}" if name and not message.startswith(name) else message
 
     def _print(self, line: str) -> None:
         if self.quiet:
@@ -145,10 +190,8 @@ class JSONLines(Display):
 
 def summarize(info: TranscriptionInfo, seconds: float) -> str:
     """Audio length, wall time and their ratio, how much of it is transcribed, and what sparse attention saved."""
-    speed = info.duration / max(seconds, 1e-9)
     parts = [
-        f"{format_time(info.duration)} of audio in {format_time(seconds)}",
-        f"RTFx {speed:.1f} ({info.dtype} on {info.device})",
+        f"{speed(info.duration, seconds)} ({info.dtype} on {info.device})",
         f"coverage {100 * info.coverage:.0f} %",
     ]
     if info.passes > 1:
@@ -158,3 +201,8 @@ def summarize(info: TranscriptionInfo, seconds: float) -> str:
         share = info.sparsity["share_of_pages_read"]
         parts.append(f"{sparse_steps} of {steps} steps sparse, {100 * share:.0f} % of pages read")
     return ", ".join(parts)
+
+
+def speed(audio: float, seconds: float) -> str:
+    """Of so many seconds of audio in so many seconds."""
+    return f"{format_time(audio)} of audio in {format_time(seconds)}, RTFx {audio / max(seconds, 1e-9):.1f}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
 from unique_asr.attention.cache import HEADROOM
 from unique_asr.attention.huggingface import NAME, set_attention
+from unique_asr.memory import held
 
 
 class GreedyDecoder:
@@ -62,6 +63,11 @@ class GreedyDecoder:
     @property
     def statistics(self) -> SparsityStatistics:
         return self.cache.statistics
+
+    @property
+    def held(self) -> int:
+        """Bytes of the cache."""
+        return held(self.cache)
 
     def reset(self) -> None:
         """Forget the sequence; memory, captured graphs and counters are kept."""

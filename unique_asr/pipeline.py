@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,9 @@ from .attention import SparseAttentionConfig, SparsityStatistics
 from .audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
 from .batch_decoding import BatchDecoder, Row
 from .decoding import GreedyDecoder
+from .languages import SHIPPED, chosen_language
 from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress, State
+from .memory import free_memory
 from .models import load
 from .page_reads import PageReads
 from .segmentation import SegmentationConfig
@@ -40,6 +41,7 @@ def transcribe(
     device: str = "auto",
     dtype: str = "auto",
     prompt: str | None = None,
+    language: str | None = None,
     start: float = 0.0,
     end: float | None = None,
     channel: int | None = None,
@@ -65,29 +67,34 @@ def transcribe(
         budget: tokens, for `unique`.
         device, dtype: see `unique_asr.models.load`.
         prompt: an instruction for the model.
+        language: that is spoken, as a code or in English (`fr`, `French`), for models that can be told; the default
+            model takes `en` alone. None: the model finds out.
         start, end, channel: the part of a file that is transcribed; see `AudioFile`. Times count from its beginning.
         vad: drop what is not speech (needs silero-vad); `info.dropped` counts the seconds. Times stay.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
         reads: records which part of the recording each token was read from; see `PageReads`. Not for adapters' models.
         options: of `Transcriber`.
     """
-    from .models.adapters import make_transcriber  # which need what is here
+    from .models.adapters import check_language, make_transcriber  # which need what is here
 
     source = open_audio(audio, start, end, channel, vad)  # before the model, which takes longer
+    if not isinstance(model, tuple):
+        check_language(language, model)
     transcriber = make_transcriber(
         model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
     )
     if reads is None:
-        return transcriber.transcribe(source, prompt=prompt, progress=progress)
+        return transcriber.transcribe(source, prompt=prompt, language=language, progress=progress)
     if not transcriber.records_reads:
         raise PipelineError(f"reads: model={transcriber.name} does not record what its steps read")
-    return transcriber.transcribe(source, prompt=prompt, progress=progress, reads=reads)
+    return transcriber.transcribe(source, prompt=prompt, language=language, progress=progress, reads=reads)
 
 
 class LoadedModel:
     """A speech LLM in memory and its settings: what every transcriber has."""
 
     records_reads = False  # whether `transcribe` takes `reads`
+    languages: tuple[str, ...] = ()  # codes of those that the model can be told
 
     def __init__(
         self,
@@ -118,7 +125,9 @@ class LoadedModel:
                 progress("load", 1, 1)
         self.load_seconds = time.perf_counter() - begin
 
-    def describe(self, source: AudioFile | Samples, prompt: str | None, language_model: Any) -> TranscriptionInfo:
+    def describe(
+        self, source: AudioFile | Samples, prompt: str | None, language: str | None, language_model: Any
+    ) -> TranscriptionInfo:
         """What is known of a transcription before it begins."""
         weight = language_model.get_input_embeddings().weight
         return TranscriptionInfo(
@@ -128,7 +137,9 @@ class LoadedModel:
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
             attention=self.attention.to_dict(),
-            settings=text_settings(prompt, self.max_pass_seconds, source.start, source.end, source.channel, source.vad),
+            settings=text_settings(
+                prompt, self.max_pass_seconds, source.start, source.end, source.channel, source.vad, language
+            ),
             timings={"load": self.load_seconds},
         )
 
@@ -161,6 +172,7 @@ class Transcriber(LoadedModel):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
+        self.languages = SHIPPED.get(self.name, ())
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
@@ -183,6 +195,7 @@ class Transcriber(LoadedModel):
         audio: Audio | AudioFile | Samples,
         *,
         prompt: str | None = None,
+        language: str | None = None,
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[State], None] | None = None,
@@ -193,11 +206,12 @@ class Transcriber(LoadedModel):
 
         on_pass: called with a state whenever a pass of the LLM begins. With that state and the segments until then as
         `unfinished`, a later call gives the segments that were still to come.
-        reads: see `transcribe`.
+        language, reads: see `transcribe`.
         row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
         """
         source = open_audio(audio)
-        info = self.describe(source, prompt, self.model.language_model)
+        language = chosen_language(language, self.languages, self.name)
+        info = self.describe(source, prompt, language, self.model.language_model)
         return self._segments(source, prompt, info, progress, unfinished, on_pass, row, reads), info
 
     def _segments(
@@ -224,7 +238,10 @@ class Transcriber(LoadedModel):
             info.duration = encoded.duration
             info.warnings += source.warnings
             info.dropped = source.dropped
-            decoder = row or self._take_decoder(transcriber.capacity(encoded), info, reads is not None)
+            capacity = transcriber.capacity(encoded)
+            if row is not None:
+                check_memory(self.model.language_model, capacity, info, row.held)
+            decoder = row or self._take_decoder(capacity, info, reads is not None)
             before = SparsityStatistics(**vars(decoder.statistics))
 
             def sparsity() -> SparsityStatistics:
@@ -325,32 +342,22 @@ def attention_config(attention: str | SparseAttentionConfig, budget: int | None 
     return SparseAttentionConfig(budget=budget if attention == "unique" else None)
 
 
-def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo) -> None:
-    """Raise PipelineError if the KV cache of `capacity` tokens cannot fit into the free memory of the device."""
+def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo, held: int = 0) -> None:
+    """Raise PipelineError if the KV cache of `capacity` tokens cannot fit into the free memory of the device.
+
+    held: bytes of a cache whose place it takes.
+    """
     config = language_model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = language_model.get_input_embeddings().weight
     needed = 2 * config.num_hidden_layers * heads * width * weight.element_size() * capacity
     free = free_memory(weight.device)
-    if free is not None and needed > free:
+    if free is not None and needed > free + held:
         raise PipelineError(
             f"{info.audio}: a KV cache of {needed / 1e9:.1f} GB for {capacity} tokens does not fit into the "
             f"{free / 1e9:.1f} GB that are free on {weight.device}; lower max_pass_seconds or use another device"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes; None where the system does not tell."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return available[0] if device.type == "cpu" and available else None
 
 
 def _difference(after: SparsityStatistics, before: SparsityStatistics) -> SparsityStatistics:

@@ -96,6 +96,7 @@ def text_settings(
     end: float | None,
     channel: int | None,
     vad: bool = False,
+    language: str | None = None,
 ) -> dict[str, Any]:
     """What changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it."""
     return {
@@ -105,4 +106,5 @@ def text_settings(
         "end": end,
         "channel": channel,
         "vad": vad or None,
+        "language": language,
     }

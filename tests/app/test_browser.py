@@ -132,4 +132,4 @@ def test_the_plot_of_what_was_read_is_shown(tab):
 
 def test_a_refusal_is_shown(tab):
     tab.locator("#transcribe").click()
-    expect(tab.locator("body")).to_contain_text("Give one recording")
+    expect(tab.locator("body")).to_contain_text("Give files, the microphone or a path")

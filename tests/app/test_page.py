@@ -44,11 +44,11 @@ class FakeTranscriber:
     def __init__(self, script, settings):
         self.script, self.settings = script, settings
 
-    def transcribe(self, audio, *, prompt, progress, unfinished, on_pass, reads=None):
+    def transcribe(self, audio, *, prompt, language, progress, unfinished, on_pass, reads=None):
         if reads is not None:
             reads.duration = audio.duration
         attention = self.settings["attention"].to_dict()
-        text = text_settings(prompt, None, audio.start, audio.end, audio.channel, audio.vad)
+        text = text_settings(prompt, None, audio.start, audio.end, audio.channel, audio.vad, language)
         info = TranscriptionInfo(audio.name, audio.duration, attention=attention, settings=text)
         info.sparsity = {"steps": 9, "sparse_steps": 5, "share_of_pages_read": 0.5}
         return self.segments(info, progress, unfinished.state["segment"] if unfinished else 0, on_pass), info
@@ -104,10 +104,11 @@ def page(serve):
 
 
 def settings(upload=None, recorded=None, path="", compare=False, **changes):
-    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": ""}
+    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": "", "language": ""}
     values |= {"vad": False, "reads": False, **changes}
-    file = handle_file(str(upload)) if upload else None
-    return [file, recorded, path, *values.values(), compare]
+    uploads = upload if isinstance(upload, list) else [upload] if upload else None
+    files = [handle_file(str(each)) for each in uploads] if uploads else None
+    return [files, recorded, path, *values.values(), compare]
 
 
 def transcribe(page, **options):
@@ -242,6 +243,37 @@ def test_voice_activity_detection_reaches_the_recording(page, tmp_path, monkeypa
         transcribe(page, upload=DATA / "nomads.opus", vad=True)
 
 
+def test_several_files_are_a_job_each_one_after_the_other(page, script, tmp_path):
+    script.gate.clear()
+    shown = page.submit(*settings(upload=[DATA / "nomads.opus", DATA / "repose.opus"]), api_name="/transcribe")
+    wait_for(lambda: any(output[TEXT] for output in shown.outputs()))
+    states = [json.loads(path.read_text()) for path in (tmp_path / "jobs").glob("*/job.json")]
+    assert sorted((each["title"], each["state"]) for each in states) == [
+        ("nomads.opus", "running"),
+        ("repose.opus", "waiting"),
+    ]
+    script.gate.set()
+    assert "repose.opus: done" in shown.result(timeout=30)[STATUS]
+    assert any("nomads.opus: done" in output[STATUS] for output in shown.outputs())
+    assert len(list((tmp_path / "jobs").glob("*/transcript.json"))) == 2
+
+
+def test_another_job_that_is_chosen_is_not_taken_away_by_the_next_file(page, script):
+    script.gate.clear()
+    shown = page.submit(*settings(upload=[DATA / "nomads.opus", DATA / "repose.opus"]), api_name="/transcribe")
+    wait_for(lambda: any(output[TEXT] for output in shown.outputs()))
+    chosen = page.submit(job_id(shown.outputs()[0]), api_name="/show")
+    wait_for(lambda: shown.done())
+    script.gate.set()
+    assert "nomads.opus: done" in chosen.result(timeout=30)[STATUS]
+    assert not any("repose.opus" in output[STATUS] for output in shown.outputs())
+
+
+def test_the_language_reaches_the_model(page, tmp_path):
+    result = transcribe(page, upload=DATA / "nomads.opus", language="English")
+    assert read_transcript(folder_of(tmp_path, result) / "transcript.json").info.settings["language"] == "en"
+
+
 def test_a_file_of_an_allowed_folder(page, tmp_path):
     shutil.copy(DATA / "nomads.opus", tmp_path / "talks" / "a b.opus")
     result = transcribe(page, path="a b.opus")
@@ -277,7 +309,7 @@ def test_no_other_file_can_be_passed_off_as_an_upload(refusing):
     page, folder = refusing
     forged = {"path": str(folder / "secret.opus"), "meta": {"_type": "gradio.FileData"}}
     call = f"{page.src}gradio_api/call/transcribe"
-    started = httpx.post(call, json={"data": [forged, *settings()[1:]]})
+    started = httpx.post(call, json={"data": [[forged], *settings()[1:]]})
     with httpx.stream("GET", f"{call}/{started.json()['event_id']}", timeout=20) as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("event:")]
     assert lines[-1] == "event: error"
@@ -294,6 +326,8 @@ def test_no_other_file_is_served(refusing):
     [
         ({"upload": DATA / "nomads.opus", "path": "a.opus"}, "more than one was given"),
         ({"upload": DATA / "manifest.jsonl"}, "not audio or video"),
+        ({"upload": [DATA / "nomads.opus", DATA / "manifest.jsonl"]}, "manifest.jsonl: not audio or video"),
+        ({"upload": DATA / "nomads.opus", "language": "French"}, "language=French: model=default takes en; leave"),
         ({"upload": DATA / "nomads.opus", "budget": 63}, "multiple"),
         ({"upload": DATA / "nomads.opus", "page_size": 7}, "page_size"),
     ],
@@ -312,8 +346,11 @@ def test_only_ids_of_jobs_reach_the_disk(refusing, id):
 
 def test_limits(serve, script):
     page = Client(serve(max_minutes=0.1, max_waiting=0).local_url, verbose=False)
-    with pytest.raises(AppError, match="0 jobs are waiting, which is the limit"):
+    with pytest.raises(AppError, match="At most 0 jobs may wait, and 0 do"):
         transcribe(page, upload=DATA / "nomads.opus")
+    page = Client(serve(max_waiting=1).local_url, verbose=False)
+    with pytest.raises(AppError, match="At most 1 jobs may wait, and 0 do"):
+        transcribe(page, upload=[DATA / "nomads.opus", DATA / "repose.opus"])
     page = Client(serve(max_minutes=0.1).local_url, verbose=False)
     with pytest.raises(AppError, match=r"longer than 0\.1 minutes"):
         transcribe(page, upload=DATA / "nomads.opus")

@@ -187,7 +187,10 @@ class VoxtralRequests:
         self.tokenizer = tokenizer()
         self.extractor = mel()
 
-    def apply_transcription_request(self, audio: list[np.ndarray], model_id: str, **_: Any) -> dict[str, torch.Tensor]:
+    def apply_transcription_request(
+        self, audio: list[np.ndarray], model_id: str, language: str | None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        self.language = language
         size = WINDOW * 16000
         windows = [np.pad(each, (0, -len(each) % size)).reshape(-1, size) for each in audio]
         features = self.extractor(list(np.concatenate(windows)), sampling_rate=16000, return_tensors="pt")

@@ -10,8 +10,9 @@ import transformers
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
 from unique_asr.batch import side_by_side
+from unique_asr.languages import LANGUAGES
 from unique_asr.longform import PENDING
-from unique_asr.models.adapters import ADAPTERS, make_transcriber
+from unique_asr.models.adapters import ADAPTERS, check_language, make_transcriber
 from unique_asr.models.adapters.recording import PassConfig, Speech
 from unique_asr.models.adapters.transcriber import AdapterTranscriber
 from unique_asr.page_reads import PageReads
@@ -28,7 +29,7 @@ class Script:
     def __init__(self, tokenizer, answers, reasons=()):
         self.tokenizer, self.answers, self.reasons = tokenizer, list(answers), list(reasons)
         self.statistics, self.step, self.cache = SparsityStatistics(), self, self
-        self.capacity, self.length, self.log_probs, self.stop_reason = 1 << 30, 0, [], None
+        self.capacity, self.length, self.log_probs, self.stop_reason, self.held = 1 << 30, 0, [], None, 0
         self.prompts = []
 
     def reserve(self, tokens):
@@ -94,8 +95,8 @@ def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=No
     transcriber.decoder = Script(processor.tokenizer, answers, reasons)
     asked = []
     request = transcriber.prompt_embeds
-    transcriber.prompt_embeds = lambda samples, prompt, progress: (
-        asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, progress)
+    transcriber.prompt_embeds = lambda samples, prompt, language, progress: (
+        asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, language, progress)
     )
     segments, info = transcriber.transcribe(samples, prompt=prompt)
     return list(segments), info, asked
@@ -245,6 +246,81 @@ def test_a_broken_off_transcription_goes_on_with_its_pass(models):
 def test_page_reads_need_times_of_words(models):
     with pytest.raises(PipelineError, match="no times of words"):
         AdapterTranscriber(models["qwen3_asr"]).transcribe(speech(1), reads=PageReads())
+
+
+def test_the_language_is_part_of_the_request(models):
+    """As transformers' own processors write it."""
+    _, processor = models["qwen3_asr"]
+    request = ADAPTERS["qwen3_asr"].request
+    texts = [
+        processor.tokenizer.decode(request(processor, speech(1), None, each)["input_ids"][0]) for each in LANGUAGES
+    ]
+    for text, language in zip(texts, LANGUAGES.values(), strict=True):
+        assert text.endswith(f"language {language}<asr_text>")
+    assert "language" not in processor.tokenizer.decode(request(processor, speech(1), None)["input_ids"][0])
+
+
+def test_every_language_of_fun_asr_is_one_of_its_processor(models, monkeypatch):
+    _, processor = models["fun_asr_nano"]
+    asked = []
+    monkeypatch.setattr(processor, "apply_chat_template", lambda conversations, **_: asked.append(conversations[0]))
+    adapter = ADAPTERS["fun_asr_nano"]
+    for language in adapter.languages:
+        adapter.request(processor, speech(1), None, language)
+    told = [part["language"] for (message,) in asked for part in message["content"] if part["type"] == "language"]
+    assert told == ["英文", "日文", "中文"]
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch):
+    transcriber = AdapterTranscriber(models[name])
+    taken = ADAPTERS[name].languages
+    for language in ("French", "Klingon"):
+        if language[:2].lower() in taken:
+            continue
+        with pytest.raises(ValueError, match=f"language={language}: model=.* leave language out") as error:
+            transcriber.transcribe(speech(1), language=language)
+        assert "\n" not in str(error.value)
+    if taken:
+        asked = []
+        monkeypatch.setattr(transcriber, "prompt_embeds", lambda *arguments: asked.append(arguments[2]))
+        segments, info = transcriber.transcribe(speech(1), language="English")
+        assert info.settings["language"] == "en"
+        with pytest.raises(AttributeError):  # for want of embeddings
+            list(segments)
+        assert asked == ["en"]
+
+
+def test_voxtral_is_told_a_code(models):
+    _, processor = models["voxtral"]
+    ADAPTERS["voxtral"].request(processor, speech(1), None, "fr")
+    assert processor.language == "fr"
+
+
+def test_a_language_is_checked_before_the_model_is_loaded(models, tmp_path, monkeypatch):
+    model, _ = models["moss_transcribe_diarize"]
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("unique_asr.models.adapters.transcriber.load", None)
+    for call in (
+        unique_asr.transcribe,
+        lambda audio, *rest, **options: unique_asr.transcribe_batch([audio], *rest, **options),
+    ):
+        with pytest.raises(ValueError, match=r"cannot be told a language; leave language out"):
+            call(speech(1), tmp_path, language="en")
+    assert check_language("fr", str(tmp_path / "none")) == "fr"  # loading says that there is none
+    assert check_language("", tmp_path) is None
+
+
+def test_a_pass_beside_others_counts_their_cache_as_room(models, monkeypatch):
+    model, processor = models["qwen3_asr"]
+    transcriber = AdapterTranscriber((model, processor), attention="dense")
+    _, info = transcriber.transcribe(speech(5))
+    row = transcriber.batch_decoder().row()
+    monkeypatch.setattr("unique_asr.models.adapters.transcriber.free_memory", lambda device: 1000)
+    with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
+        transcriber._check_memory(1000, 5, info, row)
+    monkeypatch.setattr(type(row), "held", 1 << 40)
+    transcriber._check_memory(1000, 5, info, row)
 
 
 def test_silence_has_no_text(models):

@@ -8,12 +8,14 @@ says what a recording takes, and `transcriber.py` puts them together.
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoProcessor, PreTrainedConfig
 
+from unique_asr.languages import SHIPPED, chosen_language
 from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
 
 from .catalogue import ADAPTERS, Adapter, Checkpoint
@@ -30,6 +32,7 @@ __all__ = [
     "Parser",
     "PlainParser",
     "Utterance",
+    "check_language",
     "estimate",
     "find",
     "load",
@@ -39,13 +42,29 @@ __all__ = [
 
 def find(model: Any) -> Adapter | None:
     """The adapter of a loaded model, a (model, processor) pair, a folder or a hub id; None for any other model."""
+    return ADAPTERS.get(_model_type(model))
+
+
+def check_language(language: str | None, model: str | PathLike[str]) -> str | None:
+    """The code of a language (None for none), or a ValueError if the model cannot be told it, which is not loaded."""
+    if not language:
+        return None
+    kind = _model_type(model)
+    if kind is None:
+        return language  # there is no such model: `models.load` says so
+    adapter = ADAPTERS.get(kind)
+    taken = adapter.languages if adapter else SHIPPED.get(str(model), ())
+    return chosen_language(language, taken, str(model))
+
+
+def _model_type(model: Any) -> str | None:
     if isinstance(model, tuple):
         model = model[0]
     if hasattr(model, "config"):
-        return ADAPTERS.get(getattr(model.config, "model_type", None))
+        return getattr(model.config, "model_type", None)
     source, options = located(PRETRAINED / model if (PRETRAINED / model).is_dir() else model)
     try:
-        return ADAPTERS.get(PreTrainedConfig.get_config_dict(source, **options)[0].get("model_type"))
+        return PreTrainedConfig.get_config_dict(source, **options)[0].get("model_type")
     except (OSError, ValueError):
         return None  # `models.load` says what is wrong
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from unique_asr.languages import LANGUAGES
+from unique_asr.memory import Checkpoint
+
 from . import encoding
 from .encoding import AudioEncoding
 from .formats import BracketParser, JsonParser, Parser, PlainParser
@@ -19,21 +22,8 @@ from .formats import BracketParser, JsonParser, Parser, PlainParser
 SAMPLE_RATE = 16000  # Hz
 TRANSCRIBE = "Transcribe the input speech."  # for models that are asked in words
 
-Request = Callable[[Any, np.ndarray, str | None], Any]  # processor, samples, prompt -> its tensors of one recording
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What memory depends on."""
-
-    hub_id: str
-    parameters: float  # billions
-    layers: int  # of the LLM
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    feed_forward: int
+# processor, samples, prompt, code of the language -> its tensors of one recording
+Request = Callable[[Any, np.ndarray, str | None, str | None], Any]
 
 
 @dataclass(frozen=True)
@@ -57,44 +47,46 @@ class Adapter:
     lora: str | None = None  # folder of weights for speech beside the model's
     marker_tokens_a_second: float = 0.0  # times that stand among the audio positions
     text_tokens_a_second: float = 10.0  # of the answer: the token limit of a pass
+    languages: tuple[str, ...] = ()  # codes of those that the request can name; the others are heard without being told
 
 
-def transcription(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def transcription(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     """The request that transformers builds itself."""
+    told = {"language": language} if language else {}  # not every processor knows the word
     return processor.apply_transcription_request(
-        audio=[samples], prompt=prompt, processor_kwargs={"return_tensors": "pt"}
+        audio=[samples], prompt=prompt, processor_kwargs={"return_tensors": "pt"}, **told
     )
 
 
-def vibevoice(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def vibevoice(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     """With the hop length spelled out: a tokenizer that was saved in use would overwrite it with nothing."""
     hop = {"pad_to_multiple_of": processor.feature_extractor.pad_to_multiple_of}
     return processor.apply_transcription_request(audio=[samples], prompt=prompt, processor_kwargs={"audio_kwargs": hop})
 
 
-def voxtral(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def voxtral(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     """Its transcription request takes no prompt, but the name of the model."""
     name = getattr(processor.tokenizer, "name_or_path", "") or "voxtral"
     return processor.apply_transcription_request(
-        audio=[samples], model_id=name, sampling_rate=SAMPLE_RATE, format=["wav"]
+        audio=[samples], model_id=name, language=language, sampling_rate=SAMPLE_RATE, format=["wav"]
     )
 
 
-def granite(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def granite(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     question = f"{processor.audio_token}{prompt or 'can you transcribe the speech into a written format?'}"
     chat = [{"role": "user", "content": question}]
     text = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return processor(text=[text], audio=[samples], return_tensors="pt")
 
 
-def qwen2_audio(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def qwen2_audio(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     content = [{"type": "audio"}, {"type": "text", "text": prompt or TRANSCRIBE}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     rate = processor.feature_extractor.sampling_rate
     return processor(text=[text], audio=[samples], sampling_rate=rate, return_tensors="pt")
 
 
-def phi4(processor: Any, samples: np.ndarray, prompt: str | None) -> Any:
+def phi4(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
     question = prompt or "Transcribe the audio clip into text."
     text = f"<|user|>{processor.audio_token}{question}<|end|><|assistant|>"
     return processor(text=[text], audio=[samples], return_tensors="pt")
@@ -125,7 +117,7 @@ ADAPTERS = {
                 Checkpoint("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 32, 8, 128, 3072, 8192),
                 Checkpoint("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 32, 8, 128, 5120, 32768),
             ),
-            32768,
+            32768, languages=("de", "en", "es", "fr", "hi", "it", "nl", "pt"),
         ),
         # MAX_ASR_INPUT_SECONDS of the package qwen_asr. 104 positions for a window of 8 s.
         Adapter(
@@ -135,7 +127,7 @@ ADAPTERS = {
                 Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 16, 8, 128, 1024, 3072),
                 Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
             ),
-            65536, carries_text=True,
+            65536, carries_text=True, languages=tuple(LANGUAGES),
         ),
         # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
         Adapter(
@@ -160,7 +152,7 @@ ADAPTERS = {
             "fun_asr_nano", "FunAsrNanoForConditionalGeneration",
             "Apache-2.0", 16.7, 120, transcription, AudioEncoding(), PlainParser,
             (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 16, 8, 128, 1024, 3072),), 40960,
-            carries_text=True,
+            carries_text=True, languages=("en", "ja", "zh"),
         ),
         # One window of its encoder.
         Adapter(

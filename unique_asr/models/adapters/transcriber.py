@@ -19,19 +19,21 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
 from unique_asr.batch_decoding import BatchDecoder, Row
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.generation import stop_ids
+from unique_asr.languages import chosen_language
 from unique_asr.longform import PENDING, Progress
+from unique_asr.memory import free_memory, shape_of
 from unique_asr.page_reads import PageReads
-from unique_asr.pipeline import Audio, LoadedModel, PipelineError, free_memory, open_audio
+from unique_asr.pipeline import Audio, LoadedModel, PipelineError, open_audio
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
 from . import find, load
 from .catalogue import SAMPLE_RATE
 from .encoding import encode, insert
-from .memory import estimate, shape_of, text_tokens
+from .memory import estimate, text_tokens
 from .recording import Pass, PassConfig, Recording
 
 
@@ -62,7 +64,7 @@ class AdapterTranscriber(LoadedModel):
         adapter = find(model)
         if adapter is None:
             raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
-        self.adapter, self.passes = adapter, passes or PassConfig()
+        self.adapter, self.languages, self.passes = adapter, adapter.languages, passes or PassConfig()
         if max_pass_seconds is None:
             max_pass_seconds = self.passes.max_pass_seconds
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
@@ -88,6 +90,7 @@ class AdapterTranscriber(LoadedModel):
         audio: Audio,
         *,
         prompt: str | None = None,
+        language: str | None = None,
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[Any], None] | None = None,
@@ -101,9 +104,10 @@ class AdapterTranscriber(LoadedModel):
         if reads is not None:
             raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
         source = open_audio(audio)
-        info = self.describe(source, prompt, self.model)
+        language = chosen_language(language, self.languages, self.name)
+        info = self.describe(source, prompt, language, self.model)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
-        return self._segments(source, prompt, info, progress, unfinished, on_pass, row), info
+        return self._segments(source, prompt, language, info, progress, unfinished, on_pass, row), info
 
     def batch_decoder(self) -> BatchDecoder | None:
         """For recordings side by side; None where the length of one would change the text of another."""
@@ -115,6 +119,7 @@ class AdapterTranscriber(LoadedModel):
         self,
         source: Any,
         prompt: str | None,
+        language: str | None,
         info: TranscriptionInfo,
         progress: Progress | None,
         unfinished: Unfinished | None,
@@ -139,7 +144,7 @@ class AdapterTranscriber(LoadedModel):
             while recording.unheard:
                 if on_pass is not None:
                     on_pass(recording.state(vars(sparsity())))
-                yield from self._decode(recording, decoder, info, progress)
+                yield from self._decode(recording, decoder, language, info, progress)
             if progress:
                 progress("decode", info.duration, info.duration)
         except torch.OutOfMemoryError as error:
@@ -153,13 +158,19 @@ class AdapterTranscriber(LoadedModel):
                 info.timings |= row.seconds
 
     def _decode(
-        self, recording: Recording, decoder: GreedyDecoder | Row, info: TranscriptionInfo, progress: Progress | None
+        self,
+        recording: Recording,
+        decoder: GreedyDecoder | Row,
+        language: str | None,
+        info: TranscriptionInfo,
+        progress: Progress | None,
     ) -> Iterator[Segment | None]:
         """Segments of the next pass."""
         asked = recording.begin()
         with clocked(info, "encode"):
-            embeds = self.prompt_embeds(asked.samples, asked.prompt, partial(progress, "encode") if progress else None)
-        budget = self._token_budget(embeds.shape[1], asked, info)
+            report = partial(progress, "encode") if progress else None
+            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report)
+        budget = self._token_budget(embeds.shape[1], asked, info, decoder)
         report = partial(progress, "prefill") if progress else None
         with clocked(info, "prefill"):
             if decoder is self.decoder:
@@ -182,7 +193,7 @@ class AdapterTranscriber(LoadedModel):
         tokens.close()
         yield from recording.end("loop" if recording.looped else decoder.stop_reason)
 
-    def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo) -> int:
+    def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> int:
         """The most tokens of the answer, or an error if a prompt of so many positions leaves no room for one."""
         seconds, room = asked.end - asked.start, self.adapter.context - prompt
         if room <= 0:
@@ -191,15 +202,17 @@ class AdapterTranscriber(LoadedModel):
                 f"{self.adapter.context}; lower max_pass_seconds"
             )
         budget = min(text_tokens(self.adapter, seconds), room)
-        self._check_memory(prompt + budget, seconds, info)
+        self._check_memory(prompt + budget, seconds, info, decoder)
         return budget
 
-    def prompt_embeds(self, samples: np.ndarray, prompt: str | None = None, progress: Any = None) -> Tensor:
+    def prompt_embeds(
+        self, samples: np.ndarray, prompt: str | None = None, language: str | None = None, progress: Any = None
+    ) -> Tensor:
         """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
         adapter = self.adapter
         if adapter.sample_rate != SAMPLE_RATE:
             samples = resample(torch.from_numpy(samples), SAMPLE_RATE, adapter.sample_rate).numpy()
-        inputs = adapter.request(self.processor, samples, prompt)
+        inputs = adapter.request(self.processor, samples, prompt, language)
         features = []
         for piece, done, total in encode(adapter.encoding, self.model, inputs, self.passes.encode_windows):
             features.append(piece)
@@ -217,23 +230,20 @@ class AdapterTranscriber(LoadedModel):
         self.decoder.reset()
         self.decoder.prefill(embeds, progress)
 
-    def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo) -> None:
-        shape, adapter, cache = shape_of(self.model), self.adapter, self.decoder.cache
+    def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> None:
+        if decoder is self.decoder and tokens <= decoder.cache.capacity:
+            return
+        shape, adapter = shape_of(self.model), self.adapter
         settings = {"attention": self.attention, "dtype": self.model.dtype, "prefill_chunk": self.prefill_chunk}
         needed = estimate(adapter, seconds, shape, tokens=tokens, **settings).pass_bytes
         free = free_memory(self.model.device)
-        if tokens > cache.capacity and free is not None and needed > free + held(cache):
-            fits = int(seconds * (free + held(cache)) / needed * 0.9)
+        room = None if free is None else free + decoder.held  # the pass before leaves its place to the next
+        if room is not None and needed > room:
+            fits = int(seconds * room / needed * 0.9)
             raise PipelineError(
                 f"{info.audio}: {seconds / 60:.0f} minutes in one pass need {needed / 1e9:.1f} GB beside the weights "
                 f"and {free / 1e9:.1f} GB are free on {info.device}; try max_pass_seconds={fits} or another device"
             )
-
-
-def held(cache: PagedCache) -> int:
-    """Bytes of the pass before, whose place the next one takes."""
-    layers = [layer for layer in cache.paged_layers if layer.is_initialized]
-    return sum(each.nbytes for layer in layers for each in (layer.keys, layer.values, *layer.statistics))
 
 
 @contextmanager
