@@ -1,33 +1,53 @@
-"""Build a speech LLM that listens with Whisper's decoder, and teach its LLM to read what it hears, from texts alone.
+"""Teach the LLM of a speech LLM that listens with Whisper's decoder to read what it hears.
 
     python scripts/teach_reading.py --whisper weights/whisper-base --language-model weights/smollm2-135m \
-        --projector runs/default/top --texts librispeech.txt ljspeech.txt --minutes 40 --output runs/reader
+        --projector outputs/default/settle --texts librispeech.txt ljspeech.txt --heard heard.pt --minutes 7 \
+        --output outputs/reader
 
 A listener's position is the expected embedding of one token, so no audio is needed: a text in Whisper's tokens, with
 some words wrong and some positions blurred, is what a recording of it would give; the LLM learns to write the text.
-Lines of a file are consecutive sentences; those without case get a capital and a full stop. `--projector` names a model
-of scripts/finetune.py whose CTC head gives the times. Every 25 steps the model is saved.
+Lines of a file are consecutive sentences; those without case get a capital and a full stop. A share of the words is
+made up, so that the LLM copies what it never read. `--heard` adds what the listener heard in real recordings
+(scripts/listen.py). Rows have up to 8 K tokens: the answer of ten minutes of speech begins where they end.
+
+`--projector` names a model of scripts/finetune.py whose CTC head gives the times; `--model` goes on with a model that
+listens already. In the last part of the training the weights are rounded to what is stored. On a GPU: with the default
+`--tokens` and `--lengths`, 0.1 s a step on an H100; on two CPU cores, `--tokens 600 --lengths 600`.
 """
 
 import argparse
+import os
 import random
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoTokenizer
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.compose import compose, listener_tokens
 from unique_asr.models.ctc import ctc_text
-from unique_asr.models.packing import save_packed_model
+from unique_asr.models.packing import bits_of, rounded, save_packed_model
 from unique_asr.training.corpus import LOWER_CASE, has_case
+from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.precision import MasterWeights
 
-LINES = (1, 2, 4, 6, 8, 12)  # of a row
-MAX_ROW = 1500  # tokens, prompt and answer
-LOWER_SHARE = 0.25  # of the rows: the answer in lower case without punctuation
-WRONG, LOST, TWICE = 0.006, 0.002, 0.002  # share of the words
+ALTERNATIVES = 8  # tokens that a position is an expectation over
+LENGTHS = [512, 1024, 1024, 2048, 4096, 8192]
+SHORT = 512  # rows of at most so many tokens may be nearly empty; longer ones are at least half full
+TOKENS_A_WORD = 2.9  # of the positions and the answer together
+HEARD_SHARE = 0.3  # of the rows are real, if there are any
+LOWER_SHARE = 0.2  # of the rows: the answer in lower case without punctuation
+SHUFFLED_SHARE = 0.4  # of the rows: sentences in random order, so that none foretells the next
+WRONG, LOST, TWICE = 0.004, 0.001, 0.003  # share of the words
 BLURRED, BLUR = 0.08, 0.5  # share of the positions, and the most that such a one takes from another token
+MADE_UP_SHARE, MADE_UP = 0.5, 0.06  # share of the rows with words that nobody ever wrote, and of their words
 BITS = {
     "": 8,
     "encoder": 5,
@@ -39,34 +59,111 @@ BITS = {
 }  # of the stored weights, by name prefix
 
 
-class Rows:
-    """Prompt, positions [M, hidden] and answer of made-up recordings."""
+@dataclass
+class Row:
+    """Ids before and after the positions, and of the answer; tokens [M, A] and weights [M, A] of the positions."""
+
+    before: list[int]
+    candidates: Tensor
+    weights: Tensor
+    after: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.candidates) + len(self.after) + len(self.answer)
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right: ids [B, N]; `heard`: places of the positions in the flat batch; `read`: of the tokens
+    before those to write, `targets`."""
+
+    ids: Tensor
+    heard: Tensor
+    candidates: Tensor
+    weights: Tensor
+    read: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+class Texts:
+    """Made-up recordings: texts in the listener's tokens."""
 
     def __init__(
         self,
-        model: SpeechLLMForConditionalGeneration,
+        files: list[Path],
+        recordings: list[dict],
         processor: SpeechLLMProcessor,
         whisper: str,
-        texts: list[Path],
         seed: int,
-    ):
-        self.random, self.processor, self.tokenizer = (
-            random.Random(seed),
-            processor,
-            AutoTokenizer.from_pretrained(whisper),
-        )
+    ) -> None:
+        self.random, self.processor, self.recordings = random.Random(seed), processor, recordings
+        self.tokenizer = AutoTokenizer.from_pretrained(whisper)
         self.places = {token: place for place, token in enumerate(listener_tokens(self.tokenizer, ascii_only=True))}
-        self.listener, self.table = model.listener, model.get_input_embeddings().weight.detach()
-        self.files = [[line.strip() for line in path.open() if line.strip()] for path in texts]
+        self.stop = self.places[self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        self.files = [[line.strip() for line in path.open() if line.strip()] for path in files]
         self.words = [word for lines in self.files for line in lines[::10] for word in line.split()]
 
-    def text(self) -> str:
-        lines, count = self.random.choice(self.files), self.random.choice(LINES)
-        first = self.random.randrange(max(1, len(lines) - count))
-        found = lines[first : first + count]
-        return " ".join(line if has_case(line) else f"{line[0].upper()}{line[1:]}." for line in found)
+    def row(self, length: int) -> Row:
+        """Of about `length` tokens at most."""
+        if self.recordings and self.random.random() < HEARD_SHARE:
+            return self._heard(length)
+        text = self._text(int(length / TOKENS_A_WORD * self._fill(length)))
+        return self._finish(text, *self._positions(self._misheard(text)))
 
-    def misheard(self, text: str) -> str:
+    def _fill(self, length: int) -> float:
+        return self.random.uniform(0.5 if length > SHORT else 0.05, 1.0)
+
+    def _finish(self, text: str, candidates: Tensor, weights: Tensor) -> Row:
+        lower = self.random.random() < LOWER_SHARE
+        before, after = self.processor.prompt(LOWER_CASE if lower else None)
+        answer = self.processor.tokenizer(ctc_text(text) if lower else text, add_special_tokens=False)["input_ids"]
+        return Row(before, candidates, weights, after, [*answer, self.processor.end_token_id])
+
+    def _heard(self, length: int) -> Row:
+        """A stretch of a real recording, or of several: parts are consecutive, and each has its own text."""
+        limit, texts, heard, room = length * self._fill(length), [], [], float(length)
+        while room > 0:
+            parts = self.random.choice(self.recordings)["parts"]
+            for part in parts[self.random.randrange(len(parts)) :]:
+                room -= 2.2 * len(part["candidates"])
+                if texts and room < length - limit:
+                    room = 0
+                    break
+                texts.append(part["text"])
+                heard.append(part)
+        candidates, weights = (torch.cat([part[name] for part in heard]) for name in ("candidates", "weights"))
+        return self._finish(" ".join(texts), candidates.long(), weights.float())
+
+    def _text(self, words: int) -> str:
+        lines, shuffled = self.random.choice(self.files), self.random.random() < SHUFFLED_SHARE
+        place, found, count = self.random.randrange(len(lines)), [], 0
+        made_up = MADE_UP if self.random.random() < MADE_UP_SHARE else 0.0
+        while count < words or not found:
+            line = self.random.choice(self.random.choice(self.files)) if shuffled else lines[place % len(lines)]
+            line = line if has_case(line) else f"{line[0].upper()}{line[1:]}."
+            if made_up:
+                line = " ".join(self._made_up() if self.random.random() < made_up else word for word in line.split())
+            found.append(line)
+            count, place = count + line.count(" ") + 1, place + 1
+        return " ".join(found)
+
+    def _made_up(self) -> str:
+        kind = self.random.random()
+        if kind < 0.25:
+            digits = str(self.random.randrange(10 ** self.random.randrange(1, 6)))
+            return self.random.choice([digits, f"${digits}", f"{digits}%", f"{digits},", str(1500 + int(digits) % 550)])
+        one, other = (self.random.choice(self.words).strip(".,;:!?\"'") or "a" for _ in range(2))
+        word = (one[: (len(one) + 1) // 2] + other[len(other) // 2 :]).lower()
+        return word.capitalize() if kind < 0.8 else word
+
+    def _misheard(self, text: str) -> str:
         words = []
         for word in text.split():
             chance = self.random.random()
@@ -76,39 +173,90 @@ class Rows:
                 words += [word] * (2 if chance < WRONG + LOST + TWICE else 1)
         return " ".join(words)
 
-    def positions(self, text: str) -> torch.Tensor:
+    def _positions(self, text: str) -> tuple[Tensor, Tensor]:
+        """The listener's tokens [M, 2] and their weights: here and there, another token takes a share."""
         ids = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
         heard = torch.tensor([[self.places[token]] for token in ids if token in self.places])
         other = heard[torch.randint(len(heard), (len(heard),))]
-        other = torch.where(torch.rand(len(heard), 1) < 0.3, other, torch.randint(self.listener.stop, other.shape))
+        other = torch.where(torch.rand(len(heard), 1) < 0.3, other, torch.randint(self.stop, other.shape))
         share = (torch.rand(len(heard), 1) < BLURRED) * torch.rand(len(heard), 1) * BLUR
-        return self.listener.expected(torch.cat([1 - share, share], 1), torch.cat([heard, other], 1), self.table)
+        return torch.cat([heard, other], 1), torch.cat([1 - share, share], 1)
 
-    def row(self) -> tuple[torch.Tensor, list[int]]:
-        """Vectors [N, hidden] of a whole row, and the ids that end it."""
-        text = self.text()
-        lower = self.random.random() < LOWER_SHARE
-        before, after = self.processor.prompt(LOWER_CASE if lower else None)
-        answer = self.processor.tokenizer(ctc_text(text) if lower else text, add_special_tokens=False)["input_ids"]
-        answer.append(self.processor.end_token_id)
-        parts = [self.table[before], self.positions(self.misheard(text)), self.table[after], self.table[answer]]
-        return torch.cat(parts), answer
+
+class Batches(IterableDataset):
+    """Endless batches of `tokens`, in rows of one of the lengths."""
+
+    def __init__(self, make: Callable[[int], Texts], tokens: int, lengths: list[int], seed: int) -> None:
+        self.make, self.tokens, self.lengths, self.seed = make, tokens, lengths, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        seed = self.seed + (1000 * worker.id if worker else 0)
+        torch.manual_seed(seed)
+        texts = self.make(seed)
+        while True:
+            length = texts.random.choice(self.lengths)
+            rows = []
+            while len(rows) < max(1, self.tokens // length):
+                row = texts.row(length)
+                if len(row) <= length:
+                    rows.append(row)
+            yield collate(rows, length)
+
+
+def collate(rows: list[Row], length: int) -> Batch:
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    heard, read = [], []
+    candidates, weights = [], []
+    for index, row in enumerate(rows):
+        first = len(row.before)
+        last = first + len(row.candidates)
+        answer = last + len(row.after)
+        end = answer + len(row.answer)
+        ids[index, :first] = torch.tensor(row.before)
+        ids[index, last:end] = torch.tensor(row.after + row.answer)
+        heard.append(torch.arange(first, last) + index * length)
+        read.append(torch.arange(answer - 1, end - 1) + index * length)
+        more = ALTERNATIVES - row.candidates.shape[1]
+        candidates.append(functional.pad(row.candidates, (0, more)))
+        weights.append(functional.pad(row.weights, (0, more)))
+    places = torch.cat(read)
+    targets = ids.flatten()[places + 1]
+    return Batch(ids, torch.cat(heard), torch.cat(candidates), torch.cat(weights), places, targets)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whisper", required=True)
-    parser.add_argument("--language-model", required=True)
-    parser.add_argument("--projector", required=True)
+    parser.add_argument("--language-model")
+    parser.add_argument("--projector")
+    parser.add_argument("--model", help="in place of the two: a model that listens already")
     parser.add_argument("--texts", nargs="+", type=Path, required=True)
+    parser.add_argument("--heard", type=Path, help="of scripts/listen.py")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40.0)
-    parser.add_argument("--tokens", type=int, default=600, help="of a step, at least")
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[512, 1024, 1024, 2048, 4096, 8192], help="of the rows"
+    )
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--from-layer", type=int, default=0, help="train the LLM's layers from this one on")
+    parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4))
+    parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--max-pass-seconds", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
+    model, processor = load(arguments.model, device="cpu", dtype="float32") if arguments.model else composed(arguments)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    recordings = torch.load(arguments.heard) if arguments.heard else []
+    make = partial(Texts, arguments.texts, recordings, processor, arguments.whisper)
+    batches = Batches(make, arguments.tokens, arguments.lengths, arguments.seed)
+    teach(model, batches, arguments, lambda: save_packed_model(model, processor, arguments.output, BITS))
+
+
+def composed(arguments: argparse.Namespace) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+    """Whisper, the CTC head of a trained projector, and the LLM."""
     trained, trained_processor = load(arguments.projector, device="cpu", dtype="float32")
     model, processor = compose(
         arguments.whisper,
@@ -124,40 +272,63 @@ def main() -> None:
     )
     head = {name: value for name, value in trained.projector.state_dict().items() if not name.startswith("residual")}
     model.projector.load_state_dict(head, strict=False)
-    teach(model, processor, arguments, lambda: save_packed_model(model, processor, arguments.output, BITS))
+    return model, processor
 
 
-def teach(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, arguments, save) -> None:
+def teach(
+    model: SpeechLLMForConditionalGeneration,
+    batches: Batches,
+    arguments: argparse.Namespace,
+    save: Callable[[], None],
+) -> None:
     """Trains the LLM but for its embeddings; the loss is that of the answers' tokens."""
-    rows = Rows(model, processor, arguments.whisper, arguments.texts, arguments.seed)
     model.requires_grad_(False)
-    weights = list(model.get_decoder().layers.parameters()) + list(model.get_decoder().norm.parameters())
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.01)
-    begin, step, done = time.monotonic(), 0, 0.0
-    while done < 1:
+    decoder, cuda = model.get_decoder(), model.device.type == "cuda"
+    trained = {f"layers.{index}": layer for index, layer in enumerate(decoder.layers) if index >= arguments.from_layer}
+    names = {
+        parameter: f"language_model.model.{part}.{name}"
+        for part, module in {**trained, "norm": decoder.norm}.items()
+        for name, parameter in module.named_parameters()
+    }
+    for parameter in names:
+        parameter.requires_grad_(True)
+    masters = MasterWeights(model, torch.bfloat16 if cuda else torch.float32)
+    optimizer = torch.optim.AdamW(masters.of(list(names)), betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
+    table, run = model.get_input_embeddings().weight, GraphedDecoder(decoder) if cuda else Decoder(decoder)
+    loader = DataLoader(batches, batch_size=None, num_workers=arguments.workers, pin_memory=cuda, prefetch_factor=None)
+    begin, done, saved = time.monotonic(), 0.0, 0.0
+    total, lines = torch.zeros((), device=table.device), 0
+    for step, batch in enumerate(loader, 1):
+        rate = arguments.rate * min(1.0, step / 50) * (1 - 0.97 * done)
         for group in optimizer.param_groups:
-            group["lr"] = arguments.rate * min(1.0, (step + 1) / 15) * (1 - 0.95 * done)
-        tokens, answered, total = 0, 0, 0.0
-        while tokens < arguments.tokens:
-            vectors, answer = rows.row()
-            if len(vectors) > MAX_ROW:
-                continue
-            states = model.get_decoder()(inputs_embeds=vectors[None]).last_hidden_state[0, -len(answer) - 1 : -1]
-            logits = model.get_output_embeddings()(states)
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
-            (loss / arguments.tokens).backward()
-            tokens, answered, total = tokens + len(vectors), answered + len(answer), total + loss.item()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            group["lr"] = rate
+        batch = batch.to(table.device)
+        with torch.no_grad():
+            positions = model.listener.expected(batch.weights.to(table.dtype), batch.candidates, table)
+            embeds = table[batch.ids].flatten(0, 1).index_copy(0, batch.heard, positions).unflatten(0, batch.ids.shape)
+        states = run(embeds).flatten(0, 1)[batch.read]
+        loss = functional.cross_entropy((states @ table.T).float(), batch.targets)
+        loss.backward()
+        masters.take_gradients(list(names))
+        torch.nn.utils.clip_grad_norm_(masters.of(list(names)), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        done = (time.monotonic() - begin) / (60 * arguments.minutes)
-        if step % 5 == 0:
-            print(f"step {step}  loss {total / answered:.3f}  {time.monotonic() - begin:.0f} s", flush=True)
+        masters.give_weights(list(names))
+        if done > 1 - arguments.rounded:
+            for parameter, name in names.items():
+                if parameter.ndim == 2:
+                    parameter.data.copy_(rounded(masters.weights[parameter], bits_of(name, BITS)))
+        total, lines = total + loss.detach(), lines + 1
+        elapsed = time.monotonic() - begin
+        done = elapsed / (60 * arguments.minutes)
         if step % 25 == 0 or done >= 1:
-            save()
+            print(f"step {step}  loss {total.item() / lines:.4f}  rate {rate:.1e}  {elapsed:.0f} s", flush=True)
+            total, lines = torch.zeros_like(total), 0
+        if elapsed > saved + 60 * arguments.save_minutes or done >= 1:
+            with masters.restored():
+                save()
+            saved = elapsed
+        if done >= 1:
+            break
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Whisper's decoder as a listener: against transformers' own generate, in windows and in a speech LLM."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration
-from unique_asr.models.listener import ALTERNATIVES, Listener
+from unique_asr.models.listener import ALTERNATIVES, UNHEARD, ForwardPath, Listener, spikes_after
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
 HEADS = [[0, 1], [1, 0]]
@@ -163,3 +165,48 @@ def test_it_generates_saves_and_loads(listening, tmp_path):
 def test_it_needs_whisper(speech_llm):
     with pytest.raises(ValueError, match="needs a Whisper model"):
         speech_llm(merge="decoder")
+
+
+def test_a_window_with_speech_left_goes_on(listener, states):
+    """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
+    before = listener(states, limit=30)
+    first = int(before.counts.argmin())
+    unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)
+    unheard[first] = UNHEARD + 1
+    after = listener(states, limit=30, unheard=unheard)
+    end = int(before.counts[first])
+    assert after.counts[first] > end
+    assert torch.equal(after.tokens[first, :end], before.tokens[first, :end])
+    for row in set(range(len(states))) - {first}:
+        length = int(before.counts[row])
+        assert torch.equal(after.tokens[row, :length], before.tokens[row, :length])
+    unheard[first] = UNHEARD
+    assert torch.equal(listener(states, limit=30, unheard=unheard).counts, before.counts)
+
+
+def test_spikes_are_counted_to_the_end_of_a_window():
+    best = torch.tensor([[0, 1, 1, 0, 2, 2, 1, 0]]) - 1  # 0: blank
+    logits = torch.nn.functional.one_hot(best % 3, 3).float()
+    assert spikes_after(logits).tolist() == [[3, 2, 2, 2, 1, 1, 0, 0]]
+
+
+def test_frames_are_the_best_that_never_go_back():
+    scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    path = ForwardPath()
+    for score in scores.unbind(1):
+        path.add(score)
+    for found, row in zip(path.frames(), scores):
+        assert found.tolist() == sorted(found.tolist())
+        paths = itertools.combinations_with_replacement(range(6), 4)
+        best = max(sum(row[token, frame] for token, frame in enumerate(frames)) for frames in paths)
+        assert sum(row[range(4), found]) == pytest.approx(float(best))
+
+
+def test_one_word_that_looks_far_ahead_does_not_move_the_others():
+    scores = torch.eye(8)[[1, 7, 2, 3, 4]]
+    path = ForwardPath()
+    for score in scores:
+        path.add(score[None])
+    frames = path.frames()[0]
+    assert frames[[0, 2, 3, 4]].tolist() == [1, 2, 3, 4]
+    assert 1 <= frames[1] <= 2

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-from .projector import Positions
+from .projector import Frames, Positions
 
 PIECES = 4  # tokens of the LLM that one of Whisper's may be cut into; what is beyond is left out
 ALTERNATIVES = 8  # tokens that an expected embedding is over
+UNHEARD = 6  # spikes of the CTC head after the last token's frame with which a window may end
+REFUSALS = 4  # times that a window is kept from ending, at most
 
 
 @dataclass
@@ -64,53 +66,102 @@ class Listener(nn.Module):
 
     def expected(self, weights: Tensor, candidates: Tensor, embeddings: Tensor) -> Tensor:
         """weights, candidates [M, A]; embeddings: the LLM's table -> [M, text hidden]."""
-        pieces = self.pieces[candidates]  # [M, A, PIECES]
+        pieces = self.pieces[candidates].long()  # [M, A, PIECES]
         real = pieces >= 0
         share = weights / real.sum(-1).clamp_min(1)
         return torch.einsum(
             "map,maph->mh", (share[..., None] * real).to(embeddings.dtype), embeddings[pieces.clamp_min(0)]
         )
 
-    def positions(self, states: Tensor, spans: Tensor, stack_factor: int, embeddings: Tensor) -> Positions:
+    def positions(self, frames: Frames, spans: Tensor, embeddings: Tensor) -> Positions:
         """A position for each token that was read from the frames [start, end) of its window.
 
-        states [W, F, d] of the encoder; spans [W, 2] in frames of `stack_factor` of its; embeddings: the LLM's table.
+        spans [W, 2]; embeddings: the LLM's table.
         """
-        heard = self(states)
+        stack_factor = frames.states.shape[1] // frames.logits.shape[1]
+        heard = self(frames.states, unheard=spikes_after(frames.logits).repeat_interleave(stack_factor, 1))
         frames = heard.frames // stack_factor
         spans = spans.to(frames.device)
         keep = (heard.tokens != self.stop) & (frames >= spans[:, :1]) & (frames < spans[:, 1:])
         expected = self.expected(heard.weights[keep], heard.candidates[keep], embeddings)
-        return Positions(expected, heard.hidden[keep], frames[keep], keep.sum(1))
+        return Positions(expected, heard.hidden[keep].to(expected.dtype), frames[keep], keep.sum(1))
 
     @torch.no_grad()
-    def forward(self, states: Tensor, limit: int | None = None) -> Heard:
-        """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows."""
-        positions = self.decoder.embed_positions.weight
+    def forward(self, states: Tensor, limit: int | None = None, unheard: Tensor | None = None) -> Heard:
+        """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows.
+
+        unheard: [W, F], how much speech comes after a frame. Whisper at times ends in the middle of a window; where
+        more than `UNHEARD` is left, it goes on.
+        """
+        positions, states = self.decoder.embed_positions.weight, states.to(self.decoder.embed_positions.weight.dtype)
+        table = self.decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
         limit = min(limit or len(positions) // 2, len(positions) - len(self.prompt))
         memory = _Memory(self.decoder, states, len(self.prompt) + limit)
         windows, device = len(states), states.device
         allowed = torch.zeros(len(self.pieces), device=device)
         allowed[self.stop + 1 :] = -torch.inf
         allowed[self.suppressed] = -torch.inf
-        token, ended = None, torch.zeros(windows, dtype=torch.bool, device=device)
+        ended = torch.zeros(windows, dtype=torch.bool, device=device)
+        refused, path = torch.zeros(windows, dtype=torch.long, device=device), ForwardPath()
         for asked in self.prompt:
-            state, attention = memory.step(token := torch.full((windows,), asked, device=device))
+            state, attention = memory.step(torch.full((windows,), asked, device=device))
         found: list[tuple[Tensor, ...]] = []
         for _ in range(limit):
-            logits = (state @ self.decoder.embed_tokens.weight.T).float() + allowed
+            logits = state.float() @ table + allowed
+            if unheard is not None and found:
+                left = unheard.gather(1, path.last)[:, 0]
+                early = (left > UNHEARD) & (logits.argmax(-1) == self.stop) & ~ended & (refused < REFUSALS)
+                refused += early
+                logits[:, self.stop].masked_fill_(early, -torch.inf)
             weights, candidates = logits.softmax(-1).topk(ALTERNATIVES)
             token = candidates[:, 0].masked_fill(ended, self.stop)
             ended = ended | (token == self.stop)
             if bool(ended.all()):
                 break
             heard = torch.stack([attention[layer][:, head] for layer, head in self.heads]).mean(0)
-            found.append((token, weights, candidates, state, heard.argmax(-1)))
+            path.add(heard.masked_fill(ended[:, None], 0.0))
+            found.append((token, weights, candidates, state))
             state, attention = memory.step(token)
         if not found:
             return _nothing(states)
-        tokens, weights, candidates, hidden, frames = (torch.stack(each, 1) for each in zip(*found, strict=True))
-        return Heard(tokens, weights, candidates, hidden, frames.cummax(1).values, (tokens != self.stop).sum(1))
+        tokens, weights, candidates, hidden = (torch.stack(each, 1) for each in zip(*found, strict=True))
+        return Heard(tokens, weights, candidates, hidden, path.frames(), (tokens != self.stop).sum(1))
+
+
+def spikes_after(logits: Tensor) -> Tensor:
+    """Of CTC logits [W, T, C + 1], the blank last: the spikes after each frame, [W, T]."""
+    best = logits.argmax(-1)
+    new = nn.functional.pad(best[:, 1:] != best[:, :-1], (1, 0), value=True)
+    spikes = ((best != logits.shape[-1] - 1) & new).long()
+    return spikes.sum(1, keepdim=True) - spikes.cumsum(1)
+
+
+class ForwardPath:
+    """The frames [W, N], none before that of the token before it, whose scores [W, F] have the largest sum."""
+
+    def __init__(self) -> None:
+        self.best: Tensor | None = None  # [W, F], the largest sum that ends in a frame
+        self.sources: list[Tensor] = []  # [W, F] of each token but the first: the frame of the token before
+
+    def add(self, scores: Tensor) -> None:
+        """Of the next token."""
+        if self.best is None:
+            self.best = scores.float()
+            return
+        before, source = self.best.cummax(-1)
+        self.sources.append(source)
+        self.best = before + scores
+
+    @property
+    def last(self) -> Tensor:
+        """The frame of the last token [W, 1]."""
+        return self.best.argmax(-1, keepdim=True)
+
+    def frames(self) -> Tensor:
+        path = [self.last]
+        for source in reversed(self.sources):
+            path.append(source.gather(1, path[-1]))
+        return torch.cat(path[::-1], 1)
 
 
 def _nothing(states: Tensor) -> Heard:

@@ -70,6 +70,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = ["listener"]  # greedy choices between words that are nearly as likely
     _no_split_modules = ["WhisperEncoderLayer", "LlamaDecoderLayer"]
 
     def __init__(self, config: SpeechLLMConfig) -> None:
@@ -119,9 +120,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def window_positions(self, frames: Frames, spans: Tensor) -> Positions:
         """Positions of the frames [start, end) of each window; spans: [W, 2]."""
         if self.config.merge == "decoder":
-            return self.listener.positions(
-                frames.states, spans, self.config.stack_factor, self.get_input_embeddings().weight
-            )
+            return self.listener.positions(frames, spans, self.get_input_embeddings().weight)
         index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
         spans = spans.to(index.device)
         keep = (index >= spans[:, :1]) & (index < spans[:, 1:])

@@ -23,12 +23,29 @@ INDEX = "packed_weights.json"
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """weight [..., C] with C a multiple of 32 -> (packed uint8 [..., C * bits / 8], scale fp16 [..., C / 32])."""
+    integers, scale = _integers(weight, bits)
+    return _pack((integers.flatten(-2) + 2 ** (bits - 1) - 1).to(torch.uint8), bits), scale
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """What `quantize` keeps of a weight [..., C], float32."""
+    integers, scale = _integers(weight, bits)
+    return (integers * scale.float()[..., None]).flatten(-2)
+
+
+def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers [..., C / 32, 32], as floats, and scales fp16 [..., C / 32]."""
     groups = weight.float().unflatten(-1, (-1, GROUP))
     limit = 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(-1) / limit).half()
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-    integers = (groups / divisor[..., None]).round().clamp(-limit, limit).flatten(-2)
-    return _pack((integers + limit).to(torch.uint8), bits), scale
+    return (groups / divisor[..., None]).round().clamp(-limit, limit), scale
+
+
+def bits_of(name: str, bits: Mapping[str, int]) -> int | None:
+    """Of a weight, by the longest matching prefix; None: it is not packed."""
+    prefix = max((prefix for prefix in bits if name.startswith(prefix)), key=len, default=None)
+    return None if prefix is None else bits[prefix]
 
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,10 +98,10 @@ def save_packed(
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in state.items():
-        prefix = max((p for p in bits if name.startswith(p)), key=len, default=None)
-        if prefix is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0:
-            packed, scale = quantize(value, bits[prefix])
-            parts, entry = {name + ".packed": packed, name + ".scale": scale}, {"bits": bits[prefix]}
+        width = bits_of(name, bits)
+        if width is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0:
+            packed, scale = quantize(value, width)
+            parts, entry = {name + ".packed": packed, name + ".scale": scale}, {"bits": width}
         else:
             parts, entry = {name: value.half() if value.is_floating_point() else value}, {}
         added = sum(part.numel() * part.element_size() for part in parts.values())

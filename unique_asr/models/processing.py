@@ -130,17 +130,22 @@ class SpeechLLMProcessor(ProcessorMixin):
         for window in self.windows(blocks):
             group.append(window)
             if len(group) == size:
-                yield self._window_batch(group)
+                yield self.window_batch(group)
                 group = []
         if group:
-            yield self._window_batch(group)
+            yield self.window_batch(group)
 
-    def _window_batch(self, group: list[tuple[np.ndarray, int, int]]) -> WindowBatch:
+    def window_batch(self, group: Sequence[tuple[np.ndarray, int, int]]) -> WindowBatch:
+        """Of windows as `windows` yields them."""
         spans = torch.tensor([(start, end) for _, start, end in group])
-        duration = 0.0
-        for samples, start, end in group:
-            duration += min(end * self.frame_seconds, len(samples) / SAMPLE_RATE) - start * self.frame_seconds
-        return WindowBatch(self.features([samples for samples, _, _ in group]), spans, duration)
+        return WindowBatch(self.features([samples for samples, _, _ in group]), spans, self.kept_seconds(group))
+
+    def kept_seconds(self, group: Sequence[tuple[np.ndarray, int, int]]) -> float:
+        """What is kept of windows; the last may end within a frame."""
+        return sum(
+            min(end * self.frame_seconds, len(samples) / SAMPLE_RATE) - start * self.frame_seconds
+            for samples, start, end in group
+        )
 
     # Text
 
