@@ -186,7 +186,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
         if pretrained:
             yield systems.PretrainedLLM(name, (model, processor), attention, **options), about
         elif config.batch > 1:
-            yield systems.BatchedSpeechLLM(name, encoder, attention, config.batch), about
+            yield systems.BatchedSpeechLLM(name, encoder, attention, batch=config.batch, **options), about
         else:
             yield systems.SpeechLLM(name, encoder, attention, **options), about
 

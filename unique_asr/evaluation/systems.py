@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from ..data import Recording
+from ..models.modeling import EncodedAudio, concatenate
 from .harness import Hypothesis
 
 if TYPE_CHECKING:
     from ..attention import SparseAttentionConfig, SparsityStatistics
-    from ..models import EncodedAudio, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..transcript import Segment
     from .methods import Sliding
 
 
@@ -36,6 +42,27 @@ class Encoder:
         if self.keep:
             self._encoded[recording] = result
         return result
+
+    def together(self, recordings: Sequence[Recording], windows: int = 64) -> None:
+        """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded."""
+        if not self.keep:
+            self._encoded.clear()
+        started, fresh = time.perf_counter(), [each for each in recordings if each not in self._encoded]
+        cut = [list(self.processor.windows(recording.blocks())) for recording in fresh]
+        flat = [window for of_one in cut for window in of_one]
+        parts = [self._joined(flat[first : first + windows]) for first in range(0, len(flat), windows)]
+        joined, start = concatenate(parts) if parts else None, 0
+        seconds = (time.perf_counter() - started) / max(len(fresh), 1)
+        for recording, of_one in zip(fresh, cut, strict=True):
+            end = start + sum(last - first for _, first, last in of_one)
+            own = replace(joined.slice(start, end), duration=self.processor.kept_seconds(of_one))
+            self._encoded[recording], start = (own, seconds), end
+
+    def _joined(self, windows: Sequence[tuple[np.ndarray, int, int]]) -> EncodedAudio:
+        """Windows as if they were of one recording."""
+        batch = self.processor.window_batch(windows)
+        with torch.no_grad():
+            return self.model.join_windows(self.model.encode_windows(batch.features), batch.spans, batch.duration)
 
 
 class SpeechLLM:
@@ -133,42 +160,61 @@ class PretrainedLLM:
             )
 
 
-class BatchedSpeechLLM:
-    """A speech LLM through `generate`, `batch` recordings at a time and one pass each: the fast way for short ones.
+class BatchedSpeechLLM(SpeechLLM):
+    """The same for `batch` recordings at a time: one decode step writes a token for each of them.
 
-    Nothing is aligned and nothing continued, so coverage says only whether the text ended by itself; the time of the
-    tokens includes encoding and prefill.
+    Their windows are encoded together; times are shares of the batch's.
     """
 
-    def __init__(self, name: str, encoder: Encoder, attention: SparseAttentionConfig, batch: int = 16) -> None:
-        self.name, self.attention, self.batch = name, attention, batch
-        self.model, self.processor = encoder.model, encoder.processor
+    def __init__(self, *args: Any, batch: int = 16, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.batch = batch
 
     def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
-        from ..attention import sparse_attention
+        from ..batch_decoding import BatchDecoder
+        from ..longform import LongformConfig, LongformReport, LongformTranscriber
 
+        model, processor = self.encoder.model, self.encoder.processor
+        config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
+        transcriber = LongformTranscriber(model, processor, config, prompt=self.prompt)
+        decoder = BatchDecoder(model.language_model, self.attention, self.prefill_chunk)
         remaining = iter(recordings)
-        with sparse_attention(self.model, self.attention) as sparse:
-            while group := list(islice(remaining, self.batch)):
-                started, before = time.perf_counter(), sparse.statistics.to_dict()
-                inputs = self.processor.apply_transcription_request([recording.audio() for recording in group])
-                budget = int(5 * max(recording.duration for recording in group)) + 64  # tokens
-                tokens = self.model.generate(**inputs.to(self.model.device), max_new_tokens=budget, do_sample=False)
-                rows = tokens.tolist()
-                seconds = (time.perf_counter() - started) / len(group)
-                counted = _counted(before, sparse.statistics)
-                share = {name: value / len(group) for name, value in counted.items()}
-                for row in rows:
-                    ended = self.processor.end_token_id in row
-                    yield Hypothesis(
-                        text=self.processor.decode(row),
-                        stop_reason="end" if ended else "length",
-                        coverage=float(ended),
-                        sparsity=share,
-                        seconds=seconds,
-                        tokens=row.index(self.processor.end_token_id) if ended else len(row),
-                        decode_seconds=seconds,
-                    )
+        while group := list(islice(remaining, self.batch)):
+            self.encoder.together(group)
+            started = time.perf_counter()
+            encoded = [self.encoder(recording) for recording in group]
+            reports, rows = [LongformReport() for _ in group], [decoder.row() for _ in group]
+            segments: list[list[Segment]] = [[] for _ in group]
+            running = [
+                transcriber.transcribe(audio, row, report)
+                for (audio, _), row, report in zip(encoded, rows, reports, strict=True)
+            ]
+            waiting = dict(enumerate(running))
+            while waiting:
+                for index, steps in list(waiting.items()):
+                    for segment in steps:
+                        if segment is None:
+                            break
+                        segments[index].append(segment)
+                    else:
+                        del waiting[index]
+                if waiting:
+                    decoder.step()
+            seconds = (time.perf_counter() - started) / len(group)
+            for row, report, written, (_, encode_seconds) in zip(rows, reports, segments, encoded, strict=True):
+                decoder.remove(row)
+                counted = row.statistics.to_dict()
+                yield Hypothesis(
+                    text=" ".join(segment.text.strip() for segment in written),
+                    stop_reason=report.stop_reason,
+                    coverage=report.coverage,
+                    passes=report.passes,
+                    sparsity={name: value for name, value in counted.items() if name != "share_of_pages_read"},
+                    segments=written,
+                    seconds=encode_seconds + seconds,
+                    tokens=counted["steps"],
+                    decode_seconds=row.seconds["decode"],
+                )
 
 
 class GreedyCTC:
