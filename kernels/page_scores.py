@@ -33,12 +33,13 @@ class ScoreTile(NamedTuple):
     stages: int = 1
 
 
-def score_tile(rows: int, pages: int, head_dim: int, bytes_each: int) -> ScoreTile:
-    """Tiles of about 32 KB keep enough reads in flight; smaller ones where they would leave the GPU idle."""
-    size = max(32, min(256, 32768 // (triton.next_power_of_2(head_dim) * bytes_each)))
-    while size > 32 and rows * triton.cdiv(pages, size) < 264:
-        size //= 2
-    return ScoreTile(size, warps=8 if size >= 128 else 4)
+def score_tile(rows: int, pages: int, head_dim: int, warps: int = 4) -> ScoreTile:
+    """Tiles of 16 pages a warp, streamed three deep, but fewer of a program where the GPU would be left idle."""
+    size = warps * (16 if head_dim <= 128 else 8)
+    tiles = 8
+    while tiles > 1 and rows * triton.cdiv(pages, size * tiles) < 264:
+        tiles //= 2
+    return ScoreTile(size, tiles, warps, stages=3)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _product(
 
 @triton.jit
 def _locate_candidates(
-    position, row, within, candidates, supers, first, newest,
+    position, within, candidates, supers, first, newest,
     UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
     """Page of each position among the candidates, whether it may be chosen, and whether it must be.
@@ -75,7 +76,7 @@ def _locate_candidates(
     exists = position < candidates
     if FAN > 1:
         index = position // FAN
-        above = tl.load(within + row * supers + index, mask=index < supers, other=-1)
+        above = tl.load(within + index, mask=index < supers, other=-1, cache_modifier=".cg")
         above = tl.where(index == supers, newest_candidate // FAN, above)
         exists &= above >= 0
         page = above * FAN + position % FAN
@@ -84,6 +85,140 @@ def _locate_candidates(
     if SINK > 0:
         forced |= (page * UNIT < first + SINK) & (page * UNIT + UNIT > first)
     return page, eligible, forced
+
+
+@triton.jit
+def load_query(
+    query, sequence, head, query_row, query_head,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The queries of a group, float32 [G_PAD, D_PAD], in units of a power of two for each, and these units."""
+    d = tl.arange(0, D_PAD)
+    g = tl.arange(0, G_PAD)
+    own = query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :]
+    q = tl.load(own, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    unit, inverse = _power_below(tl.max(tl.abs(q), axis=1))  # exact, and nothing leaves the range of 16 bits
+    return q * inverse[:, None], unit
+
+
+@triton.jit
+def score_part(
+    q, unit, s0, s1, s2, s3, table, within, head_scores, peaks, sums, scores, sequence, head, part, first, newest,
+    scale, scaling, heads, table_stride, pages_each, candidates, supers,
+    SCORE: tl.constexpr, SHARE: tl.constexpr, UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PER_BLOCK: tl.constexpr, QUANTIZED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of the PART candidates of this part of a row; the pointers from `within` to `scores` are of this row."""
+    d = tl.arange(0, D_PAD)
+    g = tl.arange(0, G_PAD)
+    power = scale * unit * tl.sqrt(tl.sum(q * q, axis=1))  # of the spread
+    if SCORE == "second_moment":
+        power = scale * unit * unit
+    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
+    total = tl.zeros((G_PAD,), tl.float32)
+    end = tl.minimum((part + 1) * PART, candidates)
+    for tile in tl.range(0, tl.cdiv(PART, BLOCK), num_stages=STAGES):
+        position = part * PART + tile * BLOCK + tl.arange(0, BLOCK)
+        mine = position < end
+        page, eligible, forced = _locate_candidates(
+            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+        )
+        eligible &= mine
+        block, place = locate(page, sequence, table, table_stride, eligible, PER_BLOCK)
+        place += (block * heads + head) * pages_each
+        if SCORE == "quest":
+            if QUANTIZED:
+                score = _product(tl.maximum(q, 0.0), unit, s2, s3, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+            else:
+                score = _product(tl.maximum(q, 0.0), unit, s1, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+            score += _product(tl.minimum(q, 0.0), unit, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+        else:
+            score = _product(q, unit, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+        spread = s1
+        spread_scale = s1
+        if QUANTIZED:
+            spread = s2
+            spread_scale = s3
+        if SCORE == "unique":
+            score += power[None, :] * tl.load(spread + place, mask=eligible, other=0.0).to(tl.float32)[:, None]
+        elif SCORE == "second_moment":
+            score += _product(q * q, power, spread, spread_scale, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
+
+        if SHARE:
+            score *= scaling * 1.4426950408889634  # in units of log 2
+            score = tl.where(eligible[:, None] & (g < G)[None, :], score, -float("inf"))
+            target = head_scores + g[None, :] * candidates + position[:, None]
+            tl.store(target, score, mask=(g < G)[None, :] & mine[:, None])
+            highest = tl.maximum(peak, tl.max(score, axis=0))
+            base = tl.where(highest > -float("inf"), highest, 0.0)
+            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(score - base[None, :]), axis=0)
+            peak = highest
+        else:
+            best = tl.max(tl.where((g < G)[None, :], score, -float("inf")), axis=1)
+            best = tl.where(forced, float("inf"), best)
+            best = tl.where(eligible, best, -float("inf"))
+            tl.store(scores + position, best, mask=mine)
+    if SHARE:
+        tl.store(peaks + part * G_PAD + g, peak)
+        tl.store(sums + part * G_PAD + g, total)
+
+
+@triton.jit
+def choose_pages(
+    within, head_scores, peaks, sums, scores, chosen, first, newest, candidates, supers,
+    SHARE: tl.constexpr, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr, CANDIDATES_PAD: tl.constexpr,
+    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
+):  # fmt: skip
+    """What needs all scores of a row: the softmax of `share`, and its COUNT best pages if COUNT > 0."""
+    if SHARE:
+        _share(
+            head_scores, peaks, sums, scores, within, candidates, supers, first, newest,
+            UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
+        )  # fmt: skip
+        tl.debug_barrier()
+    if COUNT > 0:
+        position = tl.arange(0, CANDIDATES_PAD)
+        page, eligible, _ = _locate_candidates(
+            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+        )
+        score = tl.load(scores + position, mask=eligible, other=-float("inf"), cache_modifier=".cg")
+        store_chosen(chosen, page, sortable(score), COUNT, COUNT_PAD)
+
+
+@triton.jit
+def _share(
+    head_scores, peaks, sums, scores, within, candidates, supers, first, newest,
+    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Scores of one row: the mean over heads of each head's softmax over pages, from the parts of its programs."""
+    HEADS: tl.constexpr = triton.next_power_of_2(G)
+    TILE: tl.constexpr = 4096 // HEADS
+    g = tl.arange(0, HEADS)
+    part = tl.arange(0, PROGRAMS_PAD)
+    mask = (part < PROGRAMS)[:, None] & (g < G)[None, :]
+    own = part[:, None] * G_PAD + g[None, :]
+    peak_parts = tl.load(peaks + own, mask=mask, other=-float("inf"), cache_modifier=".cg")
+    total_parts = tl.load(sums + own, mask=mask, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peak_parts, axis=0)
+    peak = tl.where(peak > -float("inf"), peak, 0.0)
+    total = tl.sum(total_parts * tl.exp2(peak_parts - peak[None, :]), axis=0)
+    weight = 1.0 / (G * tl.where(total > 0, total, 1.0))
+    for begin in range(0, candidates, TILE):
+        position = begin + tl.arange(0, TILE)
+        _, eligible, forced = _locate_candidates(
+            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+        )
+        score = tl.load(
+            head_scores + g[:, None] * candidates + position[None, :],
+            mask=(g < G)[:, None] & eligible[None, :], other=-float("inf"), cache_modifier=".cg",
+        )  # fmt: skip
+        share = tl.sum(tl.exp2(score - peak[:, None]) * weight[:, None], axis=0)
+        share = tl.where(eligible, tl.where(forced, float("inf"), share), -float("inf"))
+        tl.store(scores + position, share, mask=position < candidates)
 
 
 @triton.jit
@@ -105,115 +240,31 @@ def _scores(
     first = 0
     if HAS_STARTS:
         first = tl.load(starts + sequence).to(tl.int32) // S
-
-    d = tl.arange(0, D_PAD)
-    g = tl.arange(0, G_PAD)
-    own = query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :]
-    q = tl.load(own, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    power, inverse = _power_below(tl.max(tl.abs(q), axis=1))  # exact, and nothing leaves the range of 16 bits
-    norm = scale * tl.sqrt(tl.sum(q * q, axis=1))
-    q *= inverse[:, None]
-
-    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
-    total = tl.zeros((G_PAD,), tl.float32)
-    for tile in tl.range(0, TILES, num_stages=STAGES):
-        position = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        page, eligible, forced = _locate_candidates(
-            position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
-        )
-        block, place = locate(page, sequence, table, table_stride, eligible, PER_BLOCK)
-        place += (block * heads + head) * pages_each
-        if SCORE == "quest":
-            if QUANTIZED:
-                score = _product(
-                    tl.maximum(q, 0.0), power, s2, s3, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION
-                )
-            else:
-                score = _product(
-                    tl.maximum(q, 0.0), power, s1, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION
-                )
-            score += _product(tl.minimum(q, 0.0), power, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
-        else:
-            score = _product(q, power, s0, s1, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
-        spread = s1
-        spread_scale = s1
-        if QUANTIZED:
-            spread = s2
-            spread_scale = s3
-        if SCORE == "unique":
-            score += norm[None, :] * tl.load(spread + place, mask=eligible, other=0.0).to(tl.float32)[:, None]
-        elif SCORE == "second_moment":
-            square = scale * power * power
-            score += _product(q * q, square, spread, spread_scale, place, eligible, d, D, QUANTIZED, OPERAND, PRECISION)
-
-        if SHARE:
-            score *= scaling * 1.4426950408889634  # in units of log 2
-            score = tl.where(eligible[:, None] & (g < G)[None, :], score, -float("inf"))
-            target = head_scores + (row * G + g[None, :]) * candidates + position[:, None]
-            tl.store(target, score, mask=(g < G)[None, :] & (position < candidates)[:, None])
-            highest = tl.maximum(peak, tl.max(score, axis=0))
-            base = tl.where(highest > -float("inf"), highest, 0.0)
-            total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(score - base[None, :]), axis=0)
-            peak = highest
-        else:
-            best = tl.max(tl.where((g < G)[None, :], score, -float("inf")), axis=1)
-            best = tl.where(forced, float("inf"), best)
-            best = tl.where(eligible, best, -float("inf"))
-            tl.store(scores + row * candidates + position, best, mask=position < candidates)
-
-    if SHARE:
-        tl.store(peaks + (row * PROGRAMS + part) * G_PAD + g, peak)
-        tl.store(sums + (row * PROGRAMS + part) * G_PAD + g, total)
+    within += row * supers
+    head_scores += row * G * candidates
+    peaks += row * PROGRAMS * G_PAD
+    sums += row * PROGRAMS * G_PAD
+    scores += row * candidates
+    q, unit = load_query(query, sequence, head, query_row, query_head, G, G_PAD, D, D_PAD)
+    score_part(
+        q, unit, s0, s1, s2, s3, table, within, head_scores, peaks, sums, scores, sequence, head, part, first, newest,
+        scale, scaling, heads, table_stride, pages_each, candidates, supers,
+        SCORE, SHARE, UNIT, FAN, SINK, RECENT, G, G_PAD, D, D_PAD, BLOCK * TILES, BLOCK, STAGES, PER_BLOCK, QUANTIZED,
+        OPERAND, PRECISION,
+    )  # fmt: skip
     if SHARE or COUNT > 0:  # noqa: SIM102 (compiled or not, then at run time)
         if is_last(arrivals + row, PROGRAMS):
-            if SHARE:
-                _share(
-                    head_scores, peaks, sums, scores, row, within, candidates, supers, first, newest,
-                    UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
-                )  # fmt: skip
-                tl.debug_barrier()
-            if COUNT > 0:
-                position = tl.arange(0, CANDIDATES_PAD)
-                page, eligible, _ = _locate_candidates(
-                    position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
-                )
-                score = tl.load(
-                    scores + row * candidates + position, mask=eligible, other=-float("inf"), cache_modifier=".cg"
-                )
-                store_chosen(chosen + row * COUNT, page, sortable(score), COUNT, COUNT_PAD)
+            choose_pages(
+                within, head_scores, peaks, sums, scores, chosen + row * COUNT, first, newest, candidates, supers,
+                SHARE, COUNT, COUNT_PAD, CANDIDATES_PAD, UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
+            )  # fmt: skip
 
 
-@triton.jit
-def _share(
-    head_scores, peaks, sums, scores, row, within, candidates, supers, first, newest,
-    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
-    G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
-):  # fmt: skip
-    """Scores of one row: the mean over heads of each head's softmax over pages, from the parts of its programs."""
-    HEADS: tl.constexpr = triton.next_power_of_2(G)
-    TILE: tl.constexpr = 4096 // HEADS
-    g = tl.arange(0, HEADS)
-    part = tl.arange(0, PROGRAMS_PAD)
-    mask = (part < PROGRAMS)[:, None] & (g < G)[None, :]
-    own = (row * PROGRAMS + part[:, None]) * G_PAD + g[None, :]
-    peak_parts = tl.load(peaks + own, mask=mask, other=-float("inf"), cache_modifier=".cg")
-    total_parts = tl.load(sums + own, mask=mask, other=0.0, cache_modifier=".cg")
-    peak = tl.max(peak_parts, axis=0)
-    peak = tl.where(peak > -float("inf"), peak, 0.0)
-    total = tl.sum(total_parts * tl.exp2(peak_parts - peak[None, :]), axis=0)
-    weight = 1.0 / (G * tl.where(total > 0, total, 1.0))
-    for begin in range(0, candidates, TILE):
-        position = begin + tl.arange(0, TILE)
-        _, eligible, forced = _locate_candidates(
-            position, row, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
-        )
-        score = tl.load(
-            head_scores + (row * G + g[:, None]) * candidates + position[None, :],
-            mask=(g < G)[:, None] & eligible[None, :], other=-float("inf"), cache_modifier=".cg",
-        )  # fmt: skip
-        share = tl.sum(tl.exp2(score - peak[:, None]) * weight[:, None], axis=0)
-        share = tl.where(eligible, tl.where(forced, float("inf"), share), -float("inf"))
-        tl.store(scores + row * candidates + position, share, mask=position < candidates)
+def dot_types(query: Tensor, statistics: Sequence[Tensor]) -> tuple[tl.dtype, str]:
+    """In which type queries and statistics are multiplied, and how float32 is."""
+    if query.dtype == torch.float32:
+        return tl.float32, "ieee"
+    return tl.bfloat16 if statistics[0].dtype == torch.bfloat16 else tl.float16, "tf32"
 
 
 def _launch(
@@ -252,7 +303,9 @@ def _launch(
         chosen = query.new_empty(sequences, heads, count, dtype=torch.int32)
 
     stored = statistics[0].dtype
-    tile = tile or score_tile(rows, candidates, dim, stored.itemsize)
+    candidates_pad = triton.next_power_of_2(candidates)
+    warps = 8 if count and candidates_pad > 4096 else 4  # they choose, too
+    tile = tile or score_tile(rows, candidates, dim, warps)
     programs = triton.cdiv(candidates, tile.pages * tile.tiles)
     share = combine == "share"
     group_pad = max(16, triton.next_power_of_2(group))
@@ -261,12 +314,7 @@ def _launch(
         head_scores = query.new_empty(rows, group, candidates, dtype=torch.float32)
         peaks = query.new_empty(2, rows, programs, group_pad, dtype=torch.float32)
     sums = peaks[1] if share else peaks
-    candidates_pad = triton.next_power_of_2(candidates)
-    warps = 8 if count and candidates_pad > 4096 else tile.warps
-    if query.dtype == torch.float32:
-        operand, precision = tl.float32, "ieee"
-    else:
-        operand, precision = tl.bfloat16 if stored == torch.bfloat16 else tl.float16, "tf32"
+    operand, precision = dot_types(query, statistics)
     table, table_stride = table_arguments(block_table, query)
     _scores[(rows * programs,)](
         query, *four(statistics, query), lengths, query if starts is None else starts, table,
@@ -280,7 +328,7 @@ def _launch(
         BLOCK=tile.pages, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,
         PROGRAMS_PAD=triton.next_power_of_2(programs), PER_BLOCK=0 if block_table is None else per_block,
         HAS_STARTS=starts is not None,
-        QUANTIZED=stored in LARGEST, OPERAND=operand, PRECISION=precision, num_warps=warps,
+        QUANTIZED=stored in LARGEST, OPERAND=operand, PRECISION=precision, num_warps=max(warps, tile.warps),
     )  # fmt: skip
     return scores, chosen
 

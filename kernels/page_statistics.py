@@ -18,8 +18,8 @@ from torch import Tensor
 from unique_asr.kernels.paging import locate, table_arguments
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # number of each 8-bit type
-UNROLL = tl.constexpr(8)  # tokens of a page read at once; page sizes are multiples of it
-PAGES = 16  # of a program
+UNROLL = tl.constexpr(8)  # tokens of a page read at once in bulk; page sizes are multiples of it
+PAGES = 4  # of a program
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _write_pages(
     keys, sequence, head, page, exists, newest, newest_key, start, table, table_stride, s0, s1, s2, s3,
     heads, stride_block, stride_head, stride_token, pages_each,
     SCORE: tl.constexpr, S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGES: tl.constexpr,
-    PER_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    UNROLL: tl.constexpr, PER_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the pages `page` [PAGES] of a sequence, where `exists`; tokens before `start` are left out.
 
@@ -61,38 +61,38 @@ def _write_pages(
     to the first token of the page: one pass, and no cancellation against a large mean.
     """
     d = tl.arange(0, D_PAD)
-    origin = tl.zeros((PAGES, D_PAD), tl.float32)
+    block, place = locate(page, sequence, table, table_stride, exists, PER_BLOCK)
+    source = keys + block * stride_block + head * stride_head + place * S * stride_token
+    skipped = tl.minimum(tl.maximum(start - page * S, 0), S)  # padding
+    cached = exists & (skipped < S) & (page * S + skipped != newest)
+    first_key = source + skipped * stride_token
+    origin = tl.load(first_key[:, None] + d, mask=cached[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    origin = tl.where((page * S + skipped == newest)[:, None], newest_key[None, :], origin)
     first = tl.zeros((PAGES, D_PAD), tl.float32)  # sum, or lowest
     second = tl.zeros((PAGES, D_PAD), tl.float32)  # sum of squares, or highest
-    count = tl.zeros((PAGES, 1), tl.float32)
     if SCORE == "quest":
         first += float("inf")
         second -= float("inf")
-    block, place = locate(page, sequence, table, table_stride, exists, PER_BLOCK)
-    source = keys + block * stride_block + head * stride_head + place * S * stride_token
     for begin in range(0, S, UNROLL):
-        for step in tl.static_range(UNROLL):
-            token = page * S + begin + step
-            valid = exists & (token >= start)
-            cached = valid & (token != newest)
-            own = source + (begin + step) * stride_token
-            x = tl.load(own[:, None] + d, mask=cached[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            x = tl.where((token == newest)[:, None], newest_key[None, :], x)
-            valid = valid[:, None]
-            if SCORE == "quest":
-                first = tl.where(valid, tl.minimum(first, x), first)
-                second = tl.where(valid, tl.maximum(second, x), second)
-            else:
-                origin = tl.where(valid & (count == 0), x, origin)
-                x = tl.where(valid, x - origin, 0.0)
-                first += x
-                second += x * x
-            count += valid.to(tl.float32)
+        slot = begin + tl.arange(0, UNROLL)
+        valid = exists[:, None] & (slot[None, :] >= skipped[:, None])
+        is_newest = (page[:, None] * S + slot[None, :] == newest)[:, :, None]
+        own = source[:, None, None] + slot[None, :, None] * stride_token + d[None, None, :]
+        mask = valid[:, :, None] & ~is_newest & (d < D)[None, None, :]
+        x = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(is_newest, newest_key[None, None, :], x)
+        if SCORE == "quest":
+            first = tl.minimum(first, tl.min(tl.where(valid[:, :, None], x, float("inf")), axis=1))
+            second = tl.maximum(second, tl.max(tl.where(valid[:, :, None], x, -float("inf")), axis=1))
+        else:
+            x = tl.where(valid[:, :, None], x - origin[:, None, :], 0.0)
+            first += tl.sum(x, axis=1)
+            second += tl.sum(x * x, axis=1)
     if SCORE == "quest":
-        first = tl.where(count > 0, first, 0.0)
-        second = tl.where(count > 0, second, 0.0)
+        first = tl.where((skipped < S)[:, None], first, 0.0)
+        second = tl.where((skipped < S)[:, None], second, 0.0)
     else:
-        count = tl.maximum(count, 1.0)
+        count = tl.maximum(S - skipped, 1).to(tl.float32)[:, None]
         first /= count
         second = tl.maximum(second / count - first * first, 0.0)  # variance
         first += origin
@@ -128,8 +128,45 @@ def _bulk(
     _write_pages(
         keys, sequence, head, page, page < last_page, -1, tl.zeros((D_PAD,), tl.float32), start, table, table_stride,
         s0, s1, s2, s3, heads, stride_block, stride_head, stride_token, pages_each,
-        SCORE, S, D, D_PAD, PAGES, PER_BLOCK, LARGEST,
+        SCORE, S, D, D_PAD, PAGES, UNROLL, PER_BLOCK, LARGEST,
     )  # fmt: skip
+
+
+@triton.jit
+def write_token(
+    key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length,
+    heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token, block_tokens,
+    SCORE: tl.constexpr, S: tl.constexpr, SUPER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PER_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Write the newest token of a row, and the statistics of the page and of the super-page that it completes.
+
+    S, SUPER: tokens of a page and of a super-page, 0 where there are none.
+    """
+    d = tl.arange(0, D_PAD)
+    new_key = tl.load(key + sequence * key_row + head * key_head + d, mask=d < D, other=0.0)
+    new_value = tl.load(value + sequence * value_row + head * value_head + d, mask=d < D, other=0.0)
+    written = (d < D) & (length > 0)
+    block, place = locate(length - 1, sequence, table, table_stride, length > 0, PER_BLOCK)
+    target = block * stride_block + head * stride_head + place * stride_token
+    tl.store(keys + target + d, new_key, mask=written)
+    tl.store(values + target + d, new_value, mask=written)
+    one = tl.arange(0, 1)
+    new_key = new_key.to(keys.dtype.element_ty).to(tl.float32)
+    if S > 0:  # noqa: SIM102 (compiled or not, then at run time)
+        if (length > 0) & (length % S == 0):
+            _write_pages(
+                keys, sequence, head, length // S - 1 + one, one == 0, length - 1, new_key, start, table, table_stride,
+                s0, s1, s2, s3, heads, stride_block, stride_head, stride_token, block_tokens // S,
+                SCORE, S, D, D_PAD, 1, min(S, 8192 // D_PAD), PER_BLOCK // S, LARGEST,
+            )  # fmt: skip
+    if SUPER > 0:  # noqa: SIM102
+        if (length > 0) & (length % SUPER == 0):
+            _write_pages(
+                keys, sequence, head, length // SUPER - 1 + one, one == 0, length - 1, new_key, start, table,
+                table_stride, u0, u1, u2, u3, heads, stride_block, stride_head, stride_token, block_tokens // SUPER,
+                SCORE, SUPER, D, D_PAD, 1, min(SUPER, 8192 // D_PAD), PER_BLOCK // SUPER, LARGEST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -139,37 +176,18 @@ def _append(
     SCORE: tl.constexpr, S: tl.constexpr, SUPER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; S, SUPER: tokens of a page and of a super-page, 0 where there are none."""
+    """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     sequence, head = row // heads, row % heads
     length = tl.load(lengths + sequence).to(tl.int32)
-    d = tl.arange(0, D_PAD)
-    new_key = tl.load(key + sequence * key_row + head * key_head + d, mask=d < D, other=0.0)
-    new_value = tl.load(value + sequence * value_row + head * value_head + d, mask=d < D, other=0.0)
-    written = (d < D) & (length > 0)
-    block, place = locate(length - 1, sequence, table, table_stride, length > 0, PER_BLOCK)
-    target = block * stride_block + head * stride_head + place * stride_token
-    tl.store(keys + target + d, new_key, mask=written)
-    tl.store(values + target + d, new_value, mask=written)
     start = 0
     if HAS_STARTS:
         start = tl.load(starts + sequence).to(tl.int32)
-    one = tl.arange(0, 1)
-    new_key = new_key.to(keys.dtype.element_ty).to(tl.float32)
-    if S > 0:  # noqa: SIM102 (compiled or not, then at run time)
-        if (length > 0) & (length % S == 0):
-            _write_pages(
-                keys, sequence, head, length // S - 1 + one, one == 0, length - 1, new_key, start, table, table_stride,
-                s0, s1, s2, s3, heads, stride_block, stride_head, stride_token, block_tokens // S,
-                SCORE, S, D, D_PAD, 1, PER_BLOCK // S, LARGEST,
-            )  # fmt: skip
-    if SUPER > 0:  # noqa: SIM102
-        if (length > 0) & (length % SUPER == 0):
-            _write_pages(
-                keys, sequence, head, length // SUPER - 1 + one, one == 0, length - 1, new_key, start, table,
-                table_stride, u0, u1, u2, u3, heads, stride_block, stride_head, stride_token, block_tokens // SUPER,
-                SCORE, SUPER, D, D_PAD, 1, PER_BLOCK // SUPER, LARGEST,
-            )  # fmt: skip
+    write_token(
+        key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length,
+        heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token, block_tokens,
+        SCORE, S, SUPER, D, D_PAD, PER_BLOCK, LARGEST,
+    )  # fmt: skip
 
 
 def page_size_of(keys: Tensor, statistics: Sequence[Tensor]) -> int:
@@ -244,5 +262,4 @@ def append(
         score, size, super_size, dim, triton.next_power_of_2(dim),
         0 if block_table is None else block_tokens, starts is not None,
         LARGEST.get(statistics[0].dtype, 0.0) if statistics else 0.0,
-        num_warps=1,
     )  # fmt: skip

@@ -23,10 +23,24 @@ def locate(index, sequence, table, table_stride, mask, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
+def arrive(counter):
+    """Counts this program, and returns how many came before: what they wrote until then is visible from here on."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def wait_for(counter, programs):
+    """Waits until `programs` have arrived: what they wrote until then is visible from here on."""
+    while tl.atomic_add(counter, 0, sem="acquire") < programs:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def is_last(counter, PROGRAMS: tl.constexpr):
     """Whether this program is the last of PROGRAMS to get here: what the others wrote is then visible. Resets it."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == PROGRAMS - 1
+    last = arrive(counter) == PROGRAMS - 1
     if last:
         tl.store(counter, 0)
     return last

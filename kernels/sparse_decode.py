@@ -23,10 +23,71 @@ class DecodeTile(NamedTuple):
 
 
 def decode_tile(rows: int, tokens: int, splits: int | None = None) -> DecodeTile:
-    """Large tiles where rows fill the GPU, small ones where they do not; one tile a program, read all at once."""
+    """Large tiles and one program a row where rows fill the GPU, small ones and more programs where they do not."""
     size = 128 if rows >= 256 else 64 if rows >= 32 else 32
-    tiles = 1 if splits is None else triton.cdiv(triton.cdiv(tokens, size), splits)
+    tiles = triton.cdiv(tokens, size)
+    if splits is not None:
+        tiles = triton.cdiv(tiles, splits)
+    elif rows < 256:
+        tiles = 2 if rows >= 32 else 1
     return DecodeTile(size, tiles, warps=8 if size == 128 else 4, stages=1 if tiles == 1 else 2)
+
+
+@triton.jit
+def attend(
+    q, keys, values, pages, table, sequence, head, part, start, length, scaling, count, table_stride,
+    stride_block, stride_head, stride_token,
+    G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention over PART tokens of the `count` pages of a row and the newest: output, its total and its peak."""
+    d = tl.arange(0, D_PAD)
+    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
+    total = tl.zeros((G_PAD,), tl.float32)
+    output = tl.zeros((G_PAD, D_PAD), tl.float32)
+    for tile in tl.range(0, tl.cdiv(PART, BLOCK), num_stages=STAGES):
+        within = tile * BLOCK + tl.arange(0, BLOCK)
+        slot = part * PART + within
+        entry = slot // S
+        page = tl.load(pages + entry, mask=entry < count, other=-1, cache_modifier=".cg")
+        page = tl.where(entry == count, (length - 1) // S, page)  # the newest page comes last
+        token = page * S + slot % S
+        valid = (page >= 0) & (token >= start) & (token < length) & (within < PART)
+        block, place = locate(page, sequence, table, table_stride, valid, PER_BLOCK)
+        offset = block * stride_block + head * stride_head + (place * S + slot % S) * stride_token
+        offset = offset[:, None] + d[None, :]
+        mask = valid[:, None] & (d < D)[None, :]
+        k = tl.load(keys + offset, mask=mask, other=0.0)
+        v = tl.load(values + offset, mask=mask, other=0.0)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * 1.4426950408889634)
+        logit = tl.where(valid[None, :], logit, -float("inf"))
+        highest = tl.maximum(peak, tl.max(logit, axis=1))
+        base = tl.where(highest > -float("inf"), highest, 0.0)
+        weight = tl.exp2(logit - base[:, None])
+        rescale = tl.exp2(peak - base)
+        total = total * rescale + tl.sum(weight, axis=1)
+        output = output * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        peak = highest
+    return output, total, peak
+
+
+@triton.jit
+def store_part(
+    output, total, peak, out, parts, peaks, sums, row, part,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Write the attention of one of PROGRAMS programs of a row: to be merged, or as it is where there is one."""
+    d = tl.arange(0, D_PAD)
+    g = tl.arange(0, G_PAD)
+    real = (g < G)[:, None] & (d < D)[None, :]
+    if PROGRAMS == 1:
+        output /= tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + (row * G + g[:, None]) * D + d[None, :], output.to(out.dtype.element_ty), mask=real)
+    else:
+        mine = (row * PROGRAMS + part) * G + g
+        tl.store(parts + mine[:, None] * D + d[None, :], output, mask=real)
+        tl.store(peaks + mine, peak, mask=g < G)
+        tl.store(sums + mine, total, mask=g < G)
 
 
 @triton.jit
@@ -44,55 +105,22 @@ def _sparse_decode(
     start = 0
     if HAS_STARTS:
         start = tl.load(starts + sequence).to(tl.int32)
-
     d = tl.arange(0, D_PAD)
     g = tl.arange(0, G_PAD)
-    real = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(
-        query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :], mask=real, other=0.0
-    ).to(keys.dtype.element_ty)
-
-    peak = tl.full((G_PAD,), -float("inf"), tl.float32)
-    total = tl.zeros((G_PAD,), tl.float32)
-    output = tl.zeros((G_PAD, D_PAD), tl.float32)
-    for tile in tl.range(0, TILES, num_stages=STAGES):
-        slot = (part * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
-        entry = slot // S
-        page = tl.load(pages + row * count + entry, mask=entry < count, other=-1)
-        page = tl.where(entry == count, (length - 1) // S, page)  # the newest page comes last
-        token = page * S + slot % S
-        valid = (page >= 0) & (token >= start) & (token < length)
-        block, place = locate(page, sequence, table, table_stride, valid, PER_BLOCK)
-        offset = block * stride_block + head * stride_head + (place * S + slot % S) * stride_token
-        offset = offset[:, None] + d[None, :]
-        mask = valid[:, None] & (d < D)[None, :]
-        k = tl.load(keys + offset, mask=mask, other=0.0)
-        v = tl.load(values + offset, mask=mask, other=0.0)
-        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * 1.4426950408889634)
-        logit = tl.where(valid[None, :], logit, -float("inf"))
-        highest = tl.maximum(peak, tl.max(logit, axis=1))
-        base = tl.where(highest > -float("inf"), highest, 0.0)
-        weight = tl.exp2(logit - base[:, None])
-        rescale = tl.exp2(peak - base)
-        total = total * rescale + tl.sum(weight, axis=1)
-        output = output * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-        peak = highest
-
-    own = out + (row * G + g[:, None]) * D + d[None, :]
-    if PROGRAMS == 1:
-        output /= tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(own, output.to(out.dtype.element_ty), mask=real)
-    else:
-        mine = (row * PROGRAMS + part) * G + g
-        tl.store(parts + mine[:, None] * D + d[None, :], output, mask=real)
-        tl.store(peaks + mine, peak, mask=g < G)
-        tl.store(sums + mine, total, mask=g < G)
+    own = query + sequence * query_row + (head * G + g[:, None]) * query_head + d[None, :]
+    q = tl.load(own, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0).to(keys.dtype.element_ty)
+    output, total, peak = attend(
+        q, keys, values, pages + row * count, table, sequence, head, part, start, length, scaling, count, table_stride,
+        stride_block, stride_head, stride_token, G_PAD, D, D_PAD, S, BLOCK * TILES, BLOCK, STAGES, PER_BLOCK, PRECISION,
+    )  # fmt: skip
+    store_part(output, total, peak, out, parts, peaks, sums, row, part, G, G_PAD, D, D_PAD, PROGRAMS)
+    if PROGRAMS > 1:  # noqa: SIM102 (compiled or not, then at run time)
         if is_last(arrivals + row, PROGRAMS):
-            _merge(out, parts, peaks, sums, row, G, D, D_PAD, PROGRAMS, PROGRAMS_PAD)
+            merge(out, parts, peaks, sums, row, G, D, D_PAD, PROGRAMS, PROGRAMS_PAD)
 
 
 @triton.jit
-def _merge(
+def merge(
     out, parts, peaks, sums, row,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
 ):  # fmt: skip

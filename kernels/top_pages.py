@@ -1,7 +1,7 @@
 """The k best pages of every row: exact, deterministic, no sort.
 
-A row lives in the registers of one program. Its k-th greatest score is found bit by bit, on integers that have the
-order of the scores: each round counts the scores from a candidate on, and the search ends as soon as k are left.
+A row lives in the registers of one program. Its k-th greatest score is searched on integers that have the order of the
+scores: each round counts the scores from two candidates on, and the search ends as soon as k are left.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_PAGES = 32768  # of a row: 32 registers a thread in the largest program
+INFINITE = tl.constexpr(0xFF800000)  # the integer of inf, the score of forced pages
 
 
 @triton.jit
@@ -21,27 +22,48 @@ def sortable(scores):
 
 
 @triton.jit
+def _count(keys, lower, upper):
+    """How many keys reach `lower`, and how many `upper`, in one sum."""
+    both = tl.sum(tl.where(keys >= lower, 65536, 0).to(tl.uint32) + (keys >= upper).to(tl.uint32))
+    return both >> 16, both & 0xFFFF
+
+
+@triton.jit
 def choose(keys, COUNT: tl.constexpr):
-    """The COUNT greatest of uint32 keys [P], of equal ones the first: a mask, the rank by position, and how many."""
-    threshold = tl.full((), 0, tl.uint32)
-    reached = tl.sum((keys > 0).to(tl.int32))  # keys from the threshold on
-    bit = tl.full((), 1 << 31, tl.uint32)
-    while (bit != 0) & (reached > COUNT):
-        candidate = threshold | bit
-        above = tl.sum((keys >= candidate).to(tl.int32))
-        enough = above >= COUNT
-        threshold = tl.where(enough, candidate, threshold)
-        reached = tl.where(enough, above, reached)
-        bit = bit >> 1
-    above = keys > threshold
-    equal = (keys == threshold) & (keys > 0)
-    wanted = COUNT - tl.sum(above.to(tl.int32))  # of the equal ones
+    """The COUNT greatest of uint32 keys [P], of equal ones the first: a mask, the rank by position, and how many.
+
+    The search narrows `low`, which COUNT keys reach, and `high`, which fewer reach, to a third in a round. It begins at
+    the least of the maxima of at least COUNT groups of keys, and at the greatest finite score.
+    """
+    PAGES: tl.constexpr = keys.shape[0]
+    GROUPS: tl.constexpr = min(PAGES, triton.next_power_of_2(COUNT))
+    peaks = tl.max(tl.reshape(tl.where(keys < INFINITE, keys, 0), (PAGES // GROUPS, GROUPS)), axis=0)
+    low = tl.maximum(tl.min(peaks), 1) if GROUPS >= COUNT else tl.full((), 1, tl.uint32)
+    high = tl.max(peaks) + 1
+    reached, over = _count(keys, 1, INFINITE)  # keys from `low` on, or more; and from `high` on
+    forced = over >= COUNT
+    low = tl.where(forced, INFINITE, low)
+    high = tl.where(forced, 0xFFFFFFFF, high)
+    reached = tl.where(forced, over, reached)
+    over = tl.where(forced, 0, over)
+    while (reached > COUNT) & (high > low + 1):
+        step = tl.maximum((high - low) // 3, 1)
+        first, second = _count(keys, low + step, low + step + step)
+        above = second >= COUNT
+        below = first < COUNT
+        reached = tl.where(above, second, tl.where(below, reached, first))
+        over = tl.where(above, over, tl.where(below, first, second))
+        high = tl.where(above, high, tl.where(below, low + step, low + step + step))
+        low = tl.where(above, low + step + step, tl.where(below, low, low + step))
+    above = keys >= high
+    equal = (keys >= low) & (keys < high)
+    wanted = COUNT - over.to(tl.int32)  # of the equal ones
     both = (above.to(tl.int32) << 16) + equal.to(tl.int32)
     before = tl.cumsum(both) - both
     equal_before = before & 0xFFFF
     chosen = above | (equal & (equal_before < wanted))
     rank = (before >> 16) + tl.minimum(equal_before, wanted)
-    return chosen, rank, tl.minimum(reached, COUNT)
+    return chosen & (rank < COUNT), rank, tl.minimum(reached.to(tl.int32), COUNT)
 
 
 @triton.jit

@@ -1,0 +1,235 @@
+"""A whole decode step of one layer in one launch: write the token, score and choose pages, attend.
+
+The first programs of the launch write tokens and score, a second level follows where there is one, and the last attend.
+Each waits until the stage before has ended for its own row, which a counter of the row tells; the last program of a row
+to end a stage does what needs the whole row. So the stages of different rows overlap, and nothing waits for a launch.
+Programs wait for those of a lower number alone. A GPU starts programs in the order of their number: whatever a program
+waits for is running or has ended, however few programs fit the GPU.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from unique_asr.kernels.page_scores import choose_pages, dot_types, load_query, score_part
+from unique_asr.kernels.page_statistics import LARGEST, four, page_size_of, write_token
+from unique_asr.kernels.paging import arrive, counters, table_arguments, wait_for
+from unique_asr.kernels.sparse_decode import attend, merge, store_part
+
+STEP_PAGES = 4096  # of a row: what four warps choose from in registers
+
+
+class StepTile(NamedTuple):
+    """How the work is cut: pages of a tile and tiles of a program that scores; tokens of a tile and tiles of a program
+    that attends; warps of a program and stages of its pipelines. In the second level programs score one tile.
+    """
+
+    pages: int = 64
+    tiles: int = 8
+    tokens: int = 64
+    token_tiles: int = 1
+    warps: int = 4
+    stages: int = 3
+    registers: int | None = None
+
+
+def step_tile(rows: int, candidates: int) -> StepTile:
+    """Enough programs to fill the GPU about once."""
+    tiles = 8
+    while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < 512:
+        tiles //= 2
+    return StepTile(tiles=tiles, token_tiles=4 if rows >= 256 else 1)
+
+
+@triton.jit
+def _sparse_step(
+    query, key, value, keys, values, s0, s1, s2, s3, u0, u1, u2, u3, lengths, starts, table,
+    head_scores, peaks, sums, scores, supers, chosen, parts, part_peaks, part_sums, out, arrivals,
+    scale, scaling, rows, heads, query_row, query_head, key_row, key_head, value_row, value_head, table_stride,
+    stride_block, stride_head, stride_token, block_tokens, candidates,
+    SCORE: tl.constexpr, SHARE: tl.constexpr, COUNT: tl.constexpr, SUPER_COUNT: tl.constexpr,
+    CANDIDATES_PAD: tl.constexpr, S: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    SCORERS: tl.constexpr, SECOND_SCORERS: tl.constexpr, READERS: tl.constexpr, PAGES: tl.constexpr,
+    TILES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_TILES: tl.constexpr, STAGES: tl.constexpr,
+    PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, LARGEST: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of each row SCORERS programs score `candidates` pages (super-pages if FAN > 1), SECOND_SCORERS the pages of the
+    best super-pages, and READERS attend.
+    """
+    QUANTIZED: tl.constexpr = LARGEST > 0
+    TWO_LEVELS: tl.constexpr = FAN > 1
+    WIDEST: tl.constexpr = (SUPER_COUNT + 1) * FAN if TWO_LEVELS else 0  # candidates of the second level
+    WIDTH: tl.constexpr = max(SCORERS, SECOND_SCORERS)
+    FIRST_DONE: tl.constexpr = SCORERS + 2  # of the counter of a row: scorers, the writer, and its choice
+    DONE: tl.constexpr = FIRST_DONE + SECOND_SCORERS + 1 if TWO_LEVELS else FIRST_DONE
+    program = tl.program_id(0)
+    second = rows * (SCORERS + 1)
+    third = second + rows * SECOND_SCORERS
+    stage = (program >= second).to(tl.int32) + (program >= third).to(tl.int32)
+    if stage == 0:
+        row = program // (SCORERS + 1)
+        part = program % (SCORERS + 1) - 1  # the writer's is -1
+    elif stage == 1:
+        row = (program - second) // max(1, SECOND_SCORERS)
+        part = (program - second) % max(1, SECOND_SCORERS)
+    else:
+        row = (program - third) // READERS
+        part = (program - third) % READERS
+    row = row.to(tl.int64)
+    sequence, head = row // heads, row % heads
+    length = tl.load(lengths + sequence).to(tl.int32)
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(starts + sequence).to(tl.int32)
+    first, newest = start // S, (length - 1) // S
+    arrivals += row
+    peaks += row * WIDTH * G_PAD
+    sums += row * WIDTH * G_PAD
+    chosen += row * COUNT
+    supers += row * SUPER_COUNT
+    head_scores += row * G * tl.maximum(candidates, WIDEST)
+    scores += row * tl.maximum(candidates, WIDEST)
+
+    q, unit = load_query(query, sequence, head, query_row, query_head, G, G_PAD, D, D_PAD)
+    if stage == 0:
+        if part < 0:
+            write_token(
+                key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start,
+                length, heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token,
+                block_tokens, SCORE, S, S * FAN if TWO_LEVELS else 0, D, D_PAD, PER_BLOCK, LARGEST,
+            )  # fmt: skip
+        elif TWO_LEVELS:
+            score_part(
+                q, unit, u0, u1, u2, u3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
+                newest, scale, scaling, heads, table_stride, block_tokens // (S * FAN), candidates, 0,
+                SCORE, SHARE, FAN, 1, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * TILES, PAGES, STAGES,
+                PER_BLOCK // (S * FAN), QUANTIZED, OPERAND, PRECISION,
+            )  # fmt: skip
+        else:
+            score_part(
+                q, unit, s0, s1, s2, s3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
+                newest, scale, scaling, heads, table_stride, block_tokens // S, candidates, 0,
+                SCORE, SHARE, 1, 1, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * TILES, PAGES, STAGES,
+                PER_BLOCK // S, QUANTIZED, OPERAND, PRECISION,
+            )  # fmt: skip
+        if arrive(arrivals) == SCORERS:
+            choose_pages(
+                supers, head_scores, peaks, sums, scores, supers if TWO_LEVELS else chosen, first, newest,
+                candidates, 0, SHARE, SUPER_COUNT if TWO_LEVELS else COUNT,
+                triton.next_power_of_2(SUPER_COUNT if TWO_LEVELS else COUNT), CANDIDATES_PAD, FAN, 1, SINK, RECENT,
+                G, G_PAD, SCORERS, triton.next_power_of_2(SCORERS),
+            )  # fmt: skip
+            arrive(arrivals)
+    elif stage == 1:
+        if TWO_LEVELS:
+            wait_for(arrivals, FIRST_DONE)
+            score_part(
+                q, unit, s0, s1, s2, s3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
+                newest, scale, scaling, heads, table_stride, block_tokens // S, WIDEST, SUPER_COUNT,
+                SCORE, SHARE, 1, FAN, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES, PAGES, 1,
+                PER_BLOCK // S, QUANTIZED, OPERAND, PRECISION,
+            )  # fmt: skip
+            if arrive(arrivals) == FIRST_DONE + SECOND_SCORERS - 1:
+                choose_pages(
+                    supers, head_scores, peaks, sums, scores, chosen, first, newest, WIDEST, SUPER_COUNT,
+                    SHARE, COUNT, triton.next_power_of_2(COUNT), triton.next_power_of_2(WIDEST), 1, FAN, SINK, RECENT,
+                    G, G_PAD, SECOND_SCORERS, triton.next_power_of_2(SECOND_SCORERS),
+                )  # fmt: skip
+                arrive(arrivals)
+    else:
+        wait_for(arrivals, DONE)
+        output, total, peak = attend(
+            (q * unit[:, None]).to(keys.dtype.element_ty), keys, values, chosen, table, sequence, head, part, start,
+            length, scaling, COUNT, table_stride, stride_block, stride_head, stride_token,
+            G_PAD, D, D_PAD, S, TOKENS * TOKEN_TILES, TOKENS, STAGES, PER_BLOCK // S, PRECISION,
+        )  # fmt: skip
+        store_part(output, total, peak, out, parts, part_peaks, part_sums, row, part, G, G_PAD, D, D_PAD, READERS)
+        if arrive(arrivals) == DONE + READERS - 1:
+            if READERS > 1:
+                merge(out, parts, part_peaks, part_sums, row, G, D, D_PAD, READERS, triton.next_power_of_2(READERS))
+            tl.store(arrivals, 0)
+
+
+def sparse_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    statistics: Sequence[Tensor],
+    lengths: Tensor,
+    count: int,
+    score: str,
+    scale: float,
+    combine: str = "max",
+    sink: int = 1,
+    recent: int = 2,
+    starts: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scaling: float | None = None,
+    super_statistics: Sequence[Tensor] = (),
+    super_count: int = 0,
+    out: Tensor | None = None,
+    chosen: Tensor | None = None,
+    tile: StepTile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`append`, `select_pages` (in two levels with `super_statistics`) and `sparse_decode` of the same arguments.
+
+    query [B, H, D]; key and value [B, K, 1, D] of the newest token, which `lengths` counts. Returns output [B, H, D]
+    and the `count` complete pages chosen, int32 [B, K, count]. A row has at most STEP_PAGES pages (or super-pages).
+    """
+    if keys.stride() != values.stride() or keys.shape != values.shape:
+        raise ValueError("keys and values must have the same shape and strides")
+    sequences, query_heads, dim = query.shape
+    heads, block_tokens = keys.shape[1:3]
+    rows, group = sequences * heads, query_heads // heads
+    size = page_size_of(keys, statistics)
+    fan = page_size_of(keys, super_statistics) // size if super_statistics else 1
+    candidates = block_tokens // (size * fan) * (1 if block_table is None else block_table.shape[1])
+    if candidates > STEP_PAGES:
+        raise ValueError(f"{candidates} pages to choose from: sparse_step takes at most {STEP_PAGES}")
+    widest = (super_count + 1) * fan if fan > 1 else 0
+    tile = tile or step_tile(rows, candidates)
+    scorers = triton.cdiv(candidates, tile.pages * tile.tiles)
+    second_scorers = triton.cdiv(widest, tile.pages)
+    readers = triton.cdiv((count + 1) * size, tile.tokens * tile.token_tiles)
+    share, group_pad = combine == "share", max(16, triton.next_power_of_2(group))
+    if out is None:
+        out = query.new_empty(sequences, query_heads, dim)
+    if chosen is None:
+        chosen = query.new_empty(sequences, heads, count, dtype=torch.int32)
+    scores = query.new_empty(rows, max(candidates, widest), dtype=torch.float32)
+    supers = query.new_empty(rows, super_count, dtype=torch.int32) if fan > 1 else chosen
+    head_scores = peaks = sums = scores
+    if share:
+        head_scores = query.new_empty(rows, group, scores.shape[1], dtype=torch.float32)
+        peaks, sums = query.new_empty(2, rows, max(scorers, second_scorers), group_pad, dtype=torch.float32)
+    parts = part_peaks = part_sums = out
+    if readers > 1:
+        parts = query.new_empty(rows, readers, group, dim, dtype=torch.float32)
+        part_peaks, part_sums = query.new_empty(2, rows, readers, group, dtype=torch.float32)
+    table, table_stride = table_arguments(block_table, query)
+    operand, precision = dot_types(query, statistics)
+    _sparse_step[(rows * (1 + scorers + second_scorers + readers),)](
+        query, key, value, keys, values, *four(statistics, query), *four(super_statistics, query), lengths,
+        query if starts is None else starts, table,
+        head_scores, peaks, sums, scores, supers, chosen, parts, part_peaks, part_sums, out,
+        counters(rows, query.device),
+        scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling,
+        rows, heads, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], table_stride, *keys.stride()[:3],
+        block_tokens, candidates,
+        SCORE=score, SHARE=share, COUNT=count, SUPER_COUNT=super_count,
+        CANDIDATES_PAD=triton.next_power_of_2(candidates), S=size, FAN=fan, SINK=sink, RECENT=recent,
+        G=group, G_PAD=group_pad, D=dim, D_PAD=triton.next_power_of_2(dim),
+        SCORERS=scorers, SECOND_SCORERS=second_scorers, READERS=readers, PAGES=tile.pages, TILES=tile.tiles,
+        TOKENS=tile.tokens, TOKEN_TILES=tile.token_tiles, STAGES=tile.stages,
+        PER_BLOCK=0 if block_table is None else block_tokens, HAS_STARTS=starts is not None,
+        LARGEST=LARGEST.get(statistics[0].dtype, 0.0), OPERAND=operand, PRECISION=precision, num_warps=tile.warps,
+        maxnreg=tile.registers,
+    )  # fmt: skip
+    return out, chosen
