@@ -1,6 +1,7 @@
 """The shipped model on real speech: what it writes, when it says it was said, and what attention it used."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from unique_asr.pipeline import Transcriber
 
 DATA = Path(__file__).parent / "data"
 CLIPS = {row["audio_filepath"]: row for row in map(json.loads, (DATA / "manifest.jsonl").read_text().splitlines())}
-WER_CEILING = 0.35  # of the three short clips and the sample together
+WER_CEILING = 0.15  # of the three short clips and the sample together
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,9 @@ def test_words_lie_in_their_utterances(transcripts):
     """Words of the first and the last utterance of the sample, away from the joints, within a second of them."""
     utterances = CLIPS["sample.opus"]["segments"]
     segments, _ = transcripts["sample.opus"]
-    words = {word.text.strip(" .,").lower(): word for segment in segments for word in segment.words}
+    written = [(word.text.strip(" .,").lower(), word) for segment in segments for word in segment.words]
+    counts = Counter(text for text, _ in written)
+    words = {text: word for text, word in written if counts[text] == 1}
     for utterance in (utterances[0], utterances[-1]):
         rare = [word for word in utterance["text"].split() if CLIPS["sample.opus"]["text"].split().count(word) == 1]
         found = [words[word] for word in rare if word in words]
@@ -101,7 +104,6 @@ def test_a_batch_writes_what_single_recordings_write(default):
         assert processor.decode(row) == processor.decode(alone[0])
 
 
-@pytest.mark.xfail(reason="this checkpoint does not reliably follow the prompt; see its model card", strict=False)
 def test_lower_case_on_request(default):
     transcriber = Transcriber(default)
     segments, _ = transcriber.transcribe(load_audio(DATA / "nomads.opus"), prompt="lower case")
