@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from unique_asr.kernels.soft_mask_attention import page_thresholds, training_attention
+from unique_asr.kernels.soft_mask_attention import (
+    masked_attention,
+    masked_attention_backward,
+    page_thresholds,
+    training_attention,
+)
 
 from unique_asr.attention import soft_mask
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
@@ -12,6 +17,8 @@ CASES = {  # batch, tokens, KV heads, group, dim, documents, share of masked que
     "odd": (2, 143, 1, 3, 24, None, None, {"tau": 0.2}),
     "hard": (1, 149, 2, 1, 16, None, None, {"mode": "hard"}),
     "packed": (2, 150, 1, 2, 16, [[150], [13, 3, 2, 90, 42]], None, {"sink_pages": 2}),
+    "long": (2, 330, 1, 2, 16, [[330], [20, 310]], None, {}),  # tiles that need no masks
+    "long, decoded": (1, 400, 1, 3, 16, None, 0.02, {"queries": "decoded", "sink_pages": 0}),
     "decoded": (1, 170, 1, 4, 16, None, 0.4, {"queries": "decoded"}),
     "mean": (1, 160, 1, 2, 16, None, None, {"score": "mean", "sink_pages": 0, "recent_pages": 1, "budget": 32}),
     "large pages": (1, 280, 1, 2, 16, None, None, {"page_size": 16, "budget": 96}),
@@ -99,11 +106,16 @@ def test_a_model_trains_through_the_kernel(llama):
 
 def test_the_operators_are_traceable():
     """Fake tensors have the shapes and strides of real ones, so that torch.compile keeps the model in one graph."""
-    tensors, config, starts, masked = make(*CASES["packed"])
+    tensors, config, starts, _ = make(*CASES["packed"])
     starts, masked = starts.int(), torch.ones(1, 150, dtype=torch.uint8)
     numbers = config.sparse.page_size, config.sparse.pages - 1, 0.5, 2, 2, 0.7
-    arguments = (tensors[0], tensors[1], starts, masked, *numbers)
-    torch.library.opcheck(page_thresholds, arguments, test_utils=("test_schema", "test_faketensor"))
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(page_thresholds, (*tensors[:2], starts, masked, *numbers), **checks)
+    rows = page_thresholds(*tensors[:2], starts, masked, *numbers)
+    inputs, numbers = (*tensors, *rows, starts), (0.25, 8, 0.5, 2, 2, False)
+    torch.library.opcheck(masked_attention, (*inputs, *numbers), **checks)
+    output, peaks = masked_attention(*inputs, *numbers)
+    torch.library.opcheck(masked_attention_backward, (output, *inputs, output, peaks, *numbers), **checks)
 
 
 def test_a_compiled_model_is_one_graph(llama):
