@@ -24,7 +24,8 @@ STEP_PAGES = 4096  # of a row: what four warps choose from in registers
 
 class StepTile(NamedTuple):
     """How the work is cut: pages of a tile and tiles of a program that scores; tokens of a tile and tiles of a program
-    that attends; warps of a program and stages of its pipelines. In the second level programs score one tile.
+    that attends; warps of a program, stages of its pipelines, registers of a thread at most. In the second level
+    programs score one tile.
     """
 
     pages: int = 64
@@ -36,12 +37,13 @@ class StepTile(NamedTuple):
     registers: int | None = None
 
 
-def step_tile(rows: int, candidates: int) -> StepTile:
-    """Enough programs to fill the GPU about once."""
-    tiles = 8
+def step_tile(rows: int, candidates: int, head_dim: int, bytes_each: int) -> StepTile:
+    """The fastest of those tried on an H100, by rows, candidates and bytes of a statistic: benchmarks/h100.md."""
+    tiles = min(16 if bytes_each == 1 else 8, triton.cdiv(candidates, 64))
     while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < 512:
         tiles //= 2
-    return StepTile(tiles=tiles, token_tiles=4 if rows >= 256 else 1)
+    token_tiles = 4 if rows >= 256 else 1
+    return StepTile(64, tiles, 64, token_tiles, 4, 1 if tiles == 1 else 3, 128 if head_dim <= 128 else None)
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def sparse_step(
     if candidates > STEP_PAGES:
         raise ValueError(f"{candidates} pages to choose from: sparse_step takes at most {STEP_PAGES}")
     widest = (super_count + 1) * fan if fan > 1 else 0
-    tile = tile or step_tile(rows, candidates)
+    tile = tile or step_tile(rows, candidates, dim, statistics[0].element_size())
     scorers = triton.cdiv(candidates, tile.pages * tile.tiles)
     second_scorers = triton.cdiv(widest, tile.pages)
     readers = triton.cdiv((count + 1) * size, tile.tokens * tile.token_tiles)

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.compose import listener_tokens
-from unique_asr.models.listener import Heard
 from unique_asr.training.augment import log_mel
 from unique_asr.training.corpus import has_case
 
@@ -64,26 +63,25 @@ def listen(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Tokens [M], weights [M, 8] and candidates [M, 8] of each recording, in order."""
     filters = torch.tensor(processor.feature_extractor.mel_filters, dtype=torch.float32, device=model.device)
-    stack, found = model.config.stack_factor, [([], [], []) for _ in paths]
-    waiting: list[tuple[int, torch.Tensor, int, int]] = []
+    found = [([], [], []) for _ in paths]
+    waiting: list[tuple[int, torch.Tensor, tuple[int, int]]] = []  # recording, samples, frames to keep
 
     def flush() -> None:
         samples = torch.zeros(len(waiting), round(processor.window_seconds * 16000), device=model.device)
-        for row, (_, window, _, _) in zip(samples, waiting, strict=True):
+        for row, (_, window, _) in zip(samples, waiting, strict=True):
             row[: len(window)] = window
-        states = model.encoder(log_mel(samples, filters).to(model.dtype)).last_hidden_state
-        heard: Heard = model.listener(states)
-        frames = heard.frames // stack
-        for index, (recording, _, start, end) in enumerate(waiting):
-            keep = (heard.tokens[index] != model.listener.stop) & (frames[index] >= start) & (frames[index] < end)
+        spans = torch.tensor([span for *_, span in waiting])
+        frames = model.encode_windows({"input_features": log_mel(samples, filters)})
+        heard, _, keep = model.listener.hear(frames, spans, model.config.stack_factor)
+        for index, (recording, *_) in enumerate(waiting):
             for kept, values in zip(found[recording], (heard.tokens, heard.weights, heard.candidates), strict=True):
-                kept.append(values[index][keep].cpu())
+                kept.append(values[index][keep[index]].cpu())
         waiting.clear()
 
     for recording, path in enumerate(paths):
         samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0]).to(model.device)
         for first, last, start, end in processor.window_spans(len(samples)):
-            waiting.append((recording, samples[first:last], start, end))
+            waiting.append((recording, samples[first:last], (start, end)))
             if len(waiting) == batch:
                 flush()
     if waiting:

@@ -244,9 +244,11 @@ def main() -> None:
     parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4))
     parser.add_argument("--save-minutes", type=float, default=2.0)
-    parser.add_argument("--max-pass-seconds", type=float, default=30.0)
+    parser.add_argument("--max-pass-seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not (arguments.model or (arguments.language_model and arguments.projector)):
+        parser.error("give --model, or --language-model and --projector")
     model, processor = load(arguments.model, device="cpu", dtype="float32") if arguments.model else composed(arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     recordings = torch.load(arguments.heard) if arguments.heard else []

@@ -47,7 +47,13 @@ def test_kernel(no_gpu, capsys):
     assert output.count("\n  failed:") == 1  # FlashInfer
     assert output.count("100.0% of heads equal to PyTorch's step") == 2
     assert "FlashInfer is missing" in output
-    assert output.count("whole step") == output.count("attention  ") == output.count("append") == 2
+    assert (
+        output.count("one launch")
+        == output.count("whole step")
+        == output.count("attention  ")
+        == output.count("append")
+        == 2
+    )
     assert output.count("x dense; statistics") == 2
     assert "equal: True" in output
 

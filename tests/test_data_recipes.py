@@ -1,5 +1,6 @@
 """The recipes that make training data and weights: what they compute, without the packages that they read."""
 
+import difflib
 import random
 import struct
 import sys
@@ -7,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from unique_asr.models import PRETRAINED, SpeechLLMProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import import_weights
+import listen
 import restore_case
 import synthesize
 import synthesize_kokoro
+import teach_reading
 
 
 def test_case_and_punctuation_come_from_what_was_heard_and_words_never_do() -> None:
@@ -74,3 +80,55 @@ def test_recordings_alternate_between_sources_and_keep_lines_together() -> None:
     made = list(synthesize_kokoro.recordings(rows, 3, seed=0))
     assert [lines[0]["source"] for _, lines in made] == ["a", "b", "a", "b"]
     assert all(lines[-1]["line"] - lines[0]["line"] == 2 for _, lines in made)
+
+
+def test_a_recording_is_cut_where_both_ends_were_heard() -> None:
+    """Parts cover what was heard; a misheard end joins two utterances, and one that was not heard is left out."""
+    segments = [{"text": text} for text in ("the cat sat", "on the mat", "far away now", "zebras hum quietly")]
+    heard = [" The", " cat", " sat", ".", " On", " the", " m", "at", ".", " Far", " away", " how"]
+    parts, matched, words = listen.cut(segments, heard)
+    assert [text for _, _, text in parts] == ["The cat sat.", "On the mat."]
+    assert [heard[start:end] for start, end, _ in parts] == [heard[:4], heard[4:9]]
+    assert (matched, words) == (8, 12)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Made-up recordings of a file of ten lines, their listener's tokens those of the LLM."""
+    processor = SpeechLLMProcessor.from_pretrained(PRETRAINED / "default")
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("".join(f"line {word} of the text is read aloud\n" for word in "abcdefghij"))
+    found = object.__new__(teach_reading.Texts)
+    found.random, found.processor, found.recordings = random.Random(0), processor, []
+    found.tokenizer, found.stop = processor.tokenizer, len(processor.tokenizer)
+    found.places = {token: token for token in range(found.stop)}
+    found.files = [file.read_text().splitlines()]
+    found.words = found.files[0][0].split()
+    return found
+
+
+def test_rows_are_texts_that_were_heard_nearly_as_they_are(texts) -> None:
+    decode, same, count = texts.processor.tokenizer.decode, 0, 0
+    for _ in range(40):
+        row = texts.row(400)
+        answer = decode(row.answer[:-1]).split()
+        heard = decode(row.candidates[torch.arange(len(row.weights)), row.weights.argmax(1)]).split()
+        matcher = difflib.SequenceMatcher(None, [w.lower().strip(".") for w in answer],
+                                          [w.lower().strip(".") for w in heard], False)  # fmt: skip
+        same, count = same + sum(block.size for block in matcher.get_matching_blocks()), count + len(answer)
+        assert row.answer[-1] == texts.processor.end_token_id
+        assert row.weights.sum(1).allclose(torch.ones(len(row.weights)))
+    assert same / count > 0.85
+
+
+def test_a_batch_holds_positions_and_targets_in_their_places(texts) -> None:
+    rows = [texts.row(300), texts.row(300)]
+    batch = teach_reading.collate(rows, 400)
+    for index, row in enumerate(rows):
+        ids = batch.ids[index, : len(row)].tolist()
+        first, last = len(row.before), len(row.before) + len(row.candidates)
+        assert ids[:first] + ids[last:] == row.before + row.after + row.answer
+        places = batch.heard[(batch.heard // 400) == index] - 400 * index
+        assert places.tolist() == list(range(first, last))
+    assert batch.targets.tolist() == rows[0].answer + rows[1].answer
+    assert torch.equal(batch.ids.flatten()[batch.read + 1], batch.targets)

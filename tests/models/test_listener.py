@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, WhisperConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from unique_asr.models import SpeechLLMForConditionalGeneration
+from unique_asr.models import SpeechLLMForConditionalGeneration, load
 from unique_asr.models.listener import ALTERNATIVES, UNHEARD, ForwardPath, Listener, spikes_after
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
@@ -210,3 +210,16 @@ def test_one_word_that_looks_far_ahead_does_not_move_the_others():
     frames = path.frames()[0]
     assert frames[[0, 2, 3, 4]].tolist() == [1, 2, 3, 4]
     assert 1 <= frames[1] <= 2
+
+
+def test_a_model_in_16_bits_listens_in_32(listening, tmp_path):
+    """What is heard does not depend on the type of the rest of the model, but for the encoder's rounding."""
+    model, processor = listening
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    short, _ = load(tmp_path, device="cpu", dtype="bfloat16")
+    kinds = {parameter.dtype for parameter in short.listener.parameters()}
+    assert kinds == {torch.float32}
+    assert short.language_model.dtype == torch.bfloat16
+    audio = np.random.default_rng(0).standard_normal(16_000 * 3).astype(np.float32)
+    assert short.encode([audio], processor).embeds.dtype == torch.bfloat16

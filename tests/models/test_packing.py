@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from unique_asr.models import ModelError, SpeechLLMForConditionalGeneration, load
-from unique_asr.models.packing import INDEX, dequantize, load_packed, quantize, save_packed, save_packed_model
+from unique_asr.models.packing import (
+    INDEX,
+    bits_of,
+    dequantize,
+    load_packed,
+    quantize,
+    rounded,
+    save_packed,
+    save_packed_model,
+)
 
 BITS = {"": 8, "language_model.model.layers": 6}
 
@@ -231,3 +240,16 @@ def test_no_model_is_made_of_defaults(broken, harm, monkeypatch):
     )
     with pytest.raises(ModelError, match=f"model={broken}: cannot be loaded"):
         load(broken, device="cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_rounding_is_what_packing_keeps(bits):
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
+    weight[2, 32:64] = 0.0
+    assert torch.equal(rounded(weight, bits), dequantize(*quantize(weight, bits), bits))
+    assert not torch.equal(rounded(weight, bits), weight)
+
+
+def test_the_longest_prefix_tells_the_bits():
+    bits = {"encoder": 5, "encoder.layers.0": 8}
+    assert [bits_of(name, bits) for name in ("encoder.layers.0.fc1", "encoder.conv1", "decoder")] == [8, 5, None]

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..attention import SparseAttentionConfig, SparsityStatistics, reference
 from ..attention.cache import PagedLayer, StaticStep, grown
 from ..attention.huggingface import select_pages, static_attention
-from ..kernels import page_scores, sparse_decode, top_pages
+from ..kernels import page_scores, sparse_decode, sparse_step, top_pages
 from .timing import attempt, copy_bandwidth, graph_seconds
 
 WORKING_SET = 4  # times the L2 cache: what is read between two reads of the same memory
@@ -192,6 +192,7 @@ def measure_step(case: Case, configuration: dict, dense: float | None, table: Ta
     pages = attempt(partial(measure_selection, case, layers, scored, table, tune))
     if pages is not None:
         measure_attention(case, layers, pages, attended, table, tune)
+    attempt(partial(measure_one_launch, case, layers, scored + attended, table))
     steps = [partial(static_attention, layer, case.query, *case.token, case.scaling) for layer in layers]
     seconds = table.row("whole step", steps, scored + attended)
     if seconds is not None and dense is not None:
@@ -234,6 +235,24 @@ def measure_attention(
             for layer, chosen in zip(layers, pages)
         ]  # fmt: skip
         table.row("attention" if splits is None else f"  attention in {splits} splits", attends, attended)
+
+
+def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table: Table) -> None:
+    """The step of `sparse_step`, where it takes so many pages; the decode step does not use it yet."""
+    config, lengths = layers[0].config, layers[0].step.lengths(case.batch)
+    query, (key, value) = case.query[:, :, 0], case.token
+    if case.context // (config.page_size * config.fan) > sparse_step.STEP_PAGES:
+        return
+    two = {"super_count": config.super_count} if config.fan > 1 else {}
+    calls = [
+        partial(
+            sparse_step.sparse_step, query, key, value, layer.keys, layer.values, layer.levels[0].statistics, lengths,
+            config.pages - 1, config.score, config.scale, config.combine, config.sink_pages, config.recent_pages,
+            scaling=case.scaling, super_statistics=layer.levels[1].statistics if two else (), **two,
+        )
+        for layer in layers
+    ]  # fmt: skip
+    table.row("one launch", calls, moved)
 
 
 def agreement(case: Case, layer: PagedLayer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from .harness import Hypothesis
 
 if TYPE_CHECKING:
     from ..attention import SparseAttentionConfig, SparsityStatistics
+    from ..batch_decoding import BatchDecoder
+    from ..longform import LongformReport, LongformTranscriber
     from ..models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from ..transcript import Segment
     from .methods import Sliding
@@ -84,14 +86,18 @@ class SpeechLLM:
         self.name, self.encoder, self.attention, self.sliding = name, encoder, attention, sliding
         self.prompt, self.max_pass_seconds, self.prefill_chunk = prompt, max_pass_seconds, prefill_chunk
 
+    def transcriber(self) -> LongformTranscriber:
+        from ..longform import LongformConfig, LongformTranscriber
+
+        config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
+        return LongformTranscriber(self.encoder.model, self.encoder.processor, config, prompt=self.prompt)
+
     def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
         from ..decoding import GreedyDecoder
-        from ..longform import LongformConfig, LongformReport, LongformTranscriber
+        from ..longform import LongformReport
         from .methods import RivalConfig, rivals_active
 
-        model, processor = self.encoder.model, self.encoder.processor
-        config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
-        transcriber = LongformTranscriber(model, processor, config, prompt=self.prompt)
+        transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
         static = False if isinstance(self.attention, RivalConfig) else None
         decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk, static=static)
@@ -106,17 +112,8 @@ class SpeechLLM:
                 else:
                     segments = list(self.sliding.transcribe(transcriber, encoded, decoder, report))
             counted = _counted(before, decoder.statistics)
-            yield Hypothesis(
-                text=" ".join(segment.text.strip() for segment in segments),
-                stop_reason=report.stop_reason,
-                coverage=report.coverage,
-                passes=report.passes,
-                sparsity=counted,
-                segments=segments,
-                seconds=encode_seconds + time.perf_counter() - started,
-                tokens=counted["steps"],
-                decode_seconds=report.timings["decode"],
-            )
+            seconds = encode_seconds + time.perf_counter() - started
+            yield _hypothesis(segments, report, counted, seconds, report.timings["decode"])
 
 
 class PretrainedLLM:
@@ -171,50 +168,38 @@ class BatchedSpeechLLM(SpeechLLM):
         self.batch = batch
 
     def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+        from ..batch import interleave
         from ..batch_decoding import BatchDecoder
-        from ..longform import LongformConfig, LongformReport, LongformTranscriber
 
-        model, processor = self.encoder.model, self.encoder.processor
-        config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
-        transcriber = LongformTranscriber(model, processor, config, prompt=self.prompt)
-        decoder = BatchDecoder(model.language_model, self.attention, self.prefill_chunk)
+        transcriber = self.transcriber()
+        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk)
         remaining = iter(recordings)
         while group := list(islice(remaining, self.batch)):
             self.encoder.together(group)
             started = time.perf_counter()
-            encoded = [self.encoder(recording) for recording in group]
-            reports, rows = [LongformReport() for _ in group], [decoder.row() for _ in group]
-            segments: list[list[Segment]] = [[] for _ in group]
-            running = [
-                transcriber.transcribe(audio, row, report)
-                for (audio, _), row, report in zip(encoded, rows, reports, strict=True)
-            ]
-            waiting = dict(enumerate(running))
-            while waiting:
-                for index, steps in list(waiting.items()):
-                    for segment in steps:
-                        if segment is None:
-                            break
-                        segments[index].append(segment)
-                    else:
-                        del waiting[index]
-                if waiting:
-                    decoder.step()
-            seconds = (time.perf_counter() - started) / len(group)
-            for row, report, written, (_, encode_seconds) in zip(rows, reports, segments, encoded, strict=True):
-                decoder.remove(row)
-                counted = row.statistics.to_dict()
-                yield Hypothesis(
-                    text=" ".join(segment.text.strip() for segment in written),
-                    stop_reason=report.stop_reason,
-                    coverage=report.coverage,
-                    passes=report.passes,
-                    sparsity={name: value for name, value in counted.items() if name != "share_of_pages_read"},
-                    segments=written,
-                    seconds=encode_seconds + seconds,
-                    tokens=counted["steps"],
-                    decode_seconds=row.seconds["decode"],
-                )
+            tasks = (self._transcribed(recording, transcriber, decoder) for recording in group)
+            found = dict(interleave(tasks, self.batch, decoder.step))
+            share = (time.perf_counter() - started) / len(group)
+            for _, hypothesis in sorted(found.items()):
+                yield replace(hypothesis, seconds=hypothesis.seconds + share)
+
+    def _transcribed(
+        self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
+    ) -> Generator[None, None, Hypothesis]:
+        """Yields where the batch has to make a step; the seconds are those of encoding."""
+        from ..longform import LongformReport
+
+        encoded, encode_seconds = self.encoder(recording)
+        row, report, segments = decoder.row(), LongformReport(), []
+        try:
+            for segment in transcriber.transcribe(encoded, row, report):
+                if segment is None:
+                    yield
+                else:
+                    segments.append(segment)
+        finally:
+            decoder.remove(row)
+        return _hypothesis(segments, report, _counts(row.statistics), encode_seconds, row.seconds["decode"])
 
 
 class GreedyCTC:
@@ -267,7 +252,27 @@ class Whisper:
             )
 
 
+def _hypothesis(
+    segments: list[Segment], report: LongformReport, counted: dict[str, Any], seconds: float, decode_seconds: float
+) -> Hypothesis:
+    return Hypothesis(
+        text=" ".join(segment.text.strip() for segment in segments),
+        stop_reason=report.stop_reason,
+        coverage=report.coverage,
+        passes=report.passes,
+        sparsity=counted,
+        segments=segments,
+        seconds=seconds,
+        tokens=counted["steps"],
+        decode_seconds=decode_seconds,
+    )
+
+
+def _counts(statistics: SparsityStatistics) -> dict[str, Any]:
+    """Without the share of pages, which is computed from sums."""
+    return {name: value for name, value in statistics.to_dict().items() if name != "share_of_pages_read"}
+
+
 def _counted(before: dict[str, Any], statistics: SparsityStatistics) -> dict[str, Any]:
-    """What was counted since `before`; the share of pages is left to be computed from sums."""
-    after = statistics.to_dict()
-    return {name: after[name] - before[name] for name in after if name != "share_of_pages_read"}
+    """What was counted since `before`."""
+    return {name: value - before[name] for name, value in _counts(statistics).items()}

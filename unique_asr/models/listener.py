@@ -66,32 +66,35 @@ class Listener(nn.Module):
 
     def expected(self, weights: Tensor, candidates: Tensor, embeddings: Tensor) -> Tensor:
         """weights, candidates [M, A]; embeddings: the LLM's table -> [M, text hidden]."""
-        pieces = self.pieces[candidates].long()  # [M, A, PIECES]
+        pieces = self.pieces[
+            candidates
+        ].long()  # [M, A, PIECES]; transformers 5.17 makes floats of them in 32-bit modules
         real = pieces >= 0
         share = weights / real.sum(-1).clamp_min(1)
         return torch.einsum(
             "map,maph->mh", (share[..., None] * real).to(embeddings.dtype), embeddings[pieces.clamp_min(0)]
         )
 
-    def positions(self, frames: Frames, spans: Tensor, embeddings: Tensor) -> Positions:
-        """A position for each token that was read from the frames [start, end) of its window.
-
-        spans [W, 2]; embeddings: the LLM's table.
+    def hear(self, frames: Frames, spans: Tensor, stack_factor: int) -> tuple[Heard, Tensor, Tensor]:
+        """What is heard in windows, as frames of `stack_factor` of the encoder's: the frames [W, N] of the tokens, and
+        which tokens [W, N] were read from the frames [start, end) of their window; spans [W, 2].
         """
-        stack_factor = frames.states.shape[1] // frames.logits.shape[1]
         heard = self(frames.states, unheard=spikes_after(frames.logits).repeat_interleave(stack_factor, 1))
-        frames = heard.frames // stack_factor
-        spans = spans.to(frames.device)
-        keep = (heard.tokens != self.stop) & (frames >= spans[:, :1]) & (frames < spans[:, 1:])
+        places, spans = heard.frames // stack_factor, spans.to(heard.frames.device)
+        return heard, places, (heard.tokens != self.stop) & (places >= spans[:, :1]) & (places < spans[:, 1:])
+
+    def positions(self, frames: Frames, spans: Tensor, stack_factor: int, embeddings: Tensor) -> Positions:
+        """A position for each token that `hear` keeps; embeddings: the LLM's table."""
+        heard, places, keep = self.hear(frames, spans, stack_factor)
         expected = self.expected(heard.weights[keep], heard.candidates[keep], embeddings)
-        return Positions(expected, heard.hidden[keep].to(expected.dtype), frames[keep], keep.sum(1))
+        return Positions(expected, heard.hidden[keep].to(expected.dtype), places[keep], keep.sum(1))
 
     @torch.no_grad()
     def forward(self, states: Tensor, limit: int | None = None, unheard: Tensor | None = None) -> Heard:
         """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows.
 
-        unheard: [W, F], how much speech comes after a frame. Whisper at times ends in the middle of a window; where
-        more than `UNHEARD` is left, it goes on.
+        unheard: [W, F' <= F], the CTC head's spikes after each frame, the last for all beyond. Whisper at times ends in
+        the middle of a window; where more than `UNHEARD` are left, it goes on.
         """
         positions, states = self.decoder.embed_positions.weight, states.to(self.decoder.embed_positions.weight.dtype)
         table = self.decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
@@ -109,7 +112,7 @@ class Listener(nn.Module):
         for _ in range(limit):
             logits = state.float() @ table + allowed
             if unheard is not None and found:
-                left = unheard.gather(1, path.last)[:, 0]
+                left = unheard.gather(1, path.last.clamp(max=unheard.shape[1] - 1))[:, 0]
                 early = (left > UNHEARD) & (logits.argmax(-1) == self.stop) & ~ended & (refused < REFUSALS)
                 refused += early
                 logits[:, self.stop].masked_fill_(early, -torch.inf)

@@ -120,7 +120,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def window_positions(self, frames: Frames, spans: Tensor) -> Positions:
         """Positions of the frames [start, end) of each window; spans: [W, 2]."""
         if self.config.merge == "decoder":
-            return self.listener.positions(frames, spans, self.get_input_embeddings().weight)
+            embeddings = self.get_input_embeddings().weight
+            return self.listener.positions(frames, spans, self.config.stack_factor, embeddings)
         index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
         spans = spans.to(index.device)
         keep = (index >= spans[:, :1]) & (index < spans[:, 1:])
