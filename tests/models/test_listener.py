@@ -9,7 +9,8 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, load
-from unique_asr.models.listener import ALTERNATIVES, UNHEARD, ForwardPath, Listener, spikes_after
+from unique_asr.models import listener as listening
+from unique_asr.models.listener import AHEAD, ALTERNATIVES, UNHEARD, ForwardPath, Listener, repeating, spikes_after
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
 HEADS = [[0, 1], [1, 0]]
@@ -167,8 +168,9 @@ def test_it_needs_whisper(speech_llm):
         speech_llm(merge="decoder")
 
 
-def test_a_window_with_speech_left_goes_on(listener, states):
+def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
+    monkeypatch.setattr(listening, "PERIODS", 0)  # weights at random repeat themselves
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
     unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)
@@ -223,3 +225,24 @@ def test_a_model_in_16_bits_listens_in_32(listening, tmp_path):
     assert short.language_model.dtype == torch.bfloat16
     audio = np.random.default_rng(0).standard_normal(16_000 * 3).astype(np.float32)
     assert short.encode([audio], processor).embeds.dtype == torch.bfloat16
+
+
+def test_a_third_copy_of_a_repetition_may_not_begin():
+    words = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 9, 9, 9, 9]])
+    expected = torch.zeros(3, 12, dtype=torch.bool)
+    expected[0, 1] = expected[2, 9] = True
+    assert torch.equal(repeating(words, 12), expected)
+    assert not repeating(words[:, :7], 12).any()
+
+
+def test_frames_too_far_ahead_are_not_seen(listener, states):
+    """What comes more than `AHEAD` spikes later changes nothing."""
+    unheard = torch.full(states.shape[:2], AHEAD + 50)
+    unheard[:, 150:] = 10
+    before = listener(states, limit=8, unheard=unheard)
+    changed = states.clone()
+    changed[:, 150:] = states[:, 150:].flip(0)
+    after = listener(changed, limit=8, unheard=unheard)
+    assert torch.equal(before.tokens, after.tokens)
+    assert (before.frames < 150).all()
+    assert not torch.equal(listener(states, limit=8).hidden, listener(changed, limit=8).hidden)

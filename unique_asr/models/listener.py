@@ -23,6 +23,8 @@ PIECES = 4  # tokens of the LLM that one of Whisper's may be cut into; what is b
 ALTERNATIVES = 8  # tokens that an expected embedding is over
 UNHEARD = 6  # spikes of the CTC head after the last token's frame with which a window may end
 REFUSALS = 4  # times that a window is kept from ending, at most
+AHEAD = 40  # spikes after the last token's frame that the decoder sees, about 12 s: left to itself it leaps over more
+PERIODS, REPEATED = 12, 8  # a repetition of up to so many tokens ends after two copies, and at least so many tokens
 
 
 @dataclass
@@ -94,7 +96,8 @@ class Listener(nn.Module):
         """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows.
 
         unheard: [W, F' <= F], the CTC head's spikes after each frame, the last for all beyond. Whisper at times ends in
-        the middle of a window; where more than `UNHEARD` are left, it goes on.
+        the middle of a window, or leaps to a later place, above all without its own times: where more than `UNHEARD`
+        are left it goes on, it sees no more than `AHEAD` of them, and it may not repeat itself for long. None: as Whisper.
         """
         positions, states = self.decoder.embed_positions.weight, states.to(self.decoder.embed_positions.weight.dtype)
         table = self.decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
@@ -106,13 +109,19 @@ class Listener(nn.Module):
         allowed[self.suppressed] = -torch.inf
         ended = torch.zeros(windows, dtype=torch.bool, device=device)
         refused, path = torch.zeros(windows, dtype=torch.long, device=device), ForwardPath()
+        if unheard is not None:
+            beyond = unheard[:, -1:].expand(-1, states.shape[1] - unheard.shape[1])
+            unheard = torch.cat([unheard, beyond], 1)
+        unseen = None if unheard is None else unheard < unheard[:, :1] - AHEAD
         for asked in self.prompt:
-            state, attention = memory.step(torch.full((windows,), asked, device=device))
+            state, attention = memory.step(torch.full((windows,), asked, device=device), unseen)
         found: list[tuple[Tensor, ...]] = []
         for _ in range(limit):
             logits = state.float() @ table + allowed
             if unheard is not None and found:
-                left = unheard.gather(1, path.last.clamp(max=unheard.shape[1] - 1))[:, 0]
+                written = torch.stack([token for token, *_ in found[-2 * PERIODS :]], 1)
+                logits = logits.masked_fill(repeating(written, logits.shape[1]), -torch.inf)
+                left = unheard.gather(1, path.last)[:, 0]
                 early = (left > UNHEARD) & (logits.argmax(-1) == self.stop) & ~ended & (refused < REFUSALS)
                 refused += early
                 logits[:, self.stop].masked_fill_(early, -torch.inf)
@@ -124,7 +133,8 @@ class Listener(nn.Module):
             heard = torch.stack([attention[layer][:, head] for layer, head in self.heads]).mean(0)
             path.add(heard.masked_fill(ended[:, None], 0.0))
             found.append((token, weights, candidates, state))
-            state, attention = memory.step(token)
+            unseen = None if unheard is None else unheard < unheard.gather(1, path.last) - AHEAD
+            state, attention = memory.step(token, unseen)
         if not found:
             return _nothing(states)
         tokens, weights, candidates, hidden = (torch.stack(each, 1) for each in zip(*found, strict=True))
@@ -137,6 +147,18 @@ def spikes_after(logits: Tensor) -> Tensor:
     new = nn.functional.pad(best[:, 1:] != best[:, :-1], (1, 0), value=True)
     spikes = ((best != logits.shape[-1] - 1) & new).long()
     return spikes.sum(1, keepdim=True) - spikes.cumsum(1)
+
+
+def repeating(tokens: Tensor, vocabulary: int) -> Tensor:
+    """Of tokens [W, n]: those [W, vocabulary] that would begin another copy of a repetition."""
+    found = torch.zeros(len(tokens), vocabulary, dtype=torch.bool, device=tokens.device)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    for period in range(1, PERIODS + 1):
+        tail = tokens[:, -max(REPEATED, 2 * period) :]
+        if tail.shape[1] >= max(REPEATED, 2 * period):
+            again = (tail[:, period:] == tail[:, :-period]).all(1)
+            found[rows, tokens[:, -period]] |= again
+    return found
 
 
 class ForwardPath:
@@ -192,14 +214,22 @@ class _Memory:
     def _project(self, attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(attention.k_proj(states)), self._split(attention.v_proj(states))
 
-    def _attend(self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         query = self._split(attention.q_proj(query)[:, None]) * self.size**-0.5
-        weights = (query @ keys.transpose(-1, -2)).float().softmax(-1)
+        scores = (query @ keys.transpose(-1, -2)).float()
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
         output = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(1)
         return attention.out_proj(output), weights[:, :, 0]
 
-    def step(self, token: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """token [W] -> last state [W, d], and each layer's attention over the encoder's frames [W, heads, F]."""
+    def step(self, token: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """token [W] -> last state [W, d], and each layer's attention over the encoder's frames [W, heads, F].
+
+        hidden: bool [W, F], frames that the step does not see.
+        """
         decoder, at = self.decoder, self.length
         state = decoder.embed_tokens(token) * getattr(decoder, "embed_scale", 1.0) + decoder.embed_positions.weight[at]
         self.length += 1
@@ -210,7 +240,7 @@ class _Memory:
             keys[:, :, at], values[:, :, at] = new[0][:, :, 0], new[1][:, :, 0]
             output, _ = self._attend(layer.self_attn, normed, keys[:, :, : at + 1], values[:, :, : at + 1])
             state = state + output
-            output, weights = self._attend(layer.encoder_attn, layer.encoder_attn_layer_norm(state), *audio)
+            output, weights = self._attend(layer.encoder_attn, layer.encoder_attn_layer_norm(state), *audio, hidden)
             heard.append(weights)
             state = state + output
             normed = layer.final_layer_norm(state)
