@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, load
-from unique_asr.models import listener as listening
+from unique_asr.models import listener as module
 from unique_asr.models.listener import AHEAD, ALTERNATIVES, UNHEARD, ForwardPath, Listener, repeating, spikes_after
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
@@ -170,7 +170,7 @@ def test_it_needs_whisper(speech_llm):
 
 def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
-    monkeypatch.setattr(listening, "PERIODS", 0)  # weights at random repeat themselves
+    monkeypatch.setattr(module, "PERIODS", 0)  # weights at random repeat themselves
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
     unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)

@@ -97,7 +97,7 @@ class Listener(nn.Module):
 
         unheard: [W, F' <= F], the CTC head's spikes after each frame, the last for all beyond. Whisper at times ends in
         the middle of a window, or leaps to a later place, above all without its own times: where more than `UNHEARD`
-        are left it goes on, it sees no more than `AHEAD` of them, and it may not repeat itself for long. None: as Whisper.
+        are left it goes on, it sees no more than `AHEAD` of them, and may not repeat itself for long. None: as Whisper.
         """
         positions, states = self.decoder.embed_positions.weight, states.to(self.decoder.embed_positions.weight.dtype)
         table = self.decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
