@@ -9,8 +9,17 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, load
-from unique_asr.models import listener as module
-from unique_asr.models.listener import AHEAD, ALTERNATIVES, UNHEARD, ForwardPath, Listener, repeating, spikes_after
+from unique_asr.models.listener import (
+    AHEAD,
+    ALTERNATIVES,
+    MAX_PERIOD,
+    MIN_REPETITION,
+    UNHEARD,
+    ForwardPath,
+    Listener,
+    repeating,
+    spikes_after,
+)
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
 HEADS = [[0, 1], [1, 0]]
@@ -170,7 +179,8 @@ def test_it_needs_whisper(speech_llm):
 
 def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
-    monkeypatch.setattr(module, "PERIODS", 0)  # weights at random repeat themselves
+    nothing = lambda latest, vocabulary: torch.zeros(len(latest), vocabulary, dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr("unique_asr.models.listener.repeating", nothing)  # weights at random repeat themselves
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
     unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)
@@ -227,12 +237,30 @@ def test_a_model_in_16_bits_listens_in_32(listening, tmp_path):
     assert short.encode([audio], processor).embeds.dtype == torch.bfloat16
 
 
+def latest(*rows):
+    return torch.tensor([[-1] * (2 * MAX_PERIOD - len(row)) + row for row in rows])
+
+
 def test_a_third_copy_of_a_repetition_may_not_begin():
-    words = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 9, 9, 9, 9, 9, 9]])
-    expected = torch.zeros(3, 12, dtype=torch.bool)
-    expected[0, 1] = expected[2, 9] = True
-    assert torch.equal(repeating(words, 12), expected)
-    assert not repeating(words[:, :7], 12).any()
+    long = list(range(1, MAX_PERIOD + 1))
+    words = latest([1, 2, 3, 4] * 2, list(range(1, 9)), [9] * MIN_REPETITION, [9] * (MIN_REPETITION - 1), long * 2)
+    expected = torch.zeros(5, 20, dtype=torch.bool)
+    expected[0, 1] = expected[2, 9] = expected[4, 1] = True
+    assert torch.equal(repeating(words, 20), expected)
+
+
+def test_no_window_repeats_itself_for_long(listener, states):
+    def copies(tokens):
+        """Whether any window begins a third copy."""
+        return any(
+            bool(repeating(latest(row[:end])[:, -2 * MAX_PERIOD :], 60)[0, row[end]])
+            for row in (row[: row.index(STOP)] if STOP in row else row for row in tokens.tolist())
+            for end in range(len(row))
+        )
+
+    assert copies(listener(states, limit=30).tokens)
+    unheard = torch.zeros(states.shape[:2], dtype=torch.long)
+    assert not copies(listener(states, limit=30, unheard=unheard).tokens)
 
 
 def test_frames_too_far_ahead_are_not_seen(listener, states):
@@ -244,5 +272,6 @@ def test_frames_too_far_ahead_are_not_seen(listener, states):
     changed[:, 150:] = states[:, 150:].flip(0)
     after = listener(changed, limit=8, unheard=unheard)
     assert torch.equal(before.tokens, after.tokens)
+    assert torch.equal(before.hidden, after.hidden)
     assert (before.frames < 150).all()
     assert not torch.equal(listener(states, limit=8).hidden, listener(changed, limit=8).hidden)

@@ -23,8 +23,9 @@ PIECES = 4  # tokens of the LLM that one of Whisper's may be cut into; what is b
 ALTERNATIVES = 8  # tokens that an expected embedding is over
 UNHEARD = 6  # spikes of the CTC head after the last token's frame with which a window may end
 REFUSALS = 4  # times that a window is kept from ending, at most
-AHEAD = 40  # spikes after the last token's frame that the decoder sees, about 12 s: left to itself it leaps over more
-PERIODS, REPEATED = 12, 8  # a repetition of up to so many tokens ends after two copies, and at least so many tokens
+AHEAD = 40  # spikes after the last token's frame that the decoder sees, about 12 s
+MAX_PERIOD = 12  # tokens of a repetition of which no third copy may begin
+MIN_REPETITION = 8  # tokens that its copies have together, at least
 
 
 @dataclass
@@ -109,20 +110,20 @@ class Listener(nn.Module):
         allowed[self.suppressed] = -torch.inf
         ended = torch.zeros(windows, dtype=torch.bool, device=device)
         refused, path = torch.zeros(windows, dtype=torch.long, device=device), ForwardPath()
+        unseen = left = None
         if unheard is not None:
             beyond = unheard[:, -1:].expand(-1, states.shape[1] - unheard.shape[1])
             unheard = torch.cat([unheard, beyond], 1)
-        unseen = None if unheard is None else unheard < unheard[:, :1] - AHEAD
+            unseen = unheard < unheard[:, :1] - AHEAD
         for asked in self.prompt:
             state, attention = memory.step(torch.full((windows,), asked, device=device), unseen)
+        latest = torch.full((windows, 2 * MAX_PERIOD), -1, device=device)
         found: list[tuple[Tensor, ...]] = []
         for _ in range(limit):
             logits = state.float() @ table + allowed
-            if unheard is not None and found:
-                written = torch.stack([token for token, *_ in found[-2 * PERIODS :]], 1)
-                logits = logits.masked_fill(repeating(written, logits.shape[1]), -torch.inf)
-                left = unheard.gather(1, path.last)[:, 0]
-                early = (left > UNHEARD) & (logits.argmax(-1) == self.stop) & ~ended & (refused < REFUSALS)
+            if left is not None:
+                logits.masked_fill_(repeating(latest, logits.shape[1]), -torch.inf)
+                early = (left[:, 0] > UNHEARD) & (logits.argmax(-1) == self.stop) & ~ended & (refused < REFUSALS)
                 refused += early
                 logits[:, self.stop].masked_fill_(early, -torch.inf)
             weights, candidates = logits.softmax(-1).topk(ALTERNATIVES)
@@ -133,7 +134,10 @@ class Listener(nn.Module):
             heard = torch.stack([attention[layer][:, head] for layer, head in self.heads]).mean(0)
             path.add(heard.masked_fill(ended[:, None], 0.0))
             found.append((token, weights, candidates, state))
-            unseen = None if unheard is None else unheard < unheard.gather(1, path.last) - AHEAD
+            if unheard is not None:
+                left = unheard.gather(1, path.last)
+                unseen = unheard < left - AHEAD
+                latest = torch.cat([latest[:, 1:], token[:, None]], 1)
             state, attention = memory.step(token, unseen)
         if not found:
             return _nothing(states)
@@ -149,16 +153,18 @@ def spikes_after(logits: Tensor) -> Tensor:
     return spikes.sum(1, keepdim=True) - spikes.cumsum(1)
 
 
-def repeating(tokens: Tensor, vocabulary: int) -> Tensor:
-    """Of tokens [W, n]: those [W, vocabulary] that would begin another copy of a repetition."""
-    found = torch.zeros(len(tokens), vocabulary, dtype=torch.bool, device=tokens.device)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    for period in range(1, PERIODS + 1):
-        tail = tokens[:, -max(REPEATED, 2 * period) :]
-        if tail.shape[1] >= max(REPEATED, 2 * period):
-            again = (tail[:, period:] == tail[:, :-period]).all(1)
-            found[rows, tokens[:, -period]] |= again
-    return found
+def repeating(latest: Tensor, vocabulary: int) -> Tensor:
+    """Of the latest tokens [W, 2 * MAX_PERIOD], -1 where there are fewer: the tokens, bool [W, vocabulary], that would
+    begin a third copy of what they end with twice.
+    """
+    period = torch.arange(1, MAX_PERIOD + 1, device=latest.device)
+    place = torch.arange(latest.shape[1], device=latest.device)
+    length = (2 * period).clamp(min=MIN_REPETITION)  # of the repetition [MAX_PERIOD]
+    compared = place >= (latest.shape[1] - length + period)[:, None]  # [MAX_PERIOD, 2 * MAX_PERIOD]
+    copied = latest[:, (place - period[:, None]).clamp(min=0)]
+    again = (((latest[:, None] == copied) & (copied >= 0)) | ~compared).all(-1)  # [W, MAX_PERIOD]
+    count = torch.zeros(len(latest), vocabulary, dtype=torch.int32, device=latest.device)
+    return count.scatter_add_(1, latest[:, -period].clamp(min=0), again.int()) > 0
 
 
 class ForwardPath:
@@ -215,20 +221,20 @@ class _Memory:
         return self._split(attention.k_proj(states)), self._split(attention.v_proj(states))
 
     def _attend(
-        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None
+        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         query = self._split(attention.q_proj(query)[:, None]) * self.size**-0.5
         scores = (query @ keys.transpose(-1, -2)).float()
-        if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        if unseen is not None:
+            scores = scores.masked_fill(unseen[:, None, None], -torch.inf)
         weights = scores.softmax(-1)
         output = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(1)
         return attention.out_proj(output), weights[:, :, 0]
 
-    def step(self, token: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def step(self, token: Tensor, unseen: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """token [W] -> last state [W, d], and each layer's attention over the encoder's frames [W, heads, F].
 
-        hidden: bool [W, F], frames that the step does not see.
+        unseen: bool [W, F], frames that the step does not see.
         """
         decoder, at = self.decoder, self.length
         state = decoder.embed_tokens(token) * getattr(decoder, "embed_scale", 1.0) + decoder.embed_positions.weight[at]
@@ -240,7 +246,7 @@ class _Memory:
             keys[:, :, at], values[:, :, at] = new[0][:, :, 0], new[1][:, :, 0]
             output, _ = self._attend(layer.self_attn, normed, keys[:, :, : at + 1], values[:, :, : at + 1])
             state = state + output
-            output, weights = self._attend(layer.encoder_attn, layer.encoder_attn_layer_norm(state), *audio, hidden)
+            output, weights = self._attend(layer.encoder_attn, layer.encoder_attn_layer_norm(state), *audio, unseen)
             heard.append(weights)
             state = state + output
             normed = layer.final_layer_norm(state)
