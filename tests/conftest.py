@@ -1,6 +1,7 @@
 """Fixtures that several folders share."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy; read when Triton is imported, which follows
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
+
+
+def pytest_configure():
+    """A shell's background job is born with Ctrl-C ignored, and so are its children, which some tests interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
