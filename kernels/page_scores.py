@@ -267,6 +267,24 @@ def dot_types(query: Tensor, statistics: Sequence[Tensor]) -> tuple[tl.dtype, st
     return tl.bfloat16 if statistics[0].dtype == torch.bfloat16 else tl.float16, "tf32"
 
 
+def factors(score: str, scale: float, scaling: float | None, dim: int) -> tuple[float, float]:
+    """What kernels multiply the spread, and the scores of `share`, by."""
+    return scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling
+
+
+def share_buffers(share: bool, scores: Tensor, rows: int, group: int, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `share` keeps beside `scores` [..., P]: scores of the heads, and peak and sum of each program of a row."""
+    if not share:
+        return scores, scores, scores
+    peaks, sums = scores.new_empty(2, rows, programs, padded(group))
+    return scores.new_empty(rows, group, scores.shape[-1]), peaks, sums
+
+
+def padded(group: int) -> int:
+    """Rows of the matrix that holds the queries of a group."""
+    return max(16, triton.next_power_of_2(group))
+
+
 def _launch(
     query: Tensor,
     statistics: Sequence[Tensor],
@@ -308,23 +326,17 @@ def _launch(
     tile = tile or score_tile(rows, candidates, dim, warps)
     programs = triton.cdiv(candidates, tile.pages * tile.tiles)
     share = combine == "share"
-    group_pad = max(16, triton.next_power_of_2(group))
-    head_scores = peaks = scores
-    if share:
-        head_scores = query.new_empty(rows, group, candidates, dtype=torch.float32)
-        peaks = query.new_empty(2, rows, programs, group_pad, dtype=torch.float32)
-    sums = peaks[1] if share else peaks
+    head_scores, peaks, sums = share_buffers(share, scores, rows, group, programs)
     operand, precision = dot_types(query, statistics)
     table, table_stride = table_arguments(block_table, query)
     _scores[(rows * programs,)](
         query, *four(statistics, query), lengths, query if starts is None else starts, table,
         query if within is None else within, head_scores, peaks, sums, scores, chosen if count else scores,
         counters(rows, query.device) if share or count else lengths,
-        scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling,
-        heads, *query.stride()[:2], table_stride, per_block, candidates, supers,
+        *factors(score, scale, scaling, dim), heads, *query.stride()[:2], table_stride, per_block, candidates, supers,
         SCORE=score, SHARE=share, COUNT=count, COUNT_PAD=triton.next_power_of_2(max(1, count)),
         CANDIDATES_PAD=candidates_pad, S=page_size, UNIT=unit, FAN=fan if within is not None else 1,
-        SINK=sink, RECENT=recent, G=group, G_PAD=group_pad, D=dim, D_PAD=triton.next_power_of_2(dim),
+        SINK=sink, RECENT=recent, G=group, G_PAD=padded(group), D=dim, D_PAD=triton.next_power_of_2(dim),
         BLOCK=tile.pages, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,
         PROGRAMS_PAD=triton.next_power_of_2(programs), PER_BLOCK=0 if block_table is None else per_block,
         HAS_STARTS=starts is not None,

@@ -46,16 +46,17 @@ def is_last(counter, PROGRAMS: tl.constexpr):
     return last
 
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}  # never freed: captured graphs hold their addresses
 
 
 def counters(rows: int, device: torch.device) -> Tensor:
     """At least `rows` counters, int32, of value 0 between launches. Launches that overlap must not share a device."""
-    kept = _counters.get(device)
-    if kept is None or len(kept) < rows:
+    size = max(16384, triton.next_power_of_2(rows))
+    kept = _counters.get((device, size))
+    if kept is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("run the step once before it is captured: its counters are not allocated yet")
-        kept = _counters[device] = torch.zeros(max(16384, rows), dtype=torch.int32, device=device)
+        kept = _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
 

@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.page_scores import choose_pages, dot_types, load_query, score_part
+from unique_asr.kernels.page_scores import (
+    choose_pages,
+    dot_types,
+    factors,
+    load_query,
+    padded,
+    score_part,
+    share_buffers,
+)
 from unique_asr.kernels.page_statistics import LARGEST, four, page_size_of, write_token
 from unique_asr.kernels.paging import arrive, counters, table_arguments, wait_for
 from unique_asr.kernels.sparse_decode import attend, merge, store_part
@@ -37,13 +45,17 @@ class StepTile(NamedTuple):
     registers: int | None = None
 
 
-def step_tile(rows: int, candidates: int, head_dim: int, bytes_each: int) -> StepTile:
-    """The fastest of those tried on an H100, by rows, candidates and bytes of a statistic: benchmarks/h100.md."""
+def step_tile(rows: int, candidates: int, key_bytes: int, bytes_each: int) -> StepTile:
+    """The fastest of those tried on an H100, by rows, candidates and bytes of a statistic: benchmarks/h100.md.
+
+    Keys of more than 256 bytes have not been tried: without pipelines, they need no more than other keys do.
+    """
     tiles = min(16 if bytes_each == 1 else 8, triton.cdiv(candidates, 64))
     while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < 512:
         tiles //= 2
     token_tiles = 4 if rows >= 256 else 1
-    return StepTile(64, tiles, 64, token_tiles, 4, 1 if tiles == 1 else 3, 128 if head_dim <= 128 else None)
+    small = key_bytes <= 256
+    return StepTile(64, tiles, 64, token_tiles, 4, 3 if tiles > 1 and small else 1, 128 if small else None)
 
 
 @triton.jit
@@ -179,11 +191,14 @@ def sparse_step(
     out: Tensor | None = None,
     chosen: Tensor | None = None,
     tile: StepTile | None = None,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`append`, `select_pages` (in two levels with `super_statistics`) and `sparse_decode` of the same arguments.
 
     query [B, H, D]; key and value [B, K, 1, D] of the newest token, which `lengths` counts. Returns output [B, H, D]
-    and the `count` complete pages chosen, int32 [B, K, count]. A row has at most STEP_PAGES pages (or super-pages).
+    and the `count` complete pages chosen, int32 [B, K, count]. A row has at most STEP_PAGES pages (or super-pages, and
+    pages in the best of them). `arrivals` (int32, B K or more) are 0 and will be again: launches that may overlap need
+    their own (default: those of the device).
     """
     if keys.stride() != values.stride() or keys.shape != values.shape:
         raise ValueError("keys and values must have the same shape and strides")
@@ -193,24 +208,22 @@ def sparse_step(
     size = page_size_of(keys, statistics)
     fan = page_size_of(keys, super_statistics) // size if super_statistics else 1
     candidates = block_tokens // (size * fan) * (1 if block_table is None else block_table.shape[1])
-    if candidates > STEP_PAGES:
-        raise ValueError(f"{candidates} pages to choose from: sparse_step takes at most {STEP_PAGES}")
     widest = (super_count + 1) * fan if fan > 1 else 0
-    tile = tile or step_tile(rows, candidates, dim, statistics[0].element_size())
+    most = max(candidates, widest)
+    if most > STEP_PAGES:
+        raise ValueError(f"{most} pages to choose from: sparse_step takes at most {STEP_PAGES}")
+    tile = tile or step_tile(rows, candidates, dim * keys.element_size(), statistics[0].element_size())
     scorers = triton.cdiv(candidates, tile.pages * tile.tiles)
     second_scorers = triton.cdiv(widest, tile.pages)
     readers = triton.cdiv((count + 1) * size, tile.tokens * tile.token_tiles)
-    share, group_pad = combine == "share", max(16, triton.next_power_of_2(group))
+    share = combine == "share"
     if out is None:
         out = query.new_empty(sequences, query_heads, dim)
     if chosen is None:
         chosen = query.new_empty(sequences, heads, count, dtype=torch.int32)
-    scores = query.new_empty(rows, max(candidates, widest), dtype=torch.float32)
+    scores = query.new_empty(rows, most, dtype=torch.float32)
     supers = query.new_empty(rows, super_count, dtype=torch.int32) if fan > 1 else chosen
-    head_scores = peaks = sums = scores
-    if share:
-        head_scores = query.new_empty(rows, group, scores.shape[1], dtype=torch.float32)
-        peaks, sums = query.new_empty(2, rows, max(scorers, second_scorers), group_pad, dtype=torch.float32)
+    head_scores, peaks, sums = share_buffers(share, scores, rows, group, max(scorers, second_scorers))
     parts = part_peaks = part_sums = out
     if readers > 1:
         parts = query.new_empty(rows, readers, group, dim, dtype=torch.float32)
@@ -221,13 +234,12 @@ def sparse_step(
         query, key, value, keys, values, *four(statistics, query), *four(super_statistics, query), lengths,
         query if starts is None else starts, table,
         head_scores, peaks, sums, scores, supers, chosen, parts, part_peaks, part_sums, out,
-        counters(rows, query.device),
-        scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling,
+        counters(rows, query.device) if arrivals is None else arrivals, *factors(score, scale, scaling, dim),
         rows, heads, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], table_stride, *keys.stride()[:3],
         block_tokens, candidates,
         SCORE=score, SHARE=share, COUNT=count, SUPER_COUNT=super_count,
         CANDIDATES_PAD=triton.next_power_of_2(candidates), S=size, FAN=fan, SINK=sink, RECENT=recent,
-        G=group, G_PAD=group_pad, D=dim, D_PAD=triton.next_power_of_2(dim),
+        G=group, G_PAD=padded(group), D=dim, D_PAD=triton.next_power_of_2(dim),
         SCORERS=scorers, SECOND_SCORERS=second_scorers, READERS=readers, PAGES=tile.pages, TILES=tile.tiles,
         TOKENS=tile.tokens, TOKEN_TILES=tile.token_tiles, STAGES=tile.stages,
         PER_BLOCK=0 if block_table is None else block_tokens, HAS_STARTS=starts is not None,

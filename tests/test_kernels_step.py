@@ -7,7 +7,7 @@ from unique_asr.kernels.page_scores import select_pages, select_pages_in_two_lev
 from unique_asr.kernels.page_statistics import append
 from unique_asr.kernels.paging import counters
 from unique_asr.kernels.sparse_decode import sparse_decode
-from unique_asr.kernels.sparse_step import STEP_PAGES, StepTile, sparse_step
+from unique_asr.kernels.sparse_step import STEP_PAGES, StepTile, sparse_step, step_tile
 
 LAYOUTS = {
     "even": {"lengths": [640, 488], "dim": 64, "group": 4},
@@ -46,16 +46,16 @@ def check(case, combine="max", fan=1, count=12, super_count=5, tile=None):
 
     keys, values, *statistics = got = buffers()
     supers = {"super_statistics": statistics[1], "super_count": super_count} if fan > 1 else {}
-    for _ in range(2):
+    for arrivals in (None, torch.zeros(case.keys.shape[0] * case.heads, dtype=torch.int32)):
         out, chosen = torch.full_like(case.query, torch.nan), torch.full_like(pages, -7)
         sparse_step(
             case.query, *token, keys, values, statistics[0], case.lengths, count, case.score, 0.5, *how, **place,
-            **supers, out=out, chosen=chosen, tile=tile,
+            **supers, out=out, chosen=chosen, tile=tile, arrivals=arrivals,
         )  # fmt: skip
         assert torch.equal(chosen, pages)
         tolerance = 4e-3 if out.dtype == torch.float16 else 1e-5
         torch.testing.assert_close(out, output, rtol=tolerance, atol=tolerance)
-        assert not counters(1, out.device).any()
+        assert not (counters(1, out.device) if arrivals is None else arrivals).any()
     for left, right in zip(got[:2], expected[:2]):
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
     for level, other in zip(got[2:], expected[2:]):
@@ -91,3 +91,18 @@ def test_too_many_pages_are_refused():
     token = torch.zeros(2, 1, 1, 1, 16)
     with pytest.raises(ValueError, match="at most"):
         sparse_step(case.query, *token, case.keys, case.values, case.statistics, case.lengths, 4, "unique", 0.5)
+    case = make_case([8], 512, heads=1, group=1, dim=16)
+    two = {"super_statistics": case.expected_statistics(32), "super_count": STEP_PAGES // 4}
+    with pytest.raises(ValueError, match="at most"):
+        sparse_step(case.query, *token, case.keys, case.values, case.statistics, case.lengths, 4, "unique", 0.5, **two)
+
+
+def test_counters_stay_where_captured_graphs_know_them():
+    few = counters(1, torch.device("cpu"))
+    assert len(counters(len(few) + 1, few.device)) > len(few)
+    assert counters(len(few), few.device) is few
+
+
+def test_keys_of_many_bytes_are_not_pipelined():
+    assert step_tile(64, 4096, 2 * 128, 1).stages == 3
+    assert step_tile(64, 4096, 4 * 128, 4).stages == 1

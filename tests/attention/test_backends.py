@@ -26,6 +26,8 @@ CONFIGURATIONS = [
     {"statistics_dtype": EIGHT_BITS, "page_size": 16},
     {"statistics_dtype": "int8", "combine": "share"},
     {"super_page_size": 32, "super_pages": 6},
+    {"super_page_size": 256, "combine": "share"},  # more super-pages to choose than there are
+    {"super_page_size": 32, "super_pages": 6, "statistics_dtype": "fp8"},
 ]
 
 
@@ -41,6 +43,18 @@ def layers(config, length, batch=2, heads=2, group=3, dim=16, seed=0):
         layer.update(keys.to(DEVICE), values.to(DEVICE))
         pair.append(layer)
     return *pair, torch.randn(batch, heads * group, 1, dim).to(DEVICE)
+
+
+def spied(monkeypatch, name):
+    """The list that every call of this kernel is appended to."""
+    calls, function = [], getattr(backend.kernels(), name)
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(backend.kernels(), name, spy)
+    return calls
 
 
 def assert_same(output, expected, configuration):
@@ -69,10 +83,15 @@ def test_a_step(configuration, padded):
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-def test_static_steps(configuration, padded):
-    """Across the end of a page: the token is written, its page's statistics with it."""
-    start, end = 302, 305
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_static_steps(configuration, padded, one_launch, monkeypatch):
+    """Across the end of a page, and of a super-page: the token is written, its page's statistics with it."""
+    if not one_launch:
+        monkeypatch.setattr(backend.kernels(), "STEP_PAGES", 8)
+    calls, appends = spied(monkeypatch, "sparse_step"), spied(monkeypatch, "append")
+    start, end = (318, 322) if one_launch else (302, 305)
     plain, triton, query = layers({"budget": 96} | configuration, end)
+    plain.keeps_selection = triton.keeps_selection = True
     starts = torch.tensor([0, 37], device=DEVICE) if padded else None
     tokens = plain.keys[:, :, start:end].clone(), plain.values[:, :, start:end].clone()
     for layer in (plain, triton):
@@ -90,6 +109,36 @@ def test_static_steps(configuration, padded):
         assert_same(outputs[1], outputs[0], configuration)
         assert torch.equal(triton.keys, plain.keys)
         assert torch.equal(triton.values, plain.values)
+        assert not triton.step.arrivals(1).any()
+        differs = ~(triton.selected.unsqueeze(-1) == plain.selected.unsqueeze(-2)).any(dim=-1)
+        assert differs.float().mean() <= (0.1 if "statistics_dtype" in configuration else 0)
+    assert (len(calls), len(appends)) == ((end - start, 0) if one_launch else (0, end - start))
+    for level, other in zip(triton.levels, plain.levels):
+        for statistic, same in zip(level.statistics, other.statistics):
+            got, expected = (each[:, :, : end // level.size].float() for each in (statistic, same))
+            assert (got - expected).abs().max() <= (1e-4 if statistic.dtype == torch.float32 else 32)
+
+
+@pytest.mark.parametrize("step", ["dense step", "dense layer"])
+def test_dense_steps_write_the_token_alone(step, monkeypatch):
+    calls, appends = spied(monkeypatch, "sparse_step"), spied(monkeypatch, "append")
+    plain, triton, query = layers({"budget": 96}, 304)
+    token = torch.randn(2, 2, 2, 1, 16, device=DEVICE)
+    outputs = []
+    for layer in (plain, triton):
+        layer.sparse_layer = step == "dense step"
+        now = torch.tensor([304], device=DEVICE)
+        layer.step = StaticStep(now, step == "dense layer", layer.config, layer.capacity)
+        outputs.append(static_attention(layer, query, *token, 0.25))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(triton.keys, plain.keys)
+    assert (len(calls), len(appends)) == (0, 1)
+
+
+def test_values_of_another_width_are_left_to_pytorch():
+    layer = PagedLayer(SparseAttentionConfig(budget=96, backend="triton"), SparsityStatistics())
+    layer.update(torch.randn(1, 2, 301, 16, device=DEVICE), torch.randn(1, 2, 301, 8, device=DEVICE))
+    assert not layer.triton
 
 
 def test_more_pages_than_the_kernel_can_choose_from(monkeypatch):
@@ -115,9 +164,12 @@ def test_generate(llama, attention):
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-@pytest.mark.parametrize("attention", [{"statistics_dtype": "int8"}, {"super_page_size": 16}], ids=str)
-def test_a_batch_by_static_steps(llama, name, attention):
+@pytest.mark.parametrize(
+    "attention", [{"statistics_dtype": "int8", "dense_layers": 1}, {"super_page_size": 16, "combine": "share"}], ids=str
+)
+def test_a_batch_by_static_steps(llama, name, attention, monkeypatch):
     """`DecodeStep` on a padded batch gives the tokens of generate, over the end of the budget and of a page."""
+    calls = spied(monkeypatch, "sparse_step")
     llama.to(DEVICE)
     torch.manual_seed(0)
     starts = torch.tensor([0, 45], device=DEVICE)
@@ -136,6 +188,9 @@ def test_a_batch_by_static_steps(llama, name, attention):
             tokens.append(step.result[0].tolist())
     assert torch.tensor(tokens).T.tolist() == expected.tolist()
     assert sparse.statistics.sparse_steps == 2 * 2
+    if name == "triton":
+        # two steps; on CUDA the first one's warm-up and capture
+        assert len(calls) == 2 * (3 - attention.get("dense_layers", 0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CUDA")

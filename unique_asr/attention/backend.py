@@ -27,6 +27,7 @@ def kernels() -> SimpleNamespace:
         "page_statistics": ("append", "write_page_statistics"),
         "page_scores": ("page_scores", "select_pages", "select_pages_in_two_levels"),
         "sparse_decode": ("sparse_decode",),
+        "sparse_step": ("sparse_step", "STEP_PAGES"),
         "top_pages": ("MAX_PAGES",),
     }
     found = {}

@@ -88,8 +88,15 @@ class StaticStep:
     def lengths(self, batch: int) -> Tensor:
         """int32 [B]: tokens of every row, the new one included."""
         if "_lengths" not in vars(self):
-            self._lengths = (self.position + 1).to(torch.int32).repeat(batch)
+            lengths = torch.empty(batch, dtype=torch.int32, device=self.position.device)
+            self._lengths = torch.add(self.position.expand(batch), 1, out=lengths)  # one launch
         return self._lengths
+
+    def arrivals(self, rows: int) -> Tensor:
+        """int32 [rows]: counters of `sparse_step`, 0 between its launches; zeroed anew by every replay of the step."""
+        if "_arrivals" not in vars(self) or len(self._arrivals) < rows:
+            self._arrivals = torch.zeros(rows, dtype=torch.int32, device=self.position.device)
+        return self._arrivals
 
     def _count(self, number: int) -> Tensor:
         return torch.arange(number, device=self.position.device)

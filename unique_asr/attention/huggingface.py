@@ -200,8 +200,31 @@ def select_pages(
 
 def static_attention(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Write the token of a static step, [B, K, 1, D], and attend: [B, H, 1, D] -> [B, 1, H, D]."""
+    if layer.step.sparse and layer.sparse_layer and layer.triton and fits_one_launch(layer.config, layer.capacity):
+        return step_in_one_launch(layer, query, key, value, scaling).unsqueeze(1)
     layer.write_token(key, value)
     return static_step(layer, query, scaling).flatten(1, 2).unsqueeze(1)
+
+
+def fits_one_launch(config: SparseAttentionConfig, capacity: int) -> bool:
+    """Whether the kernel of a whole step can choose from the pages of a cache of `capacity` tokens."""
+    second = (config.super_count + 1) * config.fan if config.fan > 1 else 0
+    return max(capacity // (config.page_size * config.fan), second) <= kernels().STEP_PAGES
+
+
+def step_in_one_launch(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """`write_token` and a sparse `static_step` in one kernel: [B, H, 1, D] -> [B, H, D]."""
+    config, step = layer.config, layer.step
+    supers = {}
+    if config.fan > 1:
+        supers = {"super_statistics": layer.levels[1].statistics, "super_count": config.super_count}
+    output, pages = kernels().sparse_step(
+        query.squeeze(2), key, value, layer.keys, layer.values, layer.statistics, step.lengths(len(query)),
+        config.pages - 1, config.score, config.scale, config.combine, config.sink_pages, config.recent_pages,
+        starts=step.starts, scaling=scaling, arrivals=step.arrivals(len(query) * layer.keys.shape[1]), **supers,
+    )  # fmt: skip
+    layer.keep_selection(pages)
+    return output
 
 
 @torch.library.custom_op("unique_asr::static_attention", mutates_args=())
