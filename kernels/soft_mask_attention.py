@@ -1,26 +1,38 @@
 """The attention of sparsity-aware training, forward and backward, in the manner of FlashAttention.
 
 What it computes is `unique_asr/attention/soft_mask.py`, for combine=max. A program holds a tile of queries, all heads
-of a group together, and goes over tiles of keys: the scores of the pages of a tile are a product with their means, the
-maximum over the group and the gate follow in registers, and log g is spread over the tokens of each page. The backward
-pass computes all of it again; the gradient of log g, summed over the group and the tokens of a page, goes back through
-the score to the query whose head had the maximum and to the page's mean and spread, and from there to its keys. Nothing
-of the size of queries times keys is ever stored, nor of queries times pages but for the slices of `_row_scores`.
+of a group together, and goes over tiles of keys. The product with the mean of a page is the mean of the products with
+its keys, so that the scores of a tile come from its logits; the maximum over the group and the gate follow in
+registers. The backward pass computes all of it again, in a kernel by queries and one by keys. The gradient of log g,
+summed over the group and the tokens of a page, goes back to the products of the head that had the maximum, and to the
+page's spread. Nothing of the size of queries times keys is ever stored, nor of queries times pages but for the slices
+of `_row_scores`.
 
-Rows are ordered token by token with the heads of a group beside each other: row m * G_PAD + g. theta -inf marks a dense
-row: its gates are open. Deterministic: no atomics. B batch, K KV heads, G group, N tokens, P pages, S page size, D dim.
+No tile is skipped. With tau 0.5 and Gaussian scores the faintest page has log g about -13, which float32 still counts;
+of a hard mask, 64 queries that choose each for itself leave no tile without a chosen page. Deterministic: no atomics.
+theta -inf marks a dense row: its gates are open. `starts` never falls along a sequence.
+
+B batch, K KV heads, G group, N tokens, P pages, S page size, D dim.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.top_pages import sortable
+from triton.language.extra import libdevice
 
 SCRATCH = 1 << 24  # scores of a slice of queries: 64 MB of float32
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _log2(x):
+    """By one instruction; `tl.log2` is a polynomial of 20. The interpreter knows no libdevice."""
+    return tl.log2(x) if INTERPRETED else libdevice.fast_log2f(x)
 
 
 @triton.jit
@@ -58,80 +70,15 @@ def _page_statistics(
         square += tl.sum(x * x, axis=1)
     std = tl.sqrt(square / tl.maximum(count, 1.0))
     place = row * pages + page
-    tl.store(
-        means + place[:, None] * D + d[None, :], mean.to(means.dtype.element_ty),
-        mask=(page < pages)[:, None] & (d < D)[None, :],
-    )  # fmt: skip
+    tl.store(means + place[:, None] * D + d[None, :], mean, mask=(page < pages)[:, None] & (d < D)[None, :])
     tl.store(stds + place, std, mask=page < pages)
 
 
 @triton.jit
-def _query_tile(
-    query, row0, query_batch, query_head, query_token, batch, head, tokens, scale,
-    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Queries [BM * G_PAD, D_PAD] of the tile at token row0, scale * norm of each, their offsets and which are real."""
-    r = tl.arange(0, BM * G_PAD)
+def _load_rows(base, offset, real, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Vectors [rows, D_PAD] at base + offset."""
     d = tl.arange(0, D_PAD)
-    token, g = row0 + r // G_PAD, r % G_PAD
-    real = (token < tokens) & (g < G)
-    offset = batch * query_batch + (head * G + g).to(tl.int64) * query_head + token.to(tl.int64) * query_token
-    q = tl.load(query + offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    wide = q.to(tl.float32)
-    return q, scale * tl.sqrt(tl.sum(wide * wide, axis=1)), real
-
-
-@triton.jit
-def _group_scores(
-    q, norm, mean, std,
-    G: tl.constexpr, G_PAD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores [BM, G_PAD, BP] of each head, and the best of the group [BM, BP]."""
-    score = tl.dot(q, tl.trans(mean), input_precision=PRECISION) + norm[:, None] * std[None, :]
-    score = tl.reshape(score, (BM, G_PAD, BP))
-    if G < G_PAD:
-        score = tl.where((tl.arange(0, G_PAD) < G)[None, :, None], score, -float("inf"))
-    return score, tl.max(score, axis=1)
-
-
-@triton.jit
-def _gates(
-    best, theta, sharpness, newest, first, page,
-    SINK: tl.constexpr, RECENT: tl.constexpr, HARD: tl.constexpr,
-):  # fmt: skip
-    """log g [BM, BP] and its slope by the score."""
-    is_open = (page[None, :] < first[:, None] + SINK) | (page[None, :] > newest[:, None] - RECENT)
-    x = (best - theta[:, None]) * sharpness[:, None]
-    is_open |= x == float("inf")
-    if HARD:
-        gate = tl.where(is_open | (x >= 0), 0.0, -float("inf"))
-        slope = tl.zeros_like(x)
-    else:
-        x = tl.where(is_open, 0.0, x)
-        small = tl.exp(-tl.abs(x))
-        gate = tl.where(is_open, 0.0, tl.minimum(x, 0.0) - tl.log(1.0 + small))
-        slope = tl.where(is_open, 0.0, sharpness[:, None] * tl.where(x > 0, small, 1.0) / (1.0 + small))
-    return gate, slope
-
-
-@triton.jit
-def _spread(
-    values, G_PAD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """[BM, BP] -> [BM * G_PAD, BP * S]: for every head of the group and every token of a page."""
-    return tl.reshape(tl.broadcast_to(values[:, None, :, None], (BM, G_PAD, BP, S)), (BM * G_PAD, BP * S))
-
-
-@triton.jit
-def _score_gradient(
-    gradient, slope, score, best,
-    G_PAD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Gradient [BM * G_PAD, BP] of each head's scores from that of the logits [BM * G_PAD, BP * S]."""
-    gate = tl.sum(tl.sum(tl.reshape(gradient, (BM, G_PAD, BP, S)), axis=3), axis=1)  # [BM, BP]
-    winner = (score == best[:, None, :]).to(tl.float32)
-    share = gate * slope / tl.sum(winner, axis=1)
-    return tl.reshape(winner * share[:, None, :], (BM * G_PAD, BP))
+    return tl.load(base + offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -146,20 +93,24 @@ def _row_scores(
     row = tl.program_id(2).to(tl.int64)
     batch, head = row // heads, row % heads
     row0 = begin + tl.program_id(0) * BM
-    m, d = tl.arange(0, BM), tl.arange(0, D_PAD)
-    token = row0 + m
+    token = row0 + tl.arange(0, BM)
     inside = token < tl.minimum(tokens, begin + slice_tokens)
     wanted = tl.load(masked + batch * masked_batch + token, mask=inside, other=0)
     page = tl.program_id(1) * BP + tl.arange(0, BP)
     if tl.max(wanted.to(tl.int32)) > 0:
-        place = row * pages + page
-        have = page < pages
-        mean = tl.load(means + place[:, None] * D + d[None, :], mask=have[:, None] & (d < D)[None, :], other=0.0)
-        std = tl.load(stds + place, mask=have, other=0.0)
-        q, norm, _ = _query_tile(
-            query, row0, query_batch, query_head, query_token, batch, head, tokens, scale, G, G_PAD, D, D_PAD, BM
-        )
-        _, best = _group_scores(q, norm, mean, std, G, G_PAD, BM, BP, PRECISION)
+        mean = _load_rows(means + row * pages * D, page * D, page < pages, D, D_PAD)
+        std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
+        r = tl.arange(0, BM * G_PAD)
+        real = (row0 + r // G_PAD < tokens) & (r % G_PAD < G)
+        offset = (row0 + r // G_PAD).to(tl.int64) * query_token + (r % G_PAD).to(tl.int64) * query_head
+        q = _load_rows(query + batch * query_batch + head * G * query_head, offset, real, D, D_PAD)
+        norm = scale * tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
+        near = mean.to(q.dtype)
+        score = tl.dot(q, tl.trans(near), input_precision=PRECISION) + norm[:, None] * std[None, :]
+        if q.dtype != tl.float32:
+            score = tl.dot(q, tl.trans((mean - near).to(q.dtype)), score, input_precision=PRECISION)
+        score = tl.where((r % G_PAD < G)[:, None], score, -float("inf"))
+        best = tl.max(tl.reshape(score, (BM, G_PAD, BP)), axis=1)
         newest = token // S
         first = tl.load(starts + batch * starts_batch + token, mask=inside, other=0) // S
         forced = (page[None, :] < first[:, None] + SINK) | (page[None, :] > newest[:, None] - RECENT)
@@ -167,13 +118,6 @@ def _row_scores(
         best = tl.where(candidate, tl.where(forced, float("inf"), best), -float("inf"))
         out = scores + (row * slice_tokens + token[:, None] - begin) * width + page[None, :]
         tl.store(out, best, mask=inside[:, None] & (page < width)[None, :])
-
-
-@triton.jit
-def _from_sortable(key):
-    """The inverse of `sortable`, of uint32 above 0."""
-    bits = key ^ tl.where(key >> 31 != 0, 0x80000000, 0xFFFFFFFF).to(tl.uint32)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -195,18 +139,25 @@ def _row_thresholds(
             scores + (row * slice_tokens + place[:, None]) * width + page[None, :],
             mask=wanted[:, None] & (page < width)[None, :], other=-float("inf"),
         )  # fmt: skip
-        keys = sortable(score)
-        last = tl.zeros((ROWS,), tl.uint32)  # the greatest number that COUNT scores reach: the last one chosen
-        bit = tl.full((), 1 << 31, tl.uint32)
-        while bit != 0:
-            trial = last | bit
-            last = tl.where(tl.sum((keys >= trial[:, None]).to(tl.int32), axis=1) >= COUNT, trial, last)
-            bit = bit >> 1
-        reached = tl.sum((keys >= last[:, None]).to(tl.int32), axis=1)
-        below = tl.max(tl.where(keys < last[:, None], keys, 0).to(tl.int64), axis=1).to(tl.uint32)
-        following = tl.where(reached > COUNT, last, below)
-        more = tl.sum((keys > 0).to(tl.int32), axis=1) > COUNT
-        theta = tl.where(more, 0.5 * (_from_sortable(last) + _from_sortable(following)), theta)
+        count = tl.sum((score > -float("inf")).to(tl.int32), axis=1)
+        more = count > COUNT
+        low = tl.min(tl.where(score > -float("inf"), score, float("inf")), axis=1)
+        low = tl.where(more, low, 0.0)  # COUNT scores reach it
+        high = tl.where(more, tl.max(tl.where(score < float("inf"), score, -float("inf")), axis=1), 0.0)
+        high += high - low  # fewer than COUNT reach it
+        going = more
+        while tl.max(going.to(tl.int32)) > 0:
+            middle = 0.5 * low + 0.5 * high
+            reach = tl.sum((score >= middle[:, None]).to(tl.int32), axis=1)
+            going &= (middle > low) & (middle < high)
+            high = tl.where(going & (reach < COUNT), middle, high)
+            low = tl.where(going & (reach >= COUNT), middle, low)
+            count = tl.where(going & (reach >= COUNT), reach, count)
+            going &= count > COUNT
+        chosen = tl.min(tl.where(score >= low[:, None], score, float("inf")), axis=1)  # the last one
+        following = tl.max(tl.where(score < low[:, None], score, -float("inf")), axis=1)
+        following = tl.where(count > COUNT, chosen, following)
+        theta = tl.where(more, 0.5 * (chosen + following), theta)
         competing = (score > -float("inf")) & (score < float("inf"))
         number = tl.maximum(tl.sum(competing.to(tl.float32), axis=1), 1.0)
         level = tl.sum(tl.where(competing, score, 0.0), axis=1) / number
@@ -217,36 +168,128 @@ def _row_thresholds(
     tl.store(sharpnesses + row * tokens + begin + place, sharpness, mask=inside)
 
 
+# Attention. A tile of queries is BM tokens times the G_PAD heads of a group: row m * G_PAD + g. A tile of keys is BP
+# pages with the tokens of a page outermost: column s * BP + p. The tensor cores leave columns that are equal modulo 8
+# in one thread, so that summing over the tokens of a page, and spreading a gate over them, move nothing.
+#
+# Tiles at the edges, where some row does not see all of the keys, or reads some of the pages without a gate, come
+# first, in a loop of their own (EDGE), so that the others need no masks.
+
+
 @triton.jit
-def _key_tile(
-    keys, values, means, stds, begin, batch, head, row, tokens, pages,
-    key_batch, key_head, key_token, value_batch, value_head, value_token,
-    D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr, BP: tl.constexpr,
+def _over_group(values, MAX: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, BP: tl.constexpr):
+    """Maximum or sum [ROWS, BP] over the heads of a group, for each of them."""
+    if G_PAD == 1:
+        return values
+    parts = tl.reshape(values, (ROWS // G_PAD, G_PAD, BP))
+    whole = tl.max(parts, axis=1) if MAX else tl.sum(parts, axis=1)
+    return tl.reshape(tl.broadcast_to(whole[:, None, :], (ROWS // G_PAD, G_PAD, BP)), (ROWS, BP))
+
+
+@triton.jit
+def _key_order(S: tl.constexpr, BP: tl.constexpr):
+    """Tokens of a tile of keys in its order, from its first."""
+    c = tl.arange(0, S * BP)
+    return c % BP * S + c // BP
+
+
+@triton.jit
+def _seen(begin, token, start, S: tl.constexpr, BP: tl.constexpr):
+    """Which keys [S, BP] each row sees."""
+    j = begin + tl.arange(0, BP)[None, None, :] * S + tl.arange(0, S)[None, :, None]
+    return (j <= token[:, None, None]) & (j >= start[:, None, None])
+
+
+@triton.jit
+def _gates(
+    product, norm, std, theta, sharpness, begin, token, start, EDGE: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, S: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    HARD: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values [BP * S, D_PAD], means [BP, D_PAD] and spreads [BP] of the pages from token `begin` on."""
-    token, d = begin + tl.arange(0, BP * S), tl.arange(0, D_PAD)
-    real = (token < tokens)[:, None] & (d < D)[None, :]
-    place = token[:, None].to(tl.int64)
-    k = tl.load(keys + batch * key_batch + head * key_head + place * key_token + d[None, :], mask=real, other=0.0)
-    v = tl.load(
-        values + batch * value_batch + head * value_head + place * value_token + d[None, :], mask=real, other=0.0
-    )
+    """log2 g [ROWS, BP], and the derivative of log g by the products [ROWS, S, BP] of queries and keys."""
+    share = tl.full((ROWS, BP), 1 / S, tl.float32)
+    level = tl.sum(product, axis=1) * share
     page = begin // S + tl.arange(0, BP)
-    entry = row * pages + page
-    have = page < pages
-    mean = tl.load(means + entry[:, None] * D + d[None, :], mask=have[:, None] & (d < D)[None, :], other=0.0)
-    return k, v, mean, tl.load(stds + entry, mask=have, other=0.0)
+    if EDGE:
+        seen = _seen(begin, token, start, S, BP)
+        share = 1.0 / tl.maximum(tl.sum(seen.to(tl.float32), axis=1), 1.0)
+        level = tl.sum(tl.where(seen, product, 0.0), axis=1) * share
+    score = level + norm[:, None] * std[None, :]
+    if G < G_PAD:
+        score = tl.where((tl.arange(0, ROWS) % G_PAD < G)[:, None], score, -float("inf"))
+    best = _over_group(score, True, ROWS, G_PAD, BP)
+    away = best - theta[:, None]
+    if HARD:
+        gate = tl.where(away >= 0, 0.0, -float("inf"))
+        slope = tl.zeros_like(gate)
+    else:
+        gate = -_log2(1.0 + tl.exp2(tl.minimum(away * (sharpness * -LOG2E)[:, None], 126.0)))
+        slope = (1.0 - tl.exp2(gate)) * sharpness[:, None] * share
+        if G > 1:
+            winner = (score == best).to(tl.float32)
+            slope *= winner * tl.exp2(-_log2(_over_group(winner, False, ROWS, G_PAD, BP)))
+    if EDGE:
+        gated = (page[None, :] >= (start // S + SINK)[:, None]) & (page[None, :] <= (token // S - RECENT)[:, None])
+        gate = tl.where(gated, gate, 0.0)
+        slope = tl.where(gated, slope, 0.0)
+    return gate, slope
+
+
+@triton.jit
+def _key_tiles(
+    starts, row0, tokens,
+    S: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The keys that queries from row0 on see, in whole tiles, and those that each sees through a gate: both [a, b)."""
+    first, last = tl.load(starts + row0), tl.load(starts + tl.minimum(row0 + BM, tokens) - 1)
+    end = tl.cdiv(tl.minimum(row0 + BM, tokens), BN) * BN
+    low = tl.minimum(tl.cdiv(tl.maximum(last, (last // S + SINK) * S), BN) * BN, end)
+    high = (row0 // S - RECENT + 1) * S // BN * BN
+    return first // BN * BN, end, low, tl.maximum(low, high)
+
+
+@triton.jit
+def _place(at, low, high, EDGE: tl.constexpr):
+    """Of a loop over the tiles outside low .. high: the tile at step `at`."""
+    if EDGE:
+        at += tl.where(at >= low, high - low, 0)
+    return at
+
+
+@triton.jit
+def _query_rows(
+    query, thetas, sharpnesses, starts, row0, row, heads, tokens, scale,
+    query_batch, query_head, query_token, starts_batch,
+    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Queries from row0 on: vectors, norms, thresholds, tokens, first tokens seen, places in [B, H, N] and [B, N, H].
+
+    The last: which are real.
+    """
+    batch, head = row // heads, row % heads
+    m, g = tl.arange(0, BM * G_PAD) // G_PAD, tl.arange(0, BM * G_PAD) % G_PAD
+    token = row0 + m
+    inside = token < tokens
+    real = inside & (g < G)
+    query += batch * query_batch + head * G * query_head + tl.cast(row0, tl.int64) * query_token
+    q = _load_rows(query, m * query_token + g.to(tl.int64) * query_head, real, D, D_PAD)
+    norm = scale * tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
+    theta = tl.load(thetas + row * tokens + token, mask=inside, other=-float("inf"))
+    sharpness = tl.load(sharpnesses + row * tokens + token, mask=inside, other=1.0)
+    start = tl.load(starts + batch * starts_batch + token, mask=inside, other=0)
+    by_head = (row * G + g) * tokens + token
+    by_token = ((batch * tokens + token) * heads + head) * G + g
+    return q, norm, theta, sharpness, token, start, by_head, by_token, real
 
 
 @triton.jit
 def _forward(
-    query, keys, values, means, stds, starts, thetas, sharpnesses, out, peaks,
-    tokens, heads, pages, scaling, scale,
+    query, keys, values, stds, starts, thetas, sharpnesses, out, peaks,
+    tokens, heads, pages, scaling, scale, starts_batch,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    out_batch, out_head, out_token, starts_batch,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, HARD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, and the log-sum-exp (base 2) of every row's logits."""
     ROWS: tl.constexpr = BM * G_PAD
@@ -254,197 +297,210 @@ def _forward(
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest first
-    m, d = row0 + tl.arange(0, BM), tl.arange(0, D_PAD)
-    r = tl.arange(0, ROWS)
-    inside = m < tokens
-    theta = tl.load(thetas + row * tokens + m, mask=inside, other=-float("inf"))
-    sharpness = tl.load(sharpnesses + row * tokens + m, mask=inside, other=1.0)
-    start = tl.load(starts + batch * starts_batch + m, mask=inside, other=tokens)
-    token, g = row0 + r // G_PAD, r % G_PAD
-    start_row = tl.load(starts + batch * starts_batch + token, mask=token < tokens, other=0)
-    q, norm, real = _query_tile(
-        query, row0, query_batch, query_head, query_token, batch, head, tokens, scale, G, G_PAD, D, D_PAD, BM
-    )
+    q, norm, theta, sharpness, token, start, by_head, by_token, real = _query_rows(
+        query, thetas, sharpnesses, starts, row0, row, heads, tokens, scale,
+        query_batch, query_head, query_token, starts_batch, G, G_PAD, D, D_PAD, BM,
+    )  # fmt: skip
+    starts += batch * starts_batch
+    first, end, low, high = _key_tiles(starts, row0, tokens, S, SINK, RECENT, BM, BN)
     gated = tl.max(theta) > -float("inf")
+    keys += batch * key_batch + head * key_head
+    values += batch * value_batch + head * value_head
+    j = _key_order(S, BP)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, BP), tl.float32)
     result = tl.zeros((ROWS, D_PAD), tl.float32)
-    for begin in range(tl.min(start) // BN * BN, tl.minimum(row0 + BM, tokens), BN):
-        k, v, mean, std = _key_tile(
-            keys, values, means, stds, begin, batch, head, row, tokens, pages,
-            key_batch, key_head, key_token, value_batch, value_head, value_token, D, D_PAD, S, BP,
-        )  # fmt: skip
-        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * LOG2E)
-        if gated:
+    for inner in tl.static_range(2):
+        for at in tl.range(low if inner else first, high if inner else end - (high - low), BN, num_stages=STAGES):
+            begin = _place(at, low, high, inner == 0)
+            far, real_key = tl.cast(begin, tl.int64), begin + j < tokens
+            k = _load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
+            v = _load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
             page = begin // S + tl.arange(0, BP)
-            _, best = _group_scores(q, norm, mean, std, G, G_PAD, BM, BP, PRECISION)
-            gate, _ = _gates(best, theta, sharpness, m // S, start // S, page, SINK, RECENT, HARD)
-            logit += _spread(gate * LOG2E, G_PAD, BM, BP, S)
-        j = begin + tl.arange(0, BN)
-        seen = (j[None, :] <= token[:, None]) & (j[None, :] >= start_row[:, None])
-        logit = tl.where(seen, logit, -float("inf"))
-        highest = tl.maximum(peak, tl.max(logit, axis=1))
-        base = tl.where(highest > -float("inf"), highest, 0.0)
-        weight = tl.exp2(logit - base[:, None])
-        rescale = tl.exp2(peak - base)
-        total = total * rescale + tl.sum(weight, axis=1)
-        result = result * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-        peak = highest
-    total = tl.where(total > 0, total, 1.0)
-    peak = tl.where(peak > -float("inf"), peak, 0.0) + tl.log2(total)
-    result /= total[:, None]
-    offset = batch * out_batch + (head * G + g).to(tl.int64) * out_head + token.to(tl.int64) * out_token
-    tl.store(out + offset[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
-    tl.store(peaks + (row * G + g) * tokens + token, peak, mask=real)
+            std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
+            product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), (ROWS, S, BP))
+            gate = tl.zeros((ROWS, BP), tl.float32)
+            if gated:
+                gate, _ = _gates(
+                    product, norm, std, theta, sharpness, begin, token, start, inner == 0,
+                    G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
+                )  # fmt: skip
+            if inner == 0:
+                product = tl.where(_seen(begin, token, start, S, BP), product, -float("inf"))
+            highest = tl.maximum(peak, tl.max(tl.max(product, axis=1) * (scaling * LOG2E) + gate, axis=1))
+            base = tl.where(highest > -float("inf"), highest, 0.0)
+            weight = tl.exp2(product * (scaling * LOG2E) + (gate - base[:, None])[:, None, :])
+            rescale = tl.exp2(peak - base)[:, None]
+            total = total * rescale + tl.sum(weight, axis=1)
+            weight = tl.reshape(weight.to(v.dtype), (ROWS, BN))
+            result = tl.dot(weight, v, result * rescale, input_precision=PRECISION)
+            peak = highest
+    whole = tl.sum(total, axis=1)
+    whole = tl.where(whole > 0, whole, 1.0)
+    peak = tl.where(peak > -float("inf"), peak, 0.0) + tl.log2(whole)
+    result /= whole[:, None]
+    tl.store(peaks + by_head, peak, mask=real)
+    d = tl.arange(0, D_PAD)
+    into = out + by_token[:, None] * D + d[None, :]
+    tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _tile_gradients(
+    q, k, do, v, peak, delta, norm, std, theta, sharpness, begin, token, start, scaling, gated, EDGE: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, S: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    HARD: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights [ROWS, BN], the gradient of the products of q and k, and its part through the scores [ROWS, BP]."""
+    product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), (ROWS, S, BP))
+    gate = tl.zeros((ROWS, BP), tl.float32)
+    slope = tl.zeros((ROWS, BP), tl.float32)
+    if gated:
+        gate, slope = _gates(
+            product, norm, std, theta, sharpness, begin, token, start, EDGE,
+            G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
+        )  # fmt: skip
+    if EDGE:
+        product = tl.where(_seen(begin, token, start, S, BP), product, -float("inf"))
+    weight = tl.exp2(product * (scaling * LOG2E) + (gate - peak[:, None])[:, None, :])
+    dweight = tl.reshape(tl.dot(do, tl.trans(v), input_precision=PRECISION), (ROWS, S, BP))
+    dlogit = weight * (dweight - delta[:, None, None])
+    if HARD:
+        dscore = slope
+        dproduct = dlogit * scaling
+    else:
+        dscore = _over_group(tl.sum(dlogit, axis=1), False, ROWS, G_PAD, BP) * slope
+        dproduct = dlogit * scaling + dscore[:, None, :]
+        if EDGE:
+            dproduct = tl.where(_seen(begin, token, start, S, BP), dproduct, 0.0)
+    weight = tl.reshape(weight.to(v.dtype), (ROWS, S * BP))
+    return weight, tl.reshape(dproduct.to(k.dtype), (ROWS, S * BP)), dscore
 
 
 @triton.jit
 def _backward_queries(
-    query, keys, values, means, stds, starts, thetas, sharpnesses, out, peaks, gradient, deltas, query_gradient,
-    tokens, heads, pages, scaling, scale,
+    query, keys, values, stds, starts, thetas, sharpnesses, out, peaks, gradient, deltas, norms, query_gradient,
+    tokens, heads, pages, scaling, scale, starts_batch,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    out_batch, out_head, out_token, gradient_batch, gradient_head, gradient_token,
-    into_batch, into_head, into_token, starts_batch,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, HARD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, and delta, the product of output and its gradient, for the other kernel."""
+    """The gradient of the queries; for the other kernel, norms and deltas, the products of output and its gradient."""
     ROWS: tl.constexpr = BM * G_PAD
     BN: tl.constexpr = BP * S
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    m, d = row0 + tl.arange(0, BM), tl.arange(0, D_PAD)
-    r = tl.arange(0, ROWS)
-    inside = m < tokens
-    theta = tl.load(thetas + row * tokens + m, mask=inside, other=-float("inf"))
-    sharpness = tl.load(sharpnesses + row * tokens + m, mask=inside, other=1.0)
-    start = tl.load(starts + batch * starts_batch + m, mask=inside, other=tokens)
-    token, g = row0 + r // G_PAD, r % G_PAD
-    start_row = tl.load(starts + batch * starts_batch + token, mask=token < tokens, other=0)
-    q, norm, real = _query_tile(
-        query, row0, query_batch, query_head, query_token, batch, head, tokens, scale, G, G_PAD, D, D_PAD, BM
-    )
-    mask = real[:, None] & (d < D)[None, :]
-    place, h = token.to(tl.int64), (head * G + g).to(tl.int64)
-    offset = batch * gradient_batch + h * gradient_head + place * gradient_token
-    do = tl.load(gradient + offset[:, None] + d[None, :], mask=mask, other=0.0)
-    offset = batch * out_batch + h * out_head + place * out_token
-    o = tl.load(out + offset[:, None] + d[None, :], mask=mask, other=0.0)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    entry = (row * G + g) * tokens + token
-    tl.store(deltas + entry, delta, mask=real)
-    peak = tl.load(peaks + entry, mask=real, other=0.0)
+    q, norm, theta, sharpness, token, start, by_head, by_token, real = _query_rows(
+        query, thetas, sharpnesses, starts, row0, row, heads, tokens, scale,
+        query_batch, query_head, query_token, starts_batch, G, G_PAD, D, D_PAD, BM,
+    )  # fmt: skip
+    starts += batch * starts_batch
+    first, end, low, high = _key_tiles(starts, row0, tokens, S, SINK, RECENT, BM, BN)
     gated = tl.max(theta) > -float("inf")
+    keys += batch * key_batch + head * key_head
+    values += batch * value_batch + head * value_head
+    j = _key_order(S, BP)
+    do = _load_rows(gradient, by_token * D, real, D, D_PAD)
+    delta = tl.sum(do.to(tl.float32) * _load_rows(out, by_token * D, real, D, D_PAD).to(tl.float32), axis=1)
+    tl.store(deltas + by_head, delta, mask=real)
+    tl.store(norms + by_head, norm, mask=real)
+    peak = tl.load(peaks + by_head, mask=real, other=0.0)
     result = tl.zeros((ROWS, D_PAD), tl.float32)
-    for begin in range(tl.min(start) // BN * BN, tl.minimum(row0 + BM, tokens), BN):
-        k, v, mean, std = _key_tile(
-            keys, values, means, stds, begin, batch, head, row, tokens, pages,
-            key_batch, key_head, key_token, value_batch, value_head, value_token, D, D_PAD, S, BP,
-        )  # fmt: skip
-        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * LOG2E)
-        j = begin + tl.arange(0, BN)
-        seen = (j[None, :] <= token[:, None]) & (j[None, :] >= start_row[:, None]) & real[:, None]
-        weight_gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-        if gated:
+    for inner in tl.static_range(2):
+        for at in tl.range(low if inner else first, high if inner else end - (high - low), BN, num_stages=STAGES):
+            begin = _place(at, low, high, inner == 0)
+            far, real_key = tl.cast(begin, tl.int64), begin + j < tokens
+            k = _load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
+            v = _load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
             page = begin // S + tl.arange(0, BP)
-            score, best = _group_scores(q, norm, mean, std, G, G_PAD, BM, BP, PRECISION)
-            gate, slope = _gates(best, theta, sharpness, m // S, start // S, page, SINK, RECENT, HARD)
-            logit += _spread(gate * LOG2E, G_PAD, BM, BP, S)
-            dz = tl.where(seen, tl.exp2(logit - peak[:, None]), 0.0) * weight_gradient
-            if not HARD:
-                ds = _score_gradient(dz, slope, score, best, G_PAD, BM, BP, S)
-                result += tl.dot(ds.to(mean.dtype), mean, input_precision=PRECISION)
-        else:
-            dz = tl.where(seen, tl.exp2(logit - peak[:, None]), 0.0) * weight_gradient
-        result += tl.dot(dz.to(k.dtype), k, input_precision=PRECISION) * scaling
-    offset = batch * into_batch + h * into_head + place * into_token
-    tl.store(query_gradient + offset[:, None] + d[None, :], result.to(query_gradient.dtype.element_ty), mask=mask)
+            std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
+            _, dproduct, _ = _tile_gradients(
+                q, k, do, v, peak, delta, norm, std, theta, sharpness, begin, token, start, scaling, gated, inner == 0,
+                G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP, PRECISION,
+            )  # fmt: skip
+            result = tl.dot(dproduct, k, result, input_precision=PRECISION)
+    d = tl.arange(0, D_PAD)
+    into = query_gradient + by_token[:, None] * D + d[None, :]
+    tl.store(into, result.to(query_gradient.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _backward_keys(
-    query, keys, values, means, stds, starts, thetas, sharpnesses, peaks, gradient, deltas,
+    query, keys, values, stds, starts, thetas, sharpnesses, means, peaks, gradient, deltas, norms, reach, any_gated,
     key_gradient, value_gradient,
-    tokens, heads, pages, scaling, scale,
+    tokens, heads, pages, scaling, starts_batch,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    gradient_batch, gradient_head, gradient_token,
-    into_key_batch, into_key_head, into_key_token, into_value_batch, into_value_head, into_value_token, starts_batch,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, HARD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys and values; that of the page statistics is passed on to the keys of the page at the end."""
+    """The gradients of keys and values; that of a page's spread is passed on to the keys of the page at the end."""
     ROWS: tl.constexpr = BM * G_PAD
     BN: tl.constexpr = BP * S
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     begin = tl.program_id(0) * BN
-    j, d = begin + tl.arange(0, BN), tl.arange(0, D_PAD)
-    k, v, mean, std = _key_tile(
-        keys, values, means, stds, begin, batch, head, row, tokens, pages,
-        key_batch, key_head, key_token, value_batch, value_head, value_token, D, D_PAD, S, BP,
-    )  # fmt: skip
+    j = begin + _key_order(S, BP)
     page = begin // S + tl.arange(0, BP)
-    r = tl.arange(0, ROWS)
-    dk = tl.zeros((BN, D_PAD), tl.float32)
-    dv = tl.zeros((BN, D_PAD), tl.float32)
-    dmean = tl.zeros((BP, D_PAD), tl.float32)
-    dstd = tl.zeros((BP,), tl.float32)
-    for row0 in range(begin // BM * BM, tokens, BM):
-        m = row0 + tl.arange(0, BM)
-        inside = m < tokens
-        start = tl.load(starts + batch * starts_batch + m, mask=inside, other=tokens)
-        if tl.min(start) < begin + BN:
-            theta = tl.load(thetas + row * tokens + m, mask=inside, other=-float("inf"))
-            token, g = row0 + r // G_PAD, r % G_PAD
-            start_row = tl.load(starts + batch * starts_batch + token, mask=token < tokens, other=0)
-            q, norm, real = _query_tile(
-                query, row0, query_batch, query_head, query_token, batch, head, tokens, scale, G, G_PAD, D, D_PAD, BM
-            )
-            offset = batch * gradient_batch + (head * G + g).to(tl.int64) * gradient_head
-            offset += token.to(tl.int64) * gradient_token
-            do = tl.load(gradient + offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-            entry = (row * G + g) * tokens + token
-            peak = tl.load(peaks + entry, mask=real, other=0.0)
-            delta = tl.load(deltas + entry, mask=real, other=0.0)
-            logit = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scaling * LOG2E)
-            seen = (j[None, :] <= token[:, None]) & (j[None, :] >= start_row[:, None]) & real[:, None]
-            weight_gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-            if tl.max(theta) > -float("inf"):
-                sharpness = tl.load(sharpnesses + row * tokens + m, mask=inside, other=1.0)
-                score, best = _group_scores(q, norm, mean, std, G, G_PAD, BM, BP, PRECISION)
-                gate, slope = _gates(best, theta, sharpness, m // S, start // S, page, SINK, RECENT, HARD)
-                logit += _spread(gate * LOG2E, G_PAD, BM, BP, S)
-                weight = tl.where(seen, tl.exp2(logit - peak[:, None]), 0.0)
-                dz = weight * weight_gradient
-                if not HARD:
-                    ds = _score_gradient(dz, slope, score, best, G_PAD, BM, BP, S)
-                    dmean += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-                    dstd += tl.sum(ds * norm[:, None], axis=0)
-            else:
-                weight = tl.where(seen, tl.exp2(logit - peak[:, None]), 0.0)
-                dz = weight * weight_gradient
-            dv += tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
-            dk += tl.dot(tl.trans(dz.to(q.dtype)), q, input_precision=PRECISION)
-    dk *= scaling
-    document = tl.load(starts + batch * starts_batch + j, mask=j < tokens, other=-1)
-    last = tl.minimum(j // S * S + S - 1, tokens - 1)
-    own = (document == tl.load(starts + batch * starts_batch + last, mask=j < tokens, other=-2)).to(tl.float32)
-    count = tl.maximum(tl.sum(tl.reshape(own, (BP, S)), axis=1), 1.0)
-    # d mean / d k = 1 / n; d std / d k = (k - mean) / (n std)
-    steep = tl.where(std > 0, dstd / tl.where(std > 0, std, 1.0), 0.0) / count
-    level = dmean / count[:, None] - steep[:, None] * mean.to(tl.float32)
-    level = tl.reshape(tl.broadcast_to(level[:, None, :], (BP, S, D_PAD)), (BN, D_PAD))
-    steep = tl.reshape(tl.broadcast_to(steep[:, None], (BP, S)), (BN,))
-    dk += own[:, None] * (level + steep[:, None] * k.to(tl.float32))
+    place = j.to(tl.int64)
+    keys += batch * key_batch + head * key_head
+    k = _load_rows(keys, place * key_token, j < tokens, D, D_PAD)
+    v = _load_rows(values + batch * value_batch + head * value_head, place * value_token, j < tokens, D, D_PAD)
+    std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
+    starts += batch * starts_batch
+    reach += (tl.where(starts_batch > 0, batch, 0) * tl.num_programs(0) + tl.program_id(0)) * 2
+    first, end = begin // BM * BM, tl.cdiv(tl.load(reach), BM) * BM
+    low = tl.minimum(tl.cdiv(begin + BN + (RECENT - 1) * S, BM) * BM, end)
+    high = tl.maximum(low, tl.load(reach + 1) // BM * BM)
+    query += batch * query_batch + head * G * query_head
+    m, g = tl.arange(0, ROWS) // G_PAD, tl.arange(0, ROWS) % G_PAD
+    query_offset = m * query_token + g.to(tl.int64) * query_head
+    gradient_offset = (m * heads * G + g) * D
+    dk = tl.zeros((D_PAD, BN), tl.float32)
+    dv = tl.zeros((D_PAD, BN), tl.float32)
+    dstd = tl.zeros((ROWS, BP), tl.float32)
+    for inner in tl.static_range(2):
+        for at in tl.range(low if inner else first, high if inner else end - (high - low), BM, num_stages=STAGES):
+            row0 = _place(at, low, high, inner == 0)
+            token = row0 + m
+            inside = token < tokens
+            real = inside & (g < G)
+            q = _load_rows(query + tl.cast(row0, tl.int64) * query_token, query_offset, real, D, D_PAD)
+            by_token = ((batch * tokens + row0) * heads + head) * G * D
+            do = _load_rows(gradient + by_token, gradient_offset, real, D, D_PAD)
+            by_head = (row * G + g) * tokens + token
+            peak = tl.load(peaks + by_head, mask=real, other=0.0)
+            delta = tl.load(deltas + by_head, mask=real, other=0.0)
+            norm = tl.load(norms + by_head, mask=real, other=0.0)
+            theta = tl.load(thetas + row * tokens + token, mask=inside, other=-float("inf"))
+            sharpness = tl.load(sharpnesses + row * tokens + token, mask=inside, other=1.0)
+            gated = tl.load(any_gated + row * tl.cdiv(tokens, BM) + row0 // BM) != 0
+            start = tl.zeros((ROWS,), tl.int32)
+            if inner == 0:
+                start = tl.load(starts + token, mask=inside, other=0)
+            weight, dproduct, dscore = _tile_gradients(
+                q, k, do, v, peak, delta, norm, std, theta, sharpness, begin, token, start, scaling, gated, inner == 0,
+                G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP, PRECISION,
+            )  # fmt: skip
+            dv = tl.dot(tl.trans(do), weight, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(q), dproduct, dk, input_precision=PRECISION)
+            dstd += dscore * norm[:, None]
+    dk = tl.trans(dk)
+    if not HARD:  # d std / d k = (k - mean) / (n std); 1 / n is in dscore
+        steep = tl.where(std > 0, tl.sum(dstd, axis=0) / tl.where(std > 0, std, 1.0), 0.0)
+        steep = tl.reshape(tl.broadcast_to(steep[None, :], (S, BP)), (BN,))
+        last = tl.minimum(j // S * S + S - 1, tokens - 1)
+        own = tl.load(starts + j, mask=j < tokens, other=-1) == tl.load(starts + last)
+        k = _load_rows(keys, place * key_token, j < tokens, D, D_PAD)
+        mean = _load_rows(means + row * pages * D, j // S * D, j < tokens, D, D_PAD)
+        dk += tl.where(own, steep, 0.0)[:, None] * (k.to(tl.float32) - mean)
+    d = tl.arange(0, D_PAD)
+    into = ((batch * tokens + place) * heads + head)[:, None] * D + d[None, :]
     real = (j < tokens)[:, None] & (d < D)[None, :]
-    place = j[:, None].to(tl.int64)
-    into = key_gradient + batch * into_key_batch + head * into_key_head + place * into_key_token + d[None, :]
-    tl.store(into, dk.to(key_gradient.dtype.element_ty), mask=real)
-    into = value_gradient + batch * into_value_batch + head * into_value_head + place * into_value_token + d[None, :]
-    tl.store(into, dv.to(value_gradient.dtype.element_ty), mask=real)
+    tl.store(key_gradient + into, dk.to(key_gradient.dtype.element_ty), mask=real)
+    tl.store(value_gradient + into, tl.trans(dv).to(value_gradient.dtype.element_ty), mask=real)
 
 
 # Launches
@@ -459,40 +515,54 @@ def _sizes(query: Tensor, key: Tensor, page_size: int) -> dict[str, int | str]:
     }  # fmt: skip
 
 
-def _tile(query: Tensor, key: Tensor, rows: int) -> int:
-    """Tokens of a tile of queries that has about `rows` rows."""
-    return max(1, rows // triton.next_power_of_2(query.shape[1] // key.shape[1]))
-
-
-PAGES = 16  # of a tile of keys: the least that a product over pages takes
 PAGE_BYTES = 4096  # of the keys of a page: more do not fit
 
 
+class Tiles(NamedTuple):
+    """Of a kernel: rows (tokens times heads) and keys of a tile, warps, stages of the pipeline, registers of a thread.
+
+    A warp of the tensor cores takes 16 rows: with more warps than that, some would repeat the work of others.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int = 255
+
+
 class MaskTiles(NamedTuple):
-    """Rows of a tile of queries (tokens times heads) in each kernel, and warps of a program."""
-
-    forward: int
-    backward_queries: int
-    backward_keys: int
-    warps: int = 8
+    forward: Tiles
+    backward_queries: Tiles
+    backward_keys: Tiles
 
 
-def mask_tiles(page_bytes: int, page_size: int) -> MaskTiles:
-    """Sizes that fit in the shared memory of an H100."""
-    warps = 8 if page_size == 8 else 16
-    if page_bytes <= PAGE_BYTES // 2:
-        return MaskTiles(128, 64, 64, warps)
-    return MaskTiles(64, 64 if page_bytes < PAGE_BYTES or page_size > 8 else 32, 32, warps)
+def mask_tiles(vector_bytes: int) -> MaskTiles:
+    """Sizes for keys of `vector_bytes`, that fit in the registers and the shared memory of an H100."""
+    if vector_bytes <= 128:
+        return MaskTiles(Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
+    return MaskTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
 
 
-def _page_bytes(key: Tensor, page_size: int) -> int:
-    return max(16, triton.next_power_of_2(key.shape[-1])) * key.element_size() * page_size
+def _vector_bytes(key: Tensor) -> int:
+    return max(16, triton.next_power_of_2(key.shape[-1])) * key.element_size()
+
+
+def _constants(
+    tiles: Tiles, query: Tensor, key: Tensor, page_size: int, sink: int, recent: int, hard: bool
+) -> dict[str, int | str]:
+    sizes = _sizes(query, key, page_size)
+    return sizes | {
+        "SINK": sink, "RECENT": recent, "HARD": hard,
+        "BM": max(1, tiles.rows // sizes["G_PAD"]), "BP": tiles.keys // page_size,
+        "STAGES": tiles.stages, "num_warps": tiles.warps, "maxnreg": tiles.registers,
+    }  # fmt: skip
 
 
 def supports(key: Tensor, combine: str, page_size: int) -> bool:
     """Whether these kernels do this; if not, `soft_mask.attention` does."""
     known = combine == "max" and page_size in (8, 16) and key.dtype != torch.float64
-    return known and _page_bytes(key, page_size) <= PAGE_BYTES
+    return known and _vector_bytes(key) * page_size <= PAGE_BYTES
 
 
 @torch.library.custom_op("unique_asr::page_thresholds", mutates_args=())
@@ -506,7 +576,7 @@ def page_thresholds(
     """
     batch, heads, tokens, dim = key.shape
     pages = triton.cdiv(tokens, page_size)
-    mean = key.new_empty(batch, heads, pages, dim)
+    mean = key.new_empty(batch, heads, pages, dim, dtype=torch.float32)
     std = key.new_empty(batch, heads, pages, dtype=torch.float32)
     theta, sharpness = (key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
     sizes = _sizes(query, key, page_size)
@@ -515,7 +585,7 @@ def page_thresholds(
     _page_statistics[(triton.cdiv(pages, 32), batch * heads)](
         key, starts, mean, std, tokens, heads, pages, *key.stride()[:3], starts_batch, **shape, BP=32
     )
-    bm = _tile(query, key, 64)
+    bm = max(1, 64 // sizes["G_PAD"])
     step = max(bm, SCRATCH // (batch * heads * pages) // bm * bm)
     scratch = key.new_empty(batch * heads * min(step, tokens) * pages, dtype=torch.float32)
     for begin in range(0, tokens, step):
@@ -540,7 +610,7 @@ def _(query, key, starts, masked, page_size, count, scale, sink, recent, tau):
     pages = -(-tokens // page_size)
     rows = [key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2)]
     std = key.new_empty(batch, heads, pages, dtype=torch.float32)
-    return key.new_empty(batch, heads, pages, dim), std, *rows
+    return key.new_empty(batch, heads, pages, dim, dtype=torch.float32), std, *rows
 
 
 @torch.library.custom_op("unique_asr::soft_mask_attention", mutates_args=())
@@ -553,15 +623,11 @@ def masked_attention(
     heads = key.shape[1]
     out = query.new_empty(batch, tokens, query_heads, dim)
     peaks = query.new_empty(batch, query_heads, tokens, dtype=torch.float32)
-    tiles = mask_tiles(_page_bytes(key, page_size), page_size)
-    bm = _tile(query, key, tiles.forward)
-    _forward[(triton.cdiv(tokens, bm), batch * heads)](
-        query, key, value, mean, std, starts, theta, sharpness, out, peaks,
-        tokens, heads, mean.shape[2], scaling, scale, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        out.stride(0), out.stride(2), out.stride(1), _row_stride(starts),
-        SINK=sink, RECENT=recent, HARD=hard, BM=bm, BP=PAGES, num_warps=tiles.warps,
-        num_stages=2 if tiles.forward == 128 else 1,
-        **_sizes(query, key, page_size),
+    constants = _constants(mask_tiles(_vector_bytes(key)).forward, query, key, page_size, sink, recent, hard)
+    _forward[(triton.cdiv(tokens, constants["BM"]), batch * heads)](
+        query, key, value, std, starts, theta, sharpness, out, peaks,
+        tokens, heads, mean.shape[2], scaling, scale, _row_stride(starts),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants,
     )  # fmt: skip
     return out, peaks
 
@@ -581,34 +647,41 @@ def masked_attention_backward(
     """Gradients of query, key and value from that of the output [B, N, H, D]."""
     batch, _, tokens, _ = query.shape
     heads = key.shape[1]
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    into = [torch.empty_like(each) for each in (query, key, value)]
-    deltas = torch.empty_like(peaks)
-    tiles = mask_tiles(_page_bytes(key, page_size), page_size)
-    bm = _tile(query, key, tiles.backward_queries)
-    sizes = _sizes(query, key, page_size) | {
-        "SINK": sink, "RECENT": recent, "HARD": hard, "BP": PAGES, "num_warps": tiles.warps, "num_stages": 1,
-    }  # fmt: skip
-    numbers = tokens, heads, mean.shape[2], scaling, scale
-    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
-    outer = [(each.stride(0), each.stride(2), each.stride(1)) for each in (out, gradient)]
-    last = _row_stride(starts)
-    rows = query, key, value, mean, std, starts, theta, sharpness
-    _backward_queries[(triton.cdiv(tokens, bm), batch * heads)](
-        *rows, out, peaks, gradient, deltas, into[0], *numbers, *strides, *outer[0], *outer[1],
-        *into[0].stride()[:3], last, BM=bm, **sizes,
+    gradient = gradient.contiguous()
+    into = [each.new_empty(batch, tokens, each.shape[1], each.shape[3]) for each in (query, key, value)]
+    deltas, norms = torch.empty_like(peaks), torch.empty_like(peaks)
+    tiles = mask_tiles(_vector_bytes(key))
+    strides = _row_stride(starts), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
+    rows = query, key, value, std, starts, theta, sharpness
+
+    constants = _constants(tiles.backward_queries, query, key, page_size, sink, recent, hard)
+    _backward_queries[(triton.cdiv(tokens, constants["BM"]), batch * heads)](
+        *rows, out, peaks, gradient, deltas, norms, into[0], tokens, heads, mean.shape[2], scaling, scale, *strides,
+        **constants,
     )  # fmt: skip
-    _backward_keys[(triton.cdiv(tokens, PAGES * page_size), batch * heads)](
-        *rows, peaks, gradient, deltas, into[1], into[2], *numbers, *strides, *outer[1],
-        *into[1].stride()[:3], *into[2].stride()[:3], last, BM=_tile(query, key, tiles.backward_keys), **sizes,
+
+    constants = _constants(tiles.backward_keys, query, key, page_size, sink, recent, hard)
+    size, bm = tiles.backward_keys.keys, constants["BM"]
+    begins = torch.arange(0, tokens, size, dtype=torch.int32, device=key.device)
+    inner = torch.maximum(starts, (starts // page_size + sink) * page_size)
+    # for each tile of keys: the queries before these see some of it; see all of it, and through a gate
+    reach = [
+        torch.searchsorted(bounds, each.expand(len(starts), -1).contiguous(), right=True, out_int32=True)
+        for bounds, each in ((starts, begins + (size - 1)), (inner, begins))
+    ]
+    reach = torch.stack(reach, -1)
+    any_gated = F.pad(theta, (0, -tokens % bm), value=-torch.inf).unflatten(-1, (-1, bm)).amax(-1) > -torch.inf
+    _backward_keys[(len(begins), batch * heads)](
+        *rows, mean, peaks, gradient, deltas, norms, reach, any_gated, into[1], into[2],
+        tokens, heads, mean.shape[2], scaling, *strides, **constants,
     )  # fmt: skip
-    return into[0], into[1], into[2]
+    return tuple(each.transpose(1, 2) for each in into)
 
 
 @masked_attention_backward.register_fake
 def _(gradient, query, key, value, *rest):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    shapes = [(each.shape[0], each.shape[2], each.shape[1], each.shape[3]) for each in (query, key, value)]
+    return tuple(query.new_empty(shape).transpose(1, 2) for shape in shapes)
 
 
 def _setup(ctx, inputs, output):
