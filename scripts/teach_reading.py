@@ -11,8 +11,9 @@ made up, so that the LLM copies what it never read. `--heard` adds what the list
 (scripts/listen.py). Rows have up to 8 K tokens: the answer of ten minutes of speech begins where they end.
 
 `--projector` names a model of scripts/finetune.py whose CTC head gives the times; `--model` goes on with a model that
-listens already. In the last part of the training the weights are rounded to what is stored. On a GPU: with the default
-`--tokens` and `--lengths`, 0.1 s a step on an H100; on two CPU cores, `--tokens 600 --lengths 600`.
+listens already. In the last part of the training the weights are rounded to what is stored. `--masked` sends a share of
+the rows above the budget through UNIQUE's mask, soft in the first half of the time and hard in the second. On a GPU:
+with the default `--tokens` and `--lengths`, 0.1 s a step on an H100; on two CPU cores, `--tokens 600 --lengths 600`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AutoTokenizer
 
+from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.compose import compose, listener_tokens
 from unique_asr.models.ctc import ctc_text
@@ -48,6 +50,7 @@ SHUFFLED_SHARE = 0.4  # of the rows: sentences in random order, so that none for
 WRONG, LOST, TWICE = 0.004, 0.001, 0.003  # share of the words
 BLURRED, BLUR = 0.08, 0.5  # share of the positions, and the most that such a one takes from another token
 MADE_UP_SHARE, MADE_UP = 0.5, 0.06  # share of the rows with words that nobody ever wrote, and of their words
+SLIPS_SHARE, SLIPS = 0.5, 0.02  # share of the rows in which the LLM reads wrong tokens of its own, and of those tokens
 BITS = {
     "": 8,
     "encoder": 5,
@@ -61,13 +64,17 @@ BITS = {
 
 @dataclass
 class Row:
-    """Ids before and after the positions, and of the answer; tokens [M, A] and weights [M, A] of the positions."""
+    """Ids before and after the positions, and of the answer; tokens [M, A] and weights [M, A] of the positions.
+
+    written: the answer as the LLM reads it while it writes on: with slips of its own.
+    """
 
     before: list[int]
     candidates: Tensor
     weights: Tensor
     after: list[int]
     answer: list[int]
+    written: list[int]
 
     def __len__(self) -> int:
         return len(self.before) + len(self.candidates) + len(self.after) + len(self.answer)
@@ -76,7 +83,7 @@ class Row:
 @dataclass
 class Batch:
     """Rows padded on the right: ids [B, N]; `heard`: places of the positions in the flat batch; `read`: of the tokens
-    before those to write, `targets`."""
+    before those to write, `targets`. decoded: bool [B, N], what inference decodes token by token."""
 
     ids: Tensor
     heard: Tensor
@@ -84,6 +91,7 @@ class Batch:
     weights: Tensor
     read: Tensor
     targets: Tensor
+    decoded: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -124,7 +132,10 @@ class Texts:
         lower = self.random.random() < LOWER_SHARE
         before, after = self.processor.prompt(LOWER_CASE if lower else None)
         answer = self.processor.tokenizer(ctc_text(text) if lower else text, add_special_tokens=False)["input_ids"]
-        return Row(before, candidates, weights, after, [*answer, self.processor.end_token_id])
+        answer.append(self.processor.end_token_id)
+        slips = SLIPS if self.random.random() < SLIPS_SHARE else 0.0
+        written = [self.random.choice(answer) if self.random.random() < slips else token for token in answer]
+        return Row(before, candidates, weights, after, answer, written)
 
     def _heard(self, length: int) -> Row:
         """A stretch of a real recording, or of several: parts are consecutive, and each has its own text."""
@@ -206,6 +217,7 @@ class Batches(IterableDataset):
 
 def collate(rows: list[Row], length: int) -> Batch:
     ids = torch.zeros(len(rows), length, dtype=torch.long)
+    decoded = torch.zeros(len(rows), length, dtype=torch.bool)
     heard, read = [], []
     candidates, weights = [], []
     for index, row in enumerate(rows):
@@ -214,15 +226,15 @@ def collate(rows: list[Row], length: int) -> Batch:
         answer = last + len(row.after)
         end = answer + len(row.answer)
         ids[index, :first] = torch.tensor(row.before)
-        ids[index, last:end] = torch.tensor(row.after + row.answer)
+        ids[index, last:end] = torch.tensor(row.after + row.written)
+        decoded[index, answer:end] = True
         heard.append(torch.arange(first, last) + index * length)
         read.append(torch.arange(answer - 1, end - 1) + index * length)
         more = ALTERNATIVES - row.candidates.shape[1]
         candidates.append(functional.pad(row.candidates, (0, more)))
         weights.append(functional.pad(row.weights, (0, more)))
-    places = torch.cat(read)
-    targets = ids.flatten()[places + 1]
-    return Batch(ids, torch.cat(heard), torch.cat(candidates), torch.cat(weights), places, targets)
+    targets = torch.tensor([token for row in rows for token in row.answer])
+    return Batch(ids, torch.cat(heard), torch.cat(candidates), torch.cat(weights), torch.cat(read), targets, decoded)
 
 
 def main() -> None:
@@ -242,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--from-layer", type=int, default=0, help="train the LLM's layers from this one on")
     parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of the steps through UNIQUE's mask")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4))
     parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--max-pass-seconds", type=float, default=120.0)
@@ -296,7 +309,11 @@ def teach(
         parameter.requires_grad_(True)
     masters = MasterWeights(model, torch.bfloat16 if cuda else torch.float32)
     optimizer = torch.optim.AdamW(masters.of(list(names)), betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
-    table, run = model.get_input_embeddings().weight, GraphedDecoder(decoder) if cuda else Decoder(decoder)
+    attention = training_attention(model, mode="dense")
+    masks = [replace(attention.config, mode=mode) for mode in ("soft", "hard")]
+    table = model.get_input_embeddings().weight
+    run = GraphedDecoder(decoder, attention) if cuda else Decoder(decoder)
+    chance = random.Random(arguments.seed)
     loader = DataLoader(batches, batch_size=None, num_workers=arguments.workers, pin_memory=cuda, prefetch_factor=None)
     begin, done, saved = time.monotonic(), 0.0, 0.0
     total, lines = torch.zeros((), device=table.device), 0
@@ -308,7 +325,9 @@ def teach(
         with torch.no_grad():
             positions = model.listener.expected(batch.weights.to(table.dtype), batch.candidates, table)
             embeds = table[batch.ids].flatten(0, 1).index_copy(0, batch.heard, positions).unflatten(0, batch.ids.shape)
-        states = run(embeds).flatten(0, 1)[batch.read]
+        masked = batch.ids.shape[1] > attention.config.sparse.budget and chance.random() < arguments.masked
+        attention.config = masks[done >= 0.5] if masked else replace(attention.config, mode="dense")
+        states = run(embeds, batch.decoded if masked else None).flatten(0, 1)[batch.read]
         loss = functional.cross_entropy((states @ table.T).float(), batch.targets)
         loss.backward()
         masters.take_gradients(list(names))
@@ -331,6 +350,7 @@ def teach(
             saved = elapsed
         if done >= 1:
             break
+    attention.restore()
 
 
 if __name__ == "__main__":

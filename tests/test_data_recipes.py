@@ -127,8 +127,16 @@ def test_a_batch_holds_positions_and_targets_in_their_places(texts) -> None:
     for index, row in enumerate(rows):
         ids = batch.ids[index, : len(row)].tolist()
         first, last = len(row.before), len(row.before) + len(row.candidates)
-        assert ids[:first] + ids[last:] == row.before + row.after + row.answer
+        assert ids[:first] + ids[last:] == row.before + row.after + row.written
+        assert batch.decoded[index].nonzero().flatten().tolist() == list(range(len(row) - len(row.answer), len(row)))
         places = batch.heard[(batch.heard // 400) == index] - 400 * index
         assert places.tolist() == list(range(first, last))
     assert batch.targets.tolist() == rows[0].answer + rows[1].answer
-    assert torch.equal(batch.ids.flatten()[batch.read + 1], batch.targets)
+    assert batch.ids.flatten()[batch.read + 1].tolist() == rows[0].written + rows[1].written
+
+
+def test_the_llm_reads_slips_of_its_own_and_is_taught_what_is_right(texts) -> None:
+    rows = [texts.row(400) for _ in range(40)]
+    slips = [sum(a != b for a, b in zip(row.written, row.answer, strict=True)) for row in rows]
+    assert slips.count(0) >= 10
+    assert 0 < sum(slips) < 0.03 * sum(len(row.answer) for row in rows)

@@ -5,8 +5,13 @@ Launching the kernels of thirty thin layers takes the host several times what th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from unique_asr.attention.soft_mask import TrainingAttention
 
 
 class Decoder(nn.Module):
@@ -26,19 +31,23 @@ class Decoder(nn.Module):
 class GraphedDecoder:
     """Captures a graph at the first use of a shape; weights must keep their addresses as long as it is used.
 
+    attention: of sparsity-aware training; its configuration may change, and each has graphs of its own.
     All graphs share their memory: a backward pass has to come before the next forward pass.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: nn.Module, attention: TrainingAttention | None = None) -> None:
+        self.decoder, self.attention = decoder, attention
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[tuple[int, ...], nn.Module] = {}
+        self.graphs: dict[tuple, nn.Module] = {}
 
-    def __call__(self, embeds: Tensor) -> Tensor:
-        shape = tuple(embeds.shape)
-        if shape not in self.graphs:
-            sample = torch.randn_like(embeds, requires_grad=True)
-            self.graphs[shape] = torch.cuda.make_graphed_callables(
-                Decoder(self.decoder), (sample,), num_warmup_iters=2, pool=self.pool
+    def __call__(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
+        """As `Decoder`."""
+        inputs = (embeds if embeds.requires_grad else embeds.detach().requires_grad_(),)
+        inputs += () if decoded is None else (decoded,)
+        kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
+        if kind not in self.graphs:
+            samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in inputs[1:]))
+            self.graphs[kind] = torch.cuda.make_graphed_callables(
+                Decoder(self.decoder), samples, num_warmup_iters=2, pool=self.pool
             )
-        return self.graphs[shape](embeds if embeds.requires_grad else embeds.detach().requires_grad_())
+        return self.graphs[kind](*inputs)
