@@ -175,14 +175,32 @@ def test_left_out_speech_is_gone_back_to():
 
 def test_speech_that_no_pass_writes_down_is_accepted_as_a_gap():
     recording = Recording(timeline(sentences(30)))
-    kept = recording.text.split()[: 8 * 8] + recording.text.split()[18 * 8 :]
-
-    def leaves_out(start, end, text):
-        return " ".join(kept) if start < 5 else " ".join(kept[8 * 8 :])
-
-    assert recording.transcribe(leaves_out) == " ".join(kept)
+    kept = recording.words[: 8 * 8] + recording.words[18 * 8 :]
+    assert recording.transcribe(lambda start, end, text: said(kept, start, end)) == " ".join(word for word, *_ in kept)
     assert recording.report.coverage == pytest.approx(2 / 3, abs=0.03)
     assert any("coverage" in warning for warning in recording.report.warnings)
+
+
+def test_a_text_that_was_not_said_here_is_broken_off():
+    recording = Recording(timeline(sentences(60)))
+    unsaid = [f"Unsaid{index}." for index in range(100)]
+
+    def goes_astray(start, end, text):
+        words = text.split()
+        return " ".join(words[: 30 * 8] + unsaid + words[50 * 8 :]) if start < 5 else text
+
+    assert recording.transcribe(goes_astray) == recording.text
+    assert recording.report.passes == 2
+    assert "not what was said" in recording.report.warnings[0]
+
+
+def test_a_place_is_gone_back_to_twice_the_second_time_with_less_audio():
+    recording = Recording(timeline(sentences(60)))
+    recording.transcribe(lambda start, end, text: " ".join(text.split()[: 8 * 8] + text.split()[18 * 8 :]))
+    lengths = [end - start for start, end in recording.decoder.passes]
+    assert lengths[0] > 100
+    assert any(length < 31 for length in lengths)
+    assert recording.report.coverage > 0.8
 
 
 def test_a_hallucinated_sentence_after_the_speech_is_dropped():

@@ -42,6 +42,8 @@ class LongformConfig:
     rest_seconds: float = 2.0  # speech after the end of the text that is worth another pass: seconds,
     rest_spikes: int = 6  # and spikes
     gap_spikes: int = 40  # speech that a text may leave out before the pass is broken off to go back
+    lost_tokens: int = 120  # text that may fit nowhere nearby before the pass is broken off to go back
+    returns: int = 2  # times that passes go back to the same place; the second time, on less audio
     tokens_a_second: float = 5.0  # token budget of a pass: the larger of these two,
     tokens_a_spike: float = 2.0
     spare_tokens: int = 64  # and these on top
@@ -70,7 +72,7 @@ class Decoder(Protocol):
 class LongformReport:
     """How a transcription went; complete once its segments are exhausted."""
 
-    stop_reason: str = ""  # of the last pass: end, length, loop, gap; silence if there was no speech
+    stop_reason: str = ""  # of the last pass: end, length, loop, gap, lost; silence if there was no speech
     passes: int = 0
     coverage: float = 0.0  # share of the recording's spikes that lie in a segment so far
     warnings: list[str] = field(default_factory=list)
@@ -351,6 +353,9 @@ class LongformTranscriber:
             if tracker.gap:
                 reason = "gap"
                 break
+            if tracker.lost():
+                reason = "lost"
+                break
         if reason == "end":
             yield from place(pending + words.flush())
             reason = "gap" if tracker.gap else "end"
@@ -389,6 +394,7 @@ _REASONS = {
     "length": "the token budget ran out",
     "loop": "the text began to repeat itself",
     "gap": "the text left out speech",
+    "lost": "the text was not what was said",
 }
 
 

@@ -39,7 +39,7 @@ class TextTracker:
         self.gap = 0  # spikes that the last text left out, if they were too many to place it
         self.waiting: list[DraftWord] = []
         self.dropped: list[tuple[float, str]] = []  # second, text
-        self._accepted_gaps: list[int] = []
+        self._returns: list[int] = []  # frames that passes were sent back to
         self._previous_end = 0.0  # seconds
 
     def begin(self, start: int, end: int) -> None:
@@ -51,12 +51,12 @@ class TextTracker:
         """What one pass leaves to the next; for JSON."""
         return {
             "dropped": list(self.dropped),
-            "accepted_gaps": [int(frame) for frame in self._accepted_gaps],
+            "returns": [int(frame) for frame in self._returns],
             "previous_end": float(self._previous_end),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.dropped, self._accepted_gaps = list(state["dropped"]), list(state["accepted_gaps"])
+        self.dropped, self._returns = list(state["dropped"]), list(state["returns"])
         self._previous_end = state["previous_end"]
 
     @property
@@ -106,14 +106,23 @@ class TextTracker:
                 return None
         return None
 
+    def lost(self) -> bool:
+        """Whether so much text waits that it was hardly said here: a later pass should write this place anew."""
+        return self.waiting_tokens >= self.config.lost_tokens and self._go_back()
+
     def _leaves_gap(self, first: int) -> bool:
         left_out = self.frames.count(self.cursor, first) - 2 * self.waiting_tokens
-        if left_out < self.config.gap_spikes:
+        if left_out < self.config.gap_spikes or not self._go_back():
             return False
-        if any(abs(self.cursor - frame) * self.frames.frame_seconds < 1 for frame in self._accepted_gaps):
-            return False
-        self._accepted_gaps.append(self.cursor)  # the next pass over the same place has to do
         self.gap = left_out
+        return True
+
+    def _go_back(self) -> bool:
+        """Whether a pass may be sent back to the cursor; after some, what they write has to do."""
+        before = sum(abs(self.cursor - frame) * self.frames.frame_seconds < 1 for frame in self._returns)
+        if before >= self.config.returns:
+            return False
+        self._returns.append(self.cursor)
         return True
 
     def _place_waiting(self, end: int) -> list[tuple[DraftWord, Word]]:

@@ -16,6 +16,7 @@ from unique_asr.models.listener import (
     MIN_REPETITION,
     UNHEARD,
     ForwardPath,
+    Heard,
     Listener,
     repeating,
     spikes_after,
@@ -181,6 +182,7 @@ def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
     nothing = lambda latest, vocabulary: torch.zeros(len(latest), vocabulary, dtype=torch.bool)  # noqa: E731
     monkeypatch.setattr("unique_asr.models.listener.repeating", nothing)  # weights at random repeat themselves
+    monkeypatch.setattr("unique_asr.models.listener.AHEAD", ())
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
     unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)
@@ -264,14 +266,56 @@ def test_no_window_repeats_itself_for_long(listener, states):
 
 
 def test_frames_too_far_ahead_are_not_seen(listener, states):
-    """What comes more than `AHEAD` spikes later changes nothing."""
-    unheard = torch.full(states.shape[:2], AHEAD + 50)
-    unheard[:, 150:] = 10
-    before = listener(states, limit=8, unheard=unheard)
+    """Spikes that come later than so many change nothing; what comes after the last one is seen."""
+    unheard = torch.full(states.shape[:2], AHEAD[0] + 50)
+    unheard[:, 150:280] = 10
+    unheard[:, 280:] = 0
+    before = listener._read(states, 1, unheard, AHEAD[0])
     changed = states.clone()
-    changed[:, 150:] = states[:, 150:].flip(0)
-    after = listener(changed, limit=8, unheard=unheard)
+    changed[:, 150:280] = states[:, 150:280].flip(0)
+    after = listener._read(changed, 1, unheard, AHEAD[0])
     assert torch.equal(before.tokens, after.tokens)
     assert torch.equal(before.hidden, after.hidden)
-    assert (before.frames < 150).all()
+    changed[:, 280:] = states[:, 280:].flip(0)
+    assert not torch.equal(listener._read(changed, 1, unheard, AHEAD[0]).hidden, after.hidden)
     assert not torch.equal(listener(states, limit=8).hidden, listener(changed, limit=8).hidden)
+
+
+def reading(*rows):
+    """Of windows with a spike at each of their 100 frames: tokens at these frames."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[7] * len(row) + [STOP] * (length - len(row)) for row in rows])
+    frames = torch.tensor([[*row, *[99] * (length - len(row))] for row in rows])
+    some = torch.ones(*tokens.shape, ALTERNATIVES)
+    return Heard(tokens, some, some.long(), some, frames, torch.tensor([len(row) for row in rows]))
+
+
+def test_what_is_amiss(listener):
+    unheard = torch.arange(99, -1, -1).expand(4, -1)
+    every = list(range(4, 100, 5))
+    cases = every, every[:8] + every[14:], every[:-3], [frame for frame in range(100) for _ in range(2)]
+    assert listener.amiss(reading(*cases), unheard).tolist() == [0, 35 - UNHEARD, 15 - UNHEARD, 200 - 1.5 * 99 - 8]
+    assert listener.amiss(reading([], every), unheard[:2]).tolist() == [99 - UNHEARD, 0]
+
+
+def test_the_best_of_several_readings_stays(listener, monkeypatch):
+    """Windows that are in order are read once, and each of the others keeps the reading in which least is amiss."""
+    every, leap = list(range(4, 100, 5)), [0, 60, 65, 70, 75, 80, 85, 90, 95, 99]
+    readings = {
+        None: {0: every, 1: leap, 2: leap, 3: leap},
+        AHEAD[0]: {1: every, 2: [99], 3: leap[:1]},
+        AHEAD[1]: {2: [0, *range(50, 100, 5)], 3: [99]},
+    }
+    seen = []
+
+    def read(states, limit, unheard, ahead=None):
+        seen.append((ahead, states[:, 0, 0].tolist()))
+        return reading(*(readings[ahead][int(window)] for window in states[:, 0, 0]))
+
+    monkeypatch.setattr(listener, "_read", read)
+    states = torch.arange(4.0)[:, None, None].expand(4, 100, 1)
+    heard = listener(states, unheard=torch.arange(99, -1, -1).expand(4, -1))
+    found = [frames[:count].tolist() for frames, count in zip(heard.frames, heard.counts)]
+    assert found == [every, every, [0, *range(50, 100, 5)], leap]
+    assert [row.tolist().index(STOP) if STOP in row else len(row) for row in heard.tokens] == heard.counts.tolist()
+    assert seen == [(None, [0, 1, 2, 3]), (AHEAD[0], [1, 2, 3]), (AHEAD[1], [2, 3])]

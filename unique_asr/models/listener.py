@@ -10,7 +10,7 @@ recording, and writes the text. LLMs on the states of an ASR model's decoder: ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from .projector import Frames, Positions
 
 PIECES = 4  # tokens of the LLM that one of Whisper's may be cut into; what is beyond is left out
 ALTERNATIVES = 8  # tokens that an expected embedding is over
-UNHEARD = 6  # spikes of the CTC head after the last token's frame with which a window may end
+UNHEARD = 6  # spikes of the CTC head that may lie between two tokens, and after the last one
+TOKENS_A_SPIKE, MORE_TOKENS = 1.5, 8  # a window has at most so many tokens a spike, and so many more
 REFUSALS = 4  # times that a window is kept from ending, at most
-AHEAD = 40  # spikes after the last token's frame that the decoder sees, about 12 s
+TOLERATED = 4  # spikes or tokens of a window that may be amiss; with more of them it is read again,
+AHEAD = 40, 20  # each time with so many spikes after the last token in sight, about 12 and 6 s
 MAX_PERIOD = 12  # tokens of a repetition of which no third copy may begin
 MIN_REPETITION = 8  # tokens that its copies have together, at least
 
@@ -43,6 +45,25 @@ class Heard:
     hidden: Tensor
     frames: Tensor
     counts: Tensor
+
+    def rows(self, which: Tensor) -> Heard:
+        """Some of the windows."""
+        return Heard(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def replace(self, rows: Tensor, other: Heard, stop: int) -> Heard:
+        """Windows `rows` [R] are those of `other`; what is shorter ends in `stop`."""
+        length = max(self.tokens.shape[1], other.tokens.shape[1])
+        parts = {}
+        for field in fields(self):
+            one, new = getattr(self, field.name), getattr(other, field.name)
+            if one.ndim > 1:
+                fill = stop if field.name == "tokens" else 0
+                one, new = (
+                    nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1]), value=fill)
+                    for x in (one, new)
+                )
+            parts[field.name] = one.index_copy(0, rows, new)
+        return Heard(**parts)
 
 
 class Listener(nn.Module):
@@ -97,8 +118,43 @@ class Listener(nn.Module):
         """states [W, F, d] of the encoder; limit: tokens of a window at most, by default as many as Whisper allows.
 
         unheard: [W, F' <= F], the CTC head's spikes after each frame, the last for all beyond. Whisper at times ends in
-        the middle of a window, or leaps to a later place, above all without its own times: where more than `UNHEARD`
-        are left it goes on, it sees no more than `AHEAD` of them, and may not repeat itself for long. None: as Whisper.
+        the middle of a window, leaps to a later place or repeats itself, above all without its own times. Where the
+        spikes tell of that, the window is read again with less of it in sight, and the best reading stays. None: as
+        Whisper.
+        """
+        if unheard is None:
+            return self._read(states, limit)
+        beyond = unheard[:, -1:].expand(-1, states.shape[1] - unheard.shape[1])
+        unheard = torch.cat([unheard, beyond], 1)
+        heard = self._read(states, limit, unheard)
+        amiss = self.amiss(heard, unheard)
+        for ahead in AHEAD:
+            again = (amiss > TOLERATED).nonzero().flatten()
+            if len(again) == 0:
+                break
+            other = self._read(states[again], limit, unheard[again], ahead)
+            worth = self.amiss(other, unheard[again])
+            better = worth < amiss[again]
+            heard = heard.replace(again[better], other.rows(better), self.stop)
+            amiss[again] = torch.minimum(amiss[again], worth)
+        return heard
+
+    def amiss(self, heard: Heard, unheard: Tensor) -> Tensor:
+        """What is wrong with each reading [W]: spikes that it leaves out, more than `UNHEARD` at a time, and tokens
+        that are too many; unheard: spikes after each frame, [W, F].
+        """
+        real = heard.tokens != self.stop
+        edges = nn.functional.pad(unheard.gather(1, heard.frames) * real, (0, 1))  # spikes after each token
+        between = torch.cat([unheard[:, :1], edges[:, :-1]], 1) - edges
+        most = TOKENS_A_SPIKE * unheard[:, 0] + MORE_TOKENS
+        return (between - UNHEARD).clamp(min=0).sum(1) + (heard.counts - most).clamp(min=0)
+
+    def _read(
+        self, states: Tensor, limit: int | None = None, unheard: Tensor | None = None, ahead: int | None = None
+    ) -> Heard:
+        """One reading, in which the decoder sees `ahead` spikes after its last token, and the silence after all speech,
+        without which it writes noise. unheard: spikes after each frame, [W, F]; given them, it may not end early nor
+        repeat itself for long.
         """
         positions, states = self.decoder.embed_positions.weight, states.to(self.decoder.embed_positions.weight.dtype)
         table = self.decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
@@ -111,10 +167,8 @@ class Listener(nn.Module):
         ended = torch.zeros(windows, dtype=torch.bool, device=device)
         refused, path = torch.zeros(windows, dtype=torch.long, device=device), ForwardPath()
         unseen = left = None
-        if unheard is not None:
-            beyond = unheard[:, -1:].expand(-1, states.shape[1] - unheard.shape[1])
-            unheard = torch.cat([unheard, beyond], 1)
-            unseen = unheard < unheard[:, :1] - AHEAD
+        if ahead is not None:
+            unseen = (unheard > 0) & (unheard < unheard[:, :1] - ahead)
         for asked in self.prompt:
             state, attention = memory.step(torch.full((windows,), asked, device=device), unseen)
         latest = torch.full((windows, 2 * MAX_PERIOD), -1, device=device)
@@ -136,7 +190,8 @@ class Listener(nn.Module):
             found.append((token, weights, candidates, state))
             if unheard is not None:
                 left = unheard.gather(1, path.last)
-                unseen = unheard < left - AHEAD
+                if ahead is not None:
+                    unseen = (unheard > 0) & (unheard < left - ahead)
                 latest = torch.cat([latest[:, 1:], token[:, None]], 1)
             state, attention = memory.step(token, unseen)
         if not found:
