@@ -540,7 +540,9 @@ class MaskTiles(NamedTuple):
 def mask_tiles(vector_bytes: int) -> MaskTiles:
     """Sizes for keys of `vector_bytes`, that fit in the registers and the shared memory of an H100."""
     if vector_bytes <= 128:
-        return MaskTiles(Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
+        return MaskTiles(Tiles(64, 64, 4, 3, 168), Tiles(64, 64, 4, 3, 168), Tiles(64, 64, 4, 2))
+    if vector_bytes <= 256:
+        return MaskTiles(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2))
     return MaskTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
 
 

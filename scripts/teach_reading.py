@@ -339,6 +339,7 @@ def teach(
                 if parameter.ndim == 2:
                     parameter.data.copy_(rounded(masters.weights[parameter], bits_of(name, BITS)))
         total, lines = total + loss.detach(), lines + 1
+        del states, loss  # and their gradient nodes, which belong to this stream: a later capture could not use them
         elapsed = time.monotonic() - begin
         done = elapsed / (60 * arguments.minutes)
         if step % 25 == 0 or done >= 1:

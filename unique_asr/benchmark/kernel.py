@@ -238,7 +238,7 @@ def measure_attention(
 
 
 def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table: Table) -> None:
-    """The step of `sparse_step`, where it takes so many pages; the decode step does not use it yet."""
+    """The step of `sparse_step` without the cache around it, where it takes so many pages."""
     config, lengths = layers[0].config, layers[0].step.lengths(case.batch)
     query, (key, value) = case.query[:, :, 0], case.token
     if case.context // (config.page_size * config.fan) > sparse_step.STEP_PAGES:

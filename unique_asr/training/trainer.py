@@ -189,6 +189,7 @@ class Trainer:
                 (loss / stage.micro_batches).backward()
                 for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
+                del loss  # and its gradient nodes, which belong to this stream: a later capture could not use them
             masters.take_gradients(trained)
             self.processes.average_gradients(weights)
             nn.utils.clip_grad_norm_(weights, stage.clip_norm)
