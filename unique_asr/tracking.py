@@ -56,7 +56,7 @@ class TextTracker:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.dropped, self._returns = list(state["dropped"]), list(state["returns"])
+        self.dropped, self._returns = list(state["dropped"]), list(state.get("returns", []))
         self._previous_end = state["previous_end"]
 
     @property

@@ -169,7 +169,7 @@ class Trainer:
             fused=self.model.device.type == "cuda",
         )
         graphs = self.cuda_graphs and self.model.device.type == "cuda" and stage.tokens and stage.micro_batches == 1
-        decoder = GraphedDecoder(self.model.get_decoder(), handle) if graphs else None
+        decoder = GraphedDecoder(self.model.get_decoder()) if graphs and handle is None else None
         began = saved = time.monotonic()
         step, done = 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
