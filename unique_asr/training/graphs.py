@@ -48,6 +48,10 @@ class GraphedDecoder:
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in inputs[1:]))
             self.graphs[kind] = torch.cuda.make_graphed_callables(
-                Decoder(self.decoder), samples, num_warmup_iters=2, pool=self.pool
+                Decoder(self.decoder),
+                samples,
+                num_warmup_iters=2,
+                allow_unused_input=True,  # embeddings may be trained, and take no part: the inputs are vectors
+                pool=self.pool,
             )
         return self.graphs[kind](*inputs)
