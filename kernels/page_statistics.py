@@ -133,16 +133,11 @@ def _bulk(
 
 
 @triton.jit
-def write_token(
-    key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length,
-    heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token, block_tokens,
-    SCORE: tl.constexpr, S: tl.constexpr, SUPER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PER_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+def store_token(
+    key, value, keys, values, table, table_stride, sequence, head, length, key_row, key_head, value_row, value_head,
+    stride_block, stride_head, stride_token, D: tl.constexpr, D_PAD: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the newest token of a row, and the statistics of the page and of the super-page that it completes.
-
-    S, SUPER: tokens of a page and of a super-page, 0 where there are none.
-    """
+    """Write the newest token of a row into the cache; returns its key as stored, float32 [D_PAD]."""
     d = tl.arange(0, D_PAD)
     new_key = tl.load(key + sequence * key_row + head * key_head + d, mask=d < D, other=0.0)
     new_value = tl.load(value + sequence * value_row + head * value_head + d, mask=d < D, other=0.0)
@@ -151,8 +146,21 @@ def write_token(
     target = block * stride_block + head * stride_head + place * stride_token
     tl.store(keys + target + d, new_key, mask=written)
     tl.store(values + target + d, new_value, mask=written)
+    return new_key.to(keys.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def complete_pages(
+    new_key, keys, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length, heads,
+    stride_block, stride_head, stride_token, block_tokens,
+    SCORE: tl.constexpr, S: tl.constexpr, SUPER: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PER_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Write the statistics of the page and of the super-page that the newest token of a row completes.
+
+    S, SUPER: tokens of a page and of a super-page, 0 where there are none.
+    """
     one = tl.arange(0, 1)
-    new_key = new_key.to(keys.dtype.element_ty).to(tl.float32)
     if S > 0:  # noqa: SIM102 (compiled or not, then at run time)
         if (length > 0) & (length % S == 0):
             _write_pages(
@@ -183,10 +191,13 @@ def _append(
     start = 0
     if HAS_STARTS:
         start = tl.load(starts + sequence).to(tl.int32)
-    write_token(
-        key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length,
-        heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token, block_tokens,
-        SCORE, S, SUPER, D, D_PAD, PER_BLOCK, LARGEST,
+    new_key = store_token(
+        key, value, keys, values, table, table_stride, sequence, head, length, key_row, key_head, value_row, value_head,
+        stride_block, stride_head, stride_token, D, D_PAD, PER_BLOCK,
+    )  # fmt: skip
+    complete_pages(
+        new_key, keys, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length, heads,
+        stride_block, stride_head, stride_token, block_tokens, SCORE, S, SUPER, D, D_PAD, PER_BLOCK, LARGEST,
     )  # fmt: skip
 
 

@@ -23,16 +23,16 @@ def locate(index, sequence, table, table_stride, mask, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def arrive(counter):
-    """Counts this program, and returns how many came before: what they wrote until then is visible from here on."""
+def arrive(counter, count=1):
+    """Adds `count`, and returns the value before: what was written by programs until they arrived is visible now."""
     tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel")
+    return tl.atomic_add(counter, count, sem="acq_rel")
 
 
 @triton.jit
-def wait_for(counter, programs):
-    """Waits until `programs` have arrived: what they wrote until then is visible from here on."""
-    while tl.atomic_add(counter, 0, sem="acquire") < programs:
+def wait_for(counter, value, BITS: tl.constexpr = 0x7FFFFFFF):
+    """Waits until these bits of the counter reach `value`: what was written until then is visible from here on."""
+    while (tl.atomic_add(counter, 0, sem="acquire") & BITS) < value:
         pass
     tl.debug_barrier()
 

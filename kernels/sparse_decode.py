@@ -124,27 +124,26 @@ def merge(
     out, parts, peaks, sums, row,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts [PROGRAMS, G, D] of one row by log-sum-exp, as many heads at once as registers hold."""
-    ROOM: tl.constexpr = 8192 // (PROGRAMS_PAD * D_PAD)
-    HEADS: tl.constexpr = min(max(ROOM, 1), triton.next_power_of_2(G))
+    """Merge the parts [PROGRAMS, G, D] of one row by log-sum-exp."""
     d = tl.arange(0, D_PAD)
+    g = tl.arange(0, triton.next_power_of_2(G))
     part = tl.arange(0, PROGRAMS_PAD)
-    for begin in tl.static_range(0, G, HEADS):
-        g = begin + tl.arange(0, HEADS)
-        mine = (row * PROGRAMS + part[:, None]) * G + g[None, :]
-        real = (part < PROGRAMS)[:, None] & (g < G)[None, :]
-        peak_parts = tl.load(peaks + mine, mask=real, other=-float("inf"), cache_modifier=".cg")
-        total_parts = tl.load(sums + mine, mask=real, other=0.0, cache_modifier=".cg")
-        output = tl.load(
-            parts + mine[:, :, None] * D + d[None, None, :],
-            mask=real[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        peak = tl.max(peak_parts, axis=0)
-        weight = tl.exp2(peak_parts - tl.where(peak > -float("inf"), peak, 0.0)[None, :])
-        total = tl.sum(total_parts * weight, axis=0)
-        merged = tl.sum(output * weight[:, :, None], axis=0) / tl.where(total > 0, total, 1.0)[:, None]
-        own = out + (row * G + g[:, None]) * D + d[None, :]
-        tl.store(own, merged.to(out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
+    mine = row * PROGRAMS * G + g
+    real = (part < PROGRAMS)[:, None] & (g < G)[None, :]
+    all_parts = mine[None, :] + part[:, None] * G
+    peak_parts = tl.load(peaks + all_parts, mask=real, other=-float("inf"), cache_modifier=".cg")
+    total_parts = tl.load(sums + all_parts, mask=real, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peak_parts, axis=0)
+    peak = tl.where(peak > -float("inf"), peak, 0.0)
+    total = tl.sum(total_parts * tl.exp2(peak_parts - peak[None, :]), axis=0)
+    real = (g < G)[:, None] & (d < D)[None, :]
+    output = tl.zeros((triton.next_power_of_2(G), D_PAD), tl.float32)
+    for p in tl.range(PROGRAMS, loop_unroll_factor=min(PROGRAMS, 8)):  # loads of a round are in flight together
+        weight = tl.exp2(tl.load(peaks + mine + p * G, mask=g < G, other=0.0, cache_modifier=".cg") - peak)
+        own = parts + (mine + p * G)[:, None] * D + d[None, :]
+        output += tl.load(own, mask=real, other=0.0, cache_modifier=".cg") * weight[:, None]
+    output /= tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + (row * G + g[:, None]) * D + d[None, :], output.to(out.dtype.element_ty), mask=real)
 
 
 def sparse_decode(

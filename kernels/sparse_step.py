@@ -1,8 +1,9 @@
 """A whole decode step of one layer in one launch: write the token, score and choose pages, attend.
 
-The first programs of the launch write tokens and score, a second level follows where there is one, and the last attend.
-Each waits until the stage before has ended for its own row, which a counter of the row tells; the last program of a row
-to end a stage does what needs the whole row. So the stages of different rows overlap, and nothing waits for a launch.
+The first programs of the launch score, a second level follows where there is one, then those that write tokens, and the
+last attend. Each waits until what it reads is there for its own row, which a counter of the row tells; the last program
+of a row to end a stage does what needs the whole row. So the stages of different rows overlap, and nothing waits for a
+launch. Nobody waits for the statistics of a page that a token completes: it is the newest, which is never scored.
 Programs wait for those of a lower number alone. A GPU starts programs in the order of their number: whatever a program
 waits for is running or has ended, however few programs fit the GPU.
 """
@@ -23,17 +24,18 @@ from unique_asr.kernels.page_scores import (
     score_part,
     share_buffers,
 )
-from unique_asr.kernels.page_statistics import LARGEST, four, page_size_of, write_token
+from unique_asr.kernels.page_statistics import LARGEST, complete_pages, four, page_size_of, store_token
 from unique_asr.kernels.paging import arrive, counters, table_arguments, wait_for
 from unique_asr.kernels.sparse_decode import attend, merge, store_part
 
-STEP_PAGES = 4096  # of a row: what four warps choose from in registers
+STEP_PAGES = 8192  # of a row: what eight warps choose from in registers
+WRITTEN = tl.constexpr(1 << 20)  # what a row's writer adds to its counter; the other programs of a row add 1
 
 
 class StepTile(NamedTuple):
     """How the work is cut: pages of a tile and tiles of a program that scores; tokens of a tile and tiles of a program
-    that attends; warps of a program, stages of its pipelines, registers of a thread at most. In the second level
-    programs score one tile.
+    that attends; warps of a program, stages of its pipelines, registers of a thread at most; tiles of a program that
+    scores in the second level.
     """
 
     pages: int = 64
@@ -43,6 +45,7 @@ class StepTile(NamedTuple):
     warps: int = 4
     stages: int = 3
     registers: int | None = None
+    second_tiles: int = 1
 
 
 def step_tile(rows: int, candidates: int, key_bytes: int, bytes_each: int) -> StepTile:
@@ -50,12 +53,22 @@ def step_tile(rows: int, candidates: int, key_bytes: int, bytes_each: int) -> St
 
     Keys of more than 256 bytes have not been tried: without pipelines, they need no more than other keys do.
     """
+    warps = 4 if candidates <= STEP_PAGES // 2 else 8
     tiles = min(16 if bytes_each == 1 else 8, triton.cdiv(candidates, 64))
-    while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < 512:
+    programs = 512 if rows >= 32 else 1024 // warps  # that score, at least
+    while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < programs:
         tiles //= 2
-    token_tiles = 4 if rows >= 256 else 1
-    small = key_bytes <= 256
-    return StepTile(64, tiles, 64, token_tiles, 4, 3 if tiles > 1 and small else 1, 128 if small else None)
+    many, small = rows >= 256, key_bytes <= 256
+    return StepTile(
+        pages=64,
+        tiles=tiles,
+        tokens=64,
+        token_tiles=4 if many else 1,
+        warps=warps,
+        stages=3 if tiles > 1 and small else 1,
+        registers=128 if small else None,
+        second_tiles=9 if many else 1,
+    )
 
 
 @triton.jit
@@ -68,32 +81,35 @@ def _sparse_step(
     CANDIDATES_PAD: tl.constexpr, S: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     SCORERS: tl.constexpr, SECOND_SCORERS: tl.constexpr, READERS: tl.constexpr, PAGES: tl.constexpr,
-    TILES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_TILES: tl.constexpr, STAGES: tl.constexpr,
-    PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, LARGEST: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr, SECOND_TILES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_TILES: tl.constexpr,
+    STAGES: tl.constexpr, PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, LARGEST: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each row SCORERS programs score `candidates` pages (super-pages if FAN > 1), SECOND_SCORERS the pages of the
-    best super-pages, and READERS attend.
+    best super-pages, one writes the token, and READERS attend.
     """
     QUANTIZED: tl.constexpr = LARGEST > 0
     TWO_LEVELS: tl.constexpr = FAN > 1
     WIDEST: tl.constexpr = (SUPER_COUNT + 1) * FAN if TWO_LEVELS else 0  # candidates of the second level
-    WIDTH: tl.constexpr = max(SCORERS, SECOND_SCORERS)
-    FIRST_DONE: tl.constexpr = SCORERS + 2  # of the counter of a row: scorers, the writer, and its choice
+    BEST: tl.constexpr = SUPER_COUNT if TWO_LEVELS else COUNT  # of the first level
+    FIRST_DONE: tl.constexpr = SCORERS + 1  # counted in a row once the first level has been scored and chosen
     DONE: tl.constexpr = FIRST_DONE + SECOND_SCORERS + 1 if TWO_LEVELS else FIRST_DONE
     program = tl.program_id(0)
-    second = rows * (SCORERS + 1)
+    second = rows * SCORERS
     third = second + rows * SECOND_SCORERS
-    stage = (program >= second).to(tl.int32) + (program >= third).to(tl.int32)
-    if stage == 0:
-        row = program // (SCORERS + 1)
-        part = program % (SCORERS + 1) - 1  # the writer's is -1
-    elif stage == 1:
+    fourth = third + rows
+    if program < second:
+        row = program // SCORERS
+        part = program % SCORERS
+    elif program < third:
         row = (program - second) // max(1, SECOND_SCORERS)
         part = (program - second) % max(1, SECOND_SCORERS)
+    elif program < fourth:
+        row = program - third
+        part = 0
     else:
-        row = (program - third) // READERS
-        part = (program - third) % READERS
+        row = (program - fourth) // READERS
+        part = (program - fourth) % READERS
     row = row.to(tl.int64)
     sequence, head = row // heads, row % heads
     length = tl.load(lengths + sequence).to(tl.int32)
@@ -102,68 +118,65 @@ def _sparse_step(
         start = tl.load(starts + sequence).to(tl.int32)
     first, newest = start // S, (length - 1) // S
     arrivals += row
-    peaks += row * WIDTH * G_PAD
-    sums += row * WIDTH * G_PAD
     chosen += row * COUNT
     supers += row * SUPER_COUNT
     head_scores += row * G * tl.maximum(candidates, WIDEST)
     scores += row * tl.maximum(candidates, WIDEST)
+    peaks += row * max(SCORERS, SECOND_SCORERS) * G_PAD
+    sums += row * max(SCORERS, SECOND_SCORERS) * G_PAD
 
     q, unit = load_query(query, sequence, head, query_row, query_head, G, G_PAD, D, D_PAD)
-    if stage == 0:
-        if part < 0:
-            write_token(
-                key, value, keys, values, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start,
-                length, heads, key_row, key_head, value_row, value_head, stride_block, stride_head, stride_token,
-                block_tokens, SCORE, S, S * FAN if TWO_LEVELS else 0, D, D_PAD, PER_BLOCK, LARGEST,
-            )  # fmt: skip
-        elif TWO_LEVELS:
-            score_part(
-                q, unit, u0, u1, u2, u3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
-                newest, scale, scaling, heads, table_stride, block_tokens // (S * FAN), candidates, 0,
-                SCORE, SHARE, FAN, 1, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * TILES, PAGES, STAGES,
-                PER_BLOCK // (S * FAN), QUANTIZED, OPERAND, PRECISION,
-            )  # fmt: skip
-        else:
-            score_part(
-                q, unit, s0, s1, s2, s3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
-                newest, scale, scaling, heads, table_stride, block_tokens // S, candidates, 0,
-                SCORE, SHARE, 1, 1, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * TILES, PAGES, STAGES,
-                PER_BLOCK // S, QUANTIZED, OPERAND, PRECISION,
-            )  # fmt: skip
-        if arrive(arrivals) == SCORERS:
+    if program < second:
+        score_part(
+            q, unit, u0 if TWO_LEVELS else s0, u1 if TWO_LEVELS else s1, u2 if TWO_LEVELS else s2,
+            u3 if TWO_LEVELS else s3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
+            newest, scale, scaling, heads, table_stride, block_tokens // (S * FAN), candidates, 0,
+            SCORE, SHARE, FAN, 1, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * TILES, PAGES, STAGES,
+            PER_BLOCK // (S * FAN), QUANTIZED, OPERAND, PRECISION,
+        )  # fmt: skip
+        if arrive(arrivals) % WRITTEN == SCORERS - 1:
             choose_pages(
-                supers, head_scores, peaks, sums, scores, supers if TWO_LEVELS else chosen, first, newest,
-                candidates, 0, SHARE, SUPER_COUNT if TWO_LEVELS else COUNT,
-                triton.next_power_of_2(SUPER_COUNT if TWO_LEVELS else COUNT), CANDIDATES_PAD, FAN, 1, SINK, RECENT,
-                G, G_PAD, SCORERS, triton.next_power_of_2(SCORERS),
+                supers, head_scores, peaks, sums, scores, supers if TWO_LEVELS else chosen, first, newest, candidates,
+                0, SHARE, BEST, triton.next_power_of_2(BEST), CANDIDATES_PAD, FAN, 1, SINK, RECENT, G, G_PAD, SCORERS,
+                triton.next_power_of_2(SCORERS),
             )  # fmt: skip
             arrive(arrivals)
-    elif stage == 1:
+    elif program < third:
         if TWO_LEVELS:
-            wait_for(arrivals, FIRST_DONE)
+            wait_for(arrivals, FIRST_DONE, WRITTEN - 1)
             score_part(
                 q, unit, s0, s1, s2, s3, table, supers, head_scores, peaks, sums, scores, sequence, head, part, first,
                 newest, scale, scaling, heads, table_stride, block_tokens // S, WIDEST, SUPER_COUNT,
-                SCORE, SHARE, 1, FAN, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES, PAGES, 1,
-                PER_BLOCK // S, QUANTIZED, OPERAND, PRECISION,
+                SCORE, SHARE, 1, FAN, SINK, RECENT, G, G_PAD, D, D_PAD, PAGES * SECOND_TILES, PAGES,
+                STAGES if SECOND_TILES > 1 else 1, PER_BLOCK // S, QUANTIZED, OPERAND, PRECISION,
             )  # fmt: skip
-            if arrive(arrivals) == FIRST_DONE + SECOND_SCORERS - 1:
+            if arrive(arrivals) % WRITTEN == FIRST_DONE + SECOND_SCORERS - 1:
                 choose_pages(
                     supers, head_scores, peaks, sums, scores, chosen, first, newest, WIDEST, SUPER_COUNT,
                     SHARE, COUNT, triton.next_power_of_2(COUNT), triton.next_power_of_2(WIDEST), 1, FAN, SINK, RECENT,
                     G, G_PAD, SECOND_SCORERS, triton.next_power_of_2(SECOND_SCORERS),
                 )  # fmt: skip
                 arrive(arrivals)
+    elif program < fourth:
+        new_key = store_token(
+            key, value, keys, values, table, table_stride, sequence, head, length, key_row, key_head, value_row,
+            value_head, stride_block, stride_head, stride_token, D, D_PAD, PER_BLOCK,
+        )  # fmt: skip
+        arrive(arrivals, WRITTEN)
+        complete_pages(
+            new_key, keys, table, table_stride, s0, s1, s2, s3, u0, u1, u2, u3, sequence, head, start, length, heads,
+            stride_block, stride_head, stride_token, block_tokens, SCORE, S, S * FAN if TWO_LEVELS else 0, D, D_PAD,
+            PER_BLOCK, LARGEST,
+        )  # fmt: skip
     else:
-        wait_for(arrivals, DONE)
+        wait_for(arrivals, WRITTEN + DONE)
         output, total, peak = attend(
             (q * unit[:, None]).to(keys.dtype.element_ty), keys, values, chosen, table, sequence, head, part, start,
             length, scaling, COUNT, table_stride, stride_block, stride_head, stride_token,
             G_PAD, D, D_PAD, S, TOKENS * TOKEN_TILES, TOKENS, STAGES, PER_BLOCK // S, PRECISION,
         )  # fmt: skip
         store_part(output, total, peak, out, parts, part_peaks, part_sums, row, part, G, G_PAD, D, D_PAD, READERS)
-        if arrive(arrivals) == DONE + READERS - 1:
+        if arrive(arrivals) == WRITTEN + DONE + READERS - 1:
             if READERS > 1:
                 merge(out, parts, part_peaks, part_sums, row, G, D, D_PAD, READERS, triton.next_power_of_2(READERS))
             tl.store(arrivals, 0)
@@ -214,7 +227,7 @@ def sparse_step(
         raise ValueError(f"{most} pages to choose from: sparse_step takes at most {STEP_PAGES}")
     tile = tile or step_tile(rows, candidates, dim * keys.element_size(), statistics[0].element_size())
     scorers = triton.cdiv(candidates, tile.pages * tile.tiles)
-    second_scorers = triton.cdiv(widest, tile.pages)
+    second_scorers = triton.cdiv(widest, tile.pages * tile.second_tiles)
     readers = triton.cdiv((count + 1) * size, tile.tokens * tile.token_tiles)
     share = combine == "share"
     if out is None:
@@ -241,7 +254,7 @@ def sparse_step(
         CANDIDATES_PAD=triton.next_power_of_2(candidates), S=size, FAN=fan, SINK=sink, RECENT=recent,
         G=group, G_PAD=padded(group), D=dim, D_PAD=triton.next_power_of_2(dim),
         SCORERS=scorers, SECOND_SCORERS=second_scorers, READERS=readers, PAGES=tile.pages, TILES=tile.tiles,
-        TOKENS=tile.tokens, TOKEN_TILES=tile.token_tiles, STAGES=tile.stages,
+        SECOND_TILES=tile.second_tiles, TOKENS=tile.tokens, TOKEN_TILES=tile.token_tiles, STAGES=tile.stages,
         PER_BLOCK=0 if block_table is None else block_tokens, HAS_STARTS=starts is not None,
         LARGEST=LARGEST.get(statistics[0].dtype, 0.0), OPERAND=operand, PRECISION=precision, num_warps=tile.warps,
         maxnreg=tile.registers,

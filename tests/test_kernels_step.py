@@ -79,7 +79,9 @@ def test_scores(score, statistics_dtype):
     check(make_case([640, 77], 640, score=score, statistics_dtype=statistics_dtype), fan=8, super_count=3)
 
 
-@pytest.mark.parametrize("tile", [StepTile(32, 1, 16, 2), StepTile(16, 3, 32, 8), StepTile(64, 1, stages=1)])
+@pytest.mark.parametrize(
+    "tile", [StepTile(32, 1, 16, 2), StepTile(16, 3, 32, 8, second_tiles=2), StepTile(64, 1, stages=1, second_tiles=3)]
+)
 @pytest.mark.parametrize("fan", [1, 4])
 def test_tiles(tile, fan):
     torch.manual_seed(0)
