@@ -399,6 +399,8 @@ class PagedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
+        if tokens <= self.capacity:
+            return
         for layer in self.paged_layers:
             if layer.is_initialized:
                 layer.reserve(tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention.cache import PagedCache
+from unique_asr.attention.fused_linear import fuse_linears
 
 
 class DecodeStep:
@@ -22,8 +23,8 @@ class DecodeStep:
             step.run()
             tokens = step.result[0]         # [B]
 
-    `starts` (int64 [B]) is the padding on the left of every row. `compile` fuses the model's small operations with
-    torch.compile first, which takes a minute once.
+    `starts` (int64 [B]) is the padding on the left of every row. `compile` fuses the model first: linear layers of the
+    same input, in place (`fuse_linears`), and small operations with torch.compile, which takes a minute once.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class DecodeStep:
         self.cache = cache
         self.starts = starts
         self.capture = device.type == "cuda" if capture is None else capture
-        self._model = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self._model = model
+        if compile:
+            fuse_linears(model)
+            self._model = torch.compile(model, fullgraph=True, dynamic=False)
 
         # The step reads and writes these in place: captured addresses stay valid.
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
