@@ -151,10 +151,9 @@ def benchmark_text(
     model: str, text: str, context: int, steps: int, probe: Probe, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A causal language model reads `context` tokens of a text file, then the next ones one at a time."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..generation import load_text_model
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    language_model, tokenizer = load_text_model(model, str(device), str(dtype).removeprefix("torch."))
     ids = tokenizer(Path(text).read_text(encoding="utf-8")[: 12 * context], return_tensors="pt").input_ids.to(device)
     if ids.shape[1] < context + steps:
         raise ValueError(f"{text} has {ids.shape[1]} tokens: give a longer text, or a smaller selection.context")
