@@ -30,11 +30,13 @@ class Layer:
         self.forward = rival_attention_forward if isinstance(config, RivalConfig) else unique_attention_forward
         self.module = torch.nn.Module()
 
-    def __call__(self, queries, keys, values):
-        """queries [N, D] for both heads, keys and values [N, D] -> [N, D], the mean over the heads."""
-        keys, values = self.cache.layers[0].update(keys[None, None], values[None, None])
-        query = queries.expand(1, 2, -1, -1)
-        return self.forward(self.module, query, keys, values, None, scaling=SCALING)[0][0].mean(dim=1)
+    def __call__(self, queries, keys, values, mask=None):
+        """queries [N, D] for both heads, keys and values [N, D] -> [N, D], the mean over the heads; or [B, N, D]."""
+        if queries.dim() == 2:
+            return self(queries[None], keys[None], values[None])[0]
+        keys, values = self.cache.layers[0].update(keys[:, None], values[:, None])
+        query = queries[:, None].expand(-1, 2, -1, -1)
+        return self.forward(self.module, query, keys, values, mask, scaling=SCALING)[0].mean(dim=2)
 
 
 def needle_found(config, attended=False, later=0):
@@ -100,7 +102,7 @@ def test_murmur_keeps_its_windows():
     method.prompt = 100
     window = (BUDGET - 10) // 2
     for total, gone in ((101, 0), (104, 0), (110, 6), (150, 46), (1000, 100 - 8 - window)):
-        ranks, count = method.rank(None, torch.zeros(1, 1, total, DIM))
+        ranks, count = method.rank(None, torch.zeros(1, 1, total, DIM), torch.arange(total).view(1, 1, -1))
         read = torch.isfinite(ranks[0, 0])
         assert count == read.sum()
         assert read[:8].all()
@@ -159,6 +161,48 @@ def test_representatives_are_what_the_following_queries_look_at(chunks):
     assert len(tokens) <= BUDGET
     weights = (queries[300] @ keys[tokens].T * SCALING).softmax(dim=-1)
     torch.testing.assert_close(output[0], weights @ values[tokens])
+
+
+def batch_outputs(name, padding, rows=slice(None), garbage=1e3, begin=0):
+    """[B, 20, D]: steps after a prompt in two chunks, for two rows of which the second is padded with `garbage`."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(2, 420, DIM, generator=generator) for _ in range(3)]
+    for each in vectors:
+        each[1, :padding] = garbage
+    layer = Layer(rival(METHODS[name](), budget=96, page_size=8))
+    mask, outputs, start = torch.arange(420) >= torch.tensor([[0], [padding]]), [], begin
+    for end in (250, *range(400, 421)):
+        if end <= start:
+            continue
+        seen = mask[rows, None, None, begin:end]
+        outputs.append(layer(*(each[rows, start:end] for each in vectors), None if seen.all() else seen))
+        start = end
+    return torch.stack([output[:, 0] for output in outputs[-20:]], dim=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("padding", [40, 312, 320])
+def test_a_row_of_a_batch_reads_what_it_reads_alone(name, padding):
+    together = batch_outputs(name, padding)
+    torch.testing.assert_close(together[:1], batch_outputs(name, padding, rows=slice(1)))
+    torch.testing.assert_close(together[1:], batch_outputs(name, padding, rows=slice(1, 2), begin=padding))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("padding", [3, 45, 309])  # pages are cut by it
+def test_nobody_reads_padding(name, padding):
+    torch.testing.assert_close(batch_outputs(name, padding), batch_outputs(name, padding, garbage=-7.0))
+
+
+def test_the_first_block_of_a_row_is_read_however_short():
+    assert torch.isfinite(batch_outputs("infllm", 45)).all()
+    layer = Layer(rival(InfLLM(), page_size=8))
+    keys, values = torch.zeros(1, 301, DIM), torch.zeros(1, 301, DIM)
+    values[0, 45:48] = 100  # the rest of its page
+    mask = (torch.arange(301) >= 45)[None, None, None]
+    for span in (slice(0, 300), slice(300, 301)):
+        output = layer(keys[:, span], keys[:, span], values[:, span], mask[..., : span.stop])
+    assert output.mean() > 100 * 3 / BUDGET - 0.1
 
 
 @pytest.mark.parametrize("name", METHODS)

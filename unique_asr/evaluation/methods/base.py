@@ -2,7 +2,10 @@
 
 A method ranks the tokens of the context for each KV head; the step gathers the best of them, as many as the method
 reads, and attends to nothing else. Positions stay those of the whole sequence, as prefill stays dense for everybody.
-These steps are plain PyTorch for one sequence at a time: they compare quality, and their speed is not the rivals'.
+These steps are plain PyTorch: they compare quality, and their speed is not the rivals'.
+
+Rows of a batch are padded on the left. `position` [B or 1, 1, N] counts the tokens of each row from its own first one;
+negative ones are padding, which nobody reads.
 
 Shapes: B batch, K KV heads, G query heads of a group, T new tokens, N tokens, D head dim.
 """
@@ -22,7 +25,7 @@ from transformers import AttentionInterface
 
 from ...attention import SparseAttentionConfig
 from ...attention.cache import PagedLayer
-from ...attention.huggingface import NAME, dense_attention, unique_attention_forward
+from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
 from ...attention.reference import attend, group_queries
 
 
@@ -30,21 +33,22 @@ class Method(ABC):
     """A way to choose tokens. Dataclass fields are its settings; other attributes are of one layer and one sequence."""
 
     name: ClassVar[str]
+    watches: ClassVar[bool] = False  # wants to know what attention the tokens got that were read
 
     def begin(self, config: SparseAttentionConfig) -> None:
         """A new sequence. Raises ValueError if the budget is too small for the method."""
         self.config = config
-        self.prompt = 0  # tokens written before the first decode step
+        self.prompt = 0  # tokens written before the first decode step, padding included
 
-    def observe(self, query: Tensor, keys: Tensor, scaling: float, sparse: bool) -> None:  # noqa: B027
+    def observe(self, query: Tensor, keys: Tensor, position: Tensor, scaling: float, sparse: bool) -> None:  # noqa: B027
         """Queries [B, K, G, T, D] of the last T of keys [B, K, N, D]; `sparse`: this step chooses tokens."""
 
     @abstractmethod
-    def rank(self, query: Tensor, keys: Tensor) -> tuple[Tensor, int]:
-        """Ranks [B or 1, K or 1, N] of the tokens, -inf for those that must not be read, and how many to read."""
+    def rank(self, query: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, int]:
+        """Ranks [B or 1, K or 1, N] of the tokens, -inf for those that must not be read, and how many to read at most."""
 
     def attended(self, tokens: Tensor, weights: Tensor) -> None:  # noqa: B027
-        """What the step read: tokens [B, K, n], and the attention [B, K, G, n] that they got."""
+        """What the step read: tokens [B, K, n], and the attention [B, K, G, n] that they got, if the method watches."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,6 @@ def rival_attention_forward(
         return unique_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if layer.step is not None:
         raise ValueError(f"attention={layer.config.method.name} has no captured step: decode with static=False")
-    if attention_mask is not None:
-        raise ValueError(f"attention={layer.config.method.name} decodes one recording at a time: set batch=1")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     new = query.shape[2]
     if layer.length == new:  # the first tokens of a sequence
@@ -85,31 +87,35 @@ def rival_attention_forward(
     sparse = new == 1 and layer.sparse_at(layer.length)
     if new > 1:
         method.prompt = layer.length
-    groups = query.unflatten(1, (key.shape[1], -1))
+    position = torch.arange(layer.length, device=key.device).view(1, 1, -1)
+    valid, _ = key_padding(attention_mask)
+    if valid is not None:
+        position = position - (~valid).sum(dim=-1).view(-1, 1, 1)
     if layer.sparse_layer:
-        method.observe(groups, key, scaling, sparse)
+        method.observe(query.unflatten(1, (key.shape[1], -1)), key, position, scaling, sparse)
     if not sparse:
         if new == 1:
             layer.count_step(layer.length)
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    return rival_step(layer, method, query, key, value, scaling).flatten(1, 2).unsqueeze(1), None
+    return rival_step(layer, method, query, key, value, position, scaling).flatten(1, 2).unsqueeze(1), None
 
 
 def rival_step(
-    layer: PagedLayer, method: Method, query: Tensor, keys: Tensor, values: Tensor, scaling: float
+    layer: PagedLayer, method: Method, query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
 ) -> Tensor:
     """One decode step over the tokens chosen: [B, H, 1, D] -> [B, K, G, D]."""
     queries = group_queries(query, keys.shape[1])
-    ranks, count = method.rank(queries, keys)
+    ranks, count = method.rank(queries, keys, position)
     count = min(count, keys.shape[2])
-    best = ranks.expand(*keys.shape[:3]).topk(count, dim=-1)
-    tokens = best.indices.sort(dim=-1).values  # [B, K, n]
+    best = ranks.masked_fill(position < 0, -torch.inf).expand(*keys.shape[:3]).topk(count, dim=-1)
+    tokens, reads = best.indices, best.values.unsqueeze(2) > -torch.inf  # [B, K, n], [B, K, 1, n]: fewer in short rows
     index = tokens.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
     read = keys.gather(2, index)
-    logits = torch.matmul(queries.float(), read.float().transpose(-1, -2)) * scaling
-    method.attended(tokens, logits.softmax(dim=-1))
+    if method.watches:
+        logits = torch.matmul(queries.float(), read.float().transpose(-1, -2)) * scaling
+        method.attended(tokens, logits.masked_fill(~reads, -torch.inf).softmax(dim=-1))
     count_tokens(layer, count)
-    return attend(queries, read, values.gather(2, index), scaling)
+    return attend(queries, read, values.gather(2, index), scaling, reads)
 
 
 def count_tokens(layer: PagedLayer, tokens: int) -> None:

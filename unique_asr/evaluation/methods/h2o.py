@@ -20,6 +20,7 @@ class H2O(Method):
     """read = latest (recent * budget) tokens + those with most attention, sum over past queries of softmax(q K^T)."""
 
     name: ClassVar[str] = "h2o"
+    watches: ClassVar[bool] = True
     recent: float = 0.5  # share of the budget for the latest tokens; the paper's choice
 
     def begin(self, config):
@@ -27,7 +28,7 @@ class H2O(Method):
         self.mass = None  # [B, K, N] float32: attention that each token has got
         self.evicted = None  # [B, K, N]
 
-    def observe(self, query, keys, scaling, sparse):
+    def observe(self, query, keys, position, scaling, sparse):
         new = query.shape[3]
         if self.mass is None:
             self.mass = torch.zeros(*keys.shape[:2], 0, device=keys.device)
@@ -36,16 +37,17 @@ class H2O(Method):
         if sparse:
             return  # counted in `attended`
         total = keys.shape[2]
-        position = torch.arange(total, device=keys.device)
+        place, padding = torch.arange(total, device=keys.device), (position < 0).unsqueeze(2)  # [B, 1, 1, N]
         rows = max(1, LOGITS // (total * query.shape[0] * query.shape[1] * query.shape[2]))
         for start in range(0, new, rows):
             part = query[:, :, :, start : start + rows].float()
             logits = torch.matmul(part, keys.float().transpose(-1, -2).unsqueeze(2)) * scaling
-            last = total - new + torch.arange(start, start + part.shape[3], device=keys.device)
-            logits = logits.masked_fill(position > last.unsqueeze(-1), -torch.inf)
-            self.mass += logits.softmax(dim=-1).sum(dim=(2, 3))
+            last = place[total - new + start :][: part.shape[3]]
+            logits = logits.masked_fill((place > last.unsqueeze(-1)) | padding.unsqueeze(2), -torch.inf)
+            asked = (position[..., last] >= 0)[:, :, None, :, None]  # by queries that are no padding
+            self.mass += logits.softmax(dim=-1).masked_fill(~asked, 0).sum(dim=(2, 3))
 
-    def rank(self, query, keys):
+    def rank(self, query, keys, position):
         ranks = self.mass.masked_fill(self.evicted, -torch.inf)
         ranks[..., -max(1, int(self.recent * self.config.budget)) :] = torch.inf
         return ranks, self.config.budget

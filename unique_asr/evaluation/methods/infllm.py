@@ -39,36 +39,43 @@ class InfLLM(Method):
         self.first = 0  # tokens whose blocks are represented
         self.represented = None  # [B, K, blocks, D]: sum of the representative keys of each block
 
-    def observe(self, query, keys, scaling, sparse):
-        new = query.sum(dim=2, dtype=torch.float64).cumsum(dim=2)  # [B, K, T, D]
+    def observe(self, query, keys, position, scaling, sparse):
+        asked = (position[..., -query.shape[3] :] >= 0).unsqueeze(-1)  # by queries that are no padding
+        new = (query.sum(dim=2, dtype=torch.float64) * asked).cumsum(dim=2)  # [B, K, T, D]
         if self.sums is None:
             self.sums = F.pad(new, (0, 0, 1, 0))
             self.represented = keys.new_zeros(*keys.shape[:2], 0, keys.shape[-1], dtype=torch.float32)
         else:
             self.sums = torch.cat([self.sums, self.sums[:, :, -1:] + new], dim=2)
-        self._represent(keys)
+        self._represent(keys, position)
 
-    def rank(self, query, keys):
+    def rank(self, query, keys, position):
         total, sink = keys.shape[2], self.config.sink_pages
         local = self.first  # the latest tokens begin where the represented blocks end
         scores = torch.matmul(query.float(), self.represented.transpose(-1, -2)).sum(dim=2)
-        scores[..., :sink] = -torch.inf  # read in any case
-        count = (self.config.budget - (total - local)) // self.block - sink
-        best = scores.topk(count, dim=-1).indices
+        block = torch.arange(scores.shape[-1], device=keys.device) - (-position[..., :1]) // self.block
+        # The first blocks of a row are read in any case; those before them are padding.
+        best = scores.masked_fill(block < sink, -torch.inf).topk(self._blocks(total - local), dim=-1).indices
         chosen = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0)
-        chosen[..., :sink] = 0.0
-        ranks = chosen.repeat_interleave(self.block, dim=-1)
-        return F.pad(ranks, (0, total - local)), (count + sink) * self.block + total - local
+        chosen = chosen.masked_fill((block >= 0) & (block < sink), 0.0)
+        ranks = F.pad(chosen.repeat_interleave(self.block, dim=-1), (0, total - local))
+        return ranks, (self._blocks(total - local) + sink) * self.block + total - local
 
-    def _represent(self, keys):
+    def _blocks(self, local: int) -> int:
+        """Blocks to choose beside `local` latest tokens and the first blocks."""
+        return (self.config.budget - local) // self.block - self.config.sink_pages
+
+    def _represent(self, keys, position):
         """Choose the representatives of the complete blocks that have left the local window."""
         last = (keys.shape[2] - self.window) // self.block * self.block
         if last <= self.first:
             return
         count, window = last - self.first, self.window
         after = self.sums[:, :, 1 + window : 1 + window + count] - self.sums[:, :, 1 : 1 + count]
-        tokens = keys[:, :, self.first : last].float()
-        importance = (after.float() * tokens).sum(dim=-1).unflatten(-1, (-1, self.block)) / window
+        padding = (position[..., self.first : last] < 0).unsqueeze(-1)
+        tokens = keys[:, :, self.first : last].float().masked_fill(padding, 0)
+        importance = (after.float() * tokens).sum(dim=-1) / window
+        importance = importance.masked_fill(padding.squeeze(-1), -torch.inf).unflatten(-1, (-1, self.block))
         best = importance.topk(min(self.representatives, self.block), dim=-1).indices.unsqueeze(-1)
         tokens = tokens.unflatten(2, (-1, self.block))
         new = tokens.gather(3, best.expand(*best.shape[:-1], tokens.shape[-1])).sum(dim=3)

@@ -33,12 +33,18 @@ class Murmur(Method):
                 sinks = self.sink + self.output_sink
                 raise ValueError(f"attention.budget is {config.budget}: Murmur's sinks alone are {sinks} tokens")
 
-    def rank(self, query, keys):
-        total = keys.shape[2]
-        most = max(0, self.prompt - self.sink - self.window)
-        gone = min(max(0, int(self.rate * (total - self.prompt - self.delay))), most)
-        ranks = torch.zeros(total, device=keys.device)
-        ranks[self.sink : self.sink + gone] = -torch.inf
-        first, last = self.prompt + self.output_sink, max(self.prompt + self.output_sink, total - self.window)
-        ranks[first:last] = -torch.inf
-        return ranks.view(1, 1, -1), total - gone - (last - first if first < total else 0)
+    def rank(self, query, keys, position):
+        total, elapsed = keys.shape[2], keys.shape[2] - self.prompt
+        padding = -position[..., :1]  # tokens before each row's first; the longest row has none
+        most = (self.prompt - padding - self.sink - self.window).clamp(min=0)
+        gone = most.clamp(max=max(0, int(self.rate * (elapsed - self.delay))))
+        output = position - (self.prompt - padding)  # place in the output, negative in the prompt
+        evicted = (position >= self.sink) & (position < self.sink + gone) & (output < 0)
+        evicted |= (output >= self.output_sink) & (output < elapsed - self.window)
+        ranks = torch.zeros(position.shape, device=keys.device).masked_fill(evicted, -torch.inf)
+        return ranks, self._read(total, elapsed)
+
+    def _read(self, total: int, elapsed: int) -> int:
+        """Tokens that a row without padding reads."""
+        gone = min(max(0, int(self.rate * (elapsed - self.delay))), max(0, self.prompt - self.sink - self.window))
+        return total - gone - max(0, elapsed - self.window - self.output_sink)

@@ -20,7 +20,5 @@ class StreamingLLM(Method):
         if config.budget is not None and config.budget <= self.sink:
             raise ValueError(f"attention.budget is {config.budget}: StreamingLLM needs more than its {self.sink} sinks")
 
-    def rank(self, query, keys):
-        ranks = torch.arange(keys.shape[2], dtype=torch.float32, device=keys.device)
-        ranks[: self.sink] = torch.inf
-        return ranks.view(1, 1, -1), self.config.budget
+    def rank(self, query, keys, position):
+        return position.float().masked_fill(position < self.sink, torch.inf), self.config.budget
