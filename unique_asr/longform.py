@@ -74,6 +74,8 @@ class LongformReport:
 
     stop_reason: str = ""  # of the last pass: end, length, loop, gap, lost; silence if there was no speech
     passes: int = 0
+    broken: int = 0  # passes that did not get to their end: the next one went on from where they came to, or went back
+    longest: int = 0  # positions of the longest pass, prompt and text
     coverage: float = 0.0  # share of the recording's spikes that lie in a segment so far
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0, "align": 0.0})
@@ -259,6 +261,7 @@ class LongformTranscriber:
             if reason == "end" and (spikes < config.rest_spikes or seconds < config.rest_seconds):
                 start, retried, limit = end, False, self.max_pass_seconds
                 continue
+            report.broken += 1
             stop = frames.seconds(tracker.cursor)
             if spikes == 0:
                 report.warnings.append(
@@ -356,6 +359,7 @@ class LongformTranscriber:
             if tracker.lost():
                 reason = "lost"
                 break
+        report.longest = max(report.longest, embeds.shape[1] + written)
         if reason == "end":
             yield from place(pending + words.flush())
             reason = "gap" if tracker.gap else "end"

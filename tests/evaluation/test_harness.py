@@ -7,15 +7,15 @@ from unique_asr.evaluation.harness import Hypothesis, evaluate
 
 
 class Parrot:
-    """Repeats every text without its last word, and covers half of the audio."""
+    """Repeats every text without its last word, the last recording first, and covers half of the audio."""
 
     name = "parrot"
 
     def transcribe(self, recordings):
-        for recording in recordings:
+        for index, recording in reversed(list(enumerate(recordings))):
             text = recording.text.rsplit(" ", 1)[0]
             sparsity = {"steps": 10, "sparse_steps": 4, "pages_read": 5, "pages_total": 20}
-            yield Hypothesis(text, stop_reason="length", coverage=0.5, sparsity=sparsity, seconds=2.0)
+            yield index, Hypothesis(text, stop_reason="length", coverage=0.5, sparsity=sparsity, seconds=2.0)
 
 
 class Span:
@@ -23,11 +23,22 @@ class Span:
         self.duration = duration
 
 
-def test_evaluate():
-    recordings = [
+@pytest.fixture
+def recordings():
+    return [
         Recording("x", (Span(10.0),), (Utterance(0.0, 10.0, "a house by the river"),)),
         Recording("y", (Span(30.0),), (Utterance(0.0, 30.0, "three old trees"),)),
     ]
+
+
+def test_what_is_known_is_not_decoded(recordings):
+    known = Hypothesis("a house by a river")
+    result = evaluate(Parrot(), recordings, known={recordings[0]: known})
+    assert [hypothesis.text for hypothesis in result.hypotheses] == [known.text, "three old"]
+    assert [errors.edits for errors in result.errors] == [1, 1]
+
+
+def test_evaluate(recordings):
     seen = []
     result = evaluate(Parrot(), recordings, progress=lambda so_far: seen.append(len(so_far.hypotheses)))
     assert seen == [1, 2]

@@ -1,16 +1,18 @@
 """The systems and the command, with a speech LLM of random weights: its nonsense has to be counted right."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest
 from unique_asr.evaluation.cli import attention_settings, main
-from unique_asr.evaluation.decodings import Decodings
+from unique_asr.evaluation.decodings import Decodings, recording_key
 from unique_asr.evaluation.harness import evaluate
 from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
 from unique_asr.evaluation.systems import BatchedSpeechLLM, Encoder, GreedyCTC, PretrainedLLM, SpeechLLM
@@ -85,7 +87,7 @@ def test_the_command(speech_llm, tmp_path, capsys, monkeypatch):
     assert table["settings"]["data"]["join_seconds"] == 5
     rows = [json.loads(line) for line in (tmp_path / "unique-64.jsonl").read_text().splitlines()]
     assert len({row["audio_filepath"] for row in rows}) == 2
-    assert rows[0]["sparsity"]["sparse_steps"] > 0
+    assert sum(row["sparsity"]["sparse_steps"] for row in rows) > 0
 
 
 def test_every_method_runs_behind_one_switch(speech_llm, tmp_path, capsys, monkeypatch):
@@ -102,6 +104,89 @@ def test_every_method_runs_behind_one_switch(speech_llm, tmp_path, capsys, monke
         assert results[name]["budget"] == 112
     assert all((tmp_path / f"{name}.jsonl").is_file() for name in names)
     assert all(results[name]["tokens_per_second"] > 0 for name in names)
+
+
+def test_every_method_decodes_batches(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    methods = "methods=[unique,h2o,streaming_llm,infllm,murmur,sliding,dense]"
+    options = ["data.join_seconds=5", "data.limit=3", methods, "attention.budget=[112]", "batch=3"]
+    assert run(*options, "rivals.sliding={seconds:6,overlap:1}", f"output.dir={tmp_path}") == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results[0]["system"] == "dense", "the others are compared with it"
+    for result in results[1:]:
+        assert bool(result["sparse_steps"]) == (result["system"] != "sliding")
+    assert len(results) == 7
+
+
+def test_a_budget_that_holds_the_passes_needs_no_decoding(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    asked = []
+    decode = SpeechLLM.transcribe
+
+    def counted(system, recordings):
+        asked.append((system.name, len(recordings)))
+        yield from decode(system, recordings)
+
+    monkeypatch.setattr(SpeechLLM, "transcribe", counted)
+    options = ["data.join_seconds=5", "data.limit=2", "methods=[dense,unique,h2o,murmur,sliding]"]
+    assert run(*options, "attention.budget=[112,100000]", "rivals.sliding.seconds=20", f"output.dir={tmp_path}") == 0
+    assert asked == [("dense", 2), ("unique-112", 1), ("h2o-112", 1), ("murmur-112", 1), ("sliding", 2)]
+    rows = {row["system"]: row for row in json.loads((tmp_path / "results.json").read_text())["results"]}
+    for name in ("unique-100000", "h2o-100000", "murmur-100000"):
+        assert (rows[name]["wer"], rows[name]["passes"]) == (rows["dense"]["wer"], rows["dense"]["passes"])
+        assert (rows[name]["sparse_steps"], rows[name]["share_of_pages_read"]) == (0, 1)
+        assert rows[name]["budget"] == 100000
+    # Passes that are cut elsewhere write something else.
+    again = ["methods=[dense,murmur]", "attention.budget=[100000]", "rivals.murmur_chunk_seconds=3"]
+    assert run(*options, *again, f"output.dir={tmp_path}") == 0
+    assert asked[-1] == ("murmur-100000", 2)
+
+
+def test_what_was_decoded_is_scored_without_the_model(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(MANIFEST.parent, copied)
+    options = ["data.join_minutes=[0.05,0.1]", "data.limit=2", f"output.dir={tmp_path}"]
+    assert run(*options, "methods=[dense]") == 0
+    assert run(*options, "methods=[unique]", "attention.budget=64", "data.join_minutes=[0.1]") == 0
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model is loaded"))
+    capsys.readouterr()
+    elsewhere = f"data.manifest={copied / MANIFEST.name}"
+    assert run(*options, "methods=[dense,unique]", "attention.budget=64", "decode=false", elsewhere) == 0
+    output = capsys.readouterr()
+    assert [line.split(" WER")[0].strip() for line in output.out.splitlines()[2:]] == [
+        "dense 0.05 min", "dense 0.1 min", "unique-64 0.1 min"
+    ]  # fmt: skip
+    assert "unique-64 0.05 min: left out, 1 of 2 recordings decoded" in output.err, "the other needs no sparse step"
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 3
+    assert run(*options, "decode=false", "attention=unique", "attention.budget=32") == 1
+    assert "nothing was decoded yet" in capsys.readouterr().err
+
+
+def test_encoded_recordings_are_kept_for_other_runs(speech_llm, recordings, tmp_path, monkeypatch):
+    expected = Encoder(*speech_llm)(recordings[0])[0]
+    Encoder(*speech_llm, folder=tmp_path).together(recordings)
+    monkeypatch.setattr(type(speech_llm[0]), "encode", lambda *_: pytest.fail("encoded again"))
+    found, seconds = Encoder(*speech_llm, folder=tmp_path)(recordings[0])
+    assert seconds > 0
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value)
+    size = (tmp_path / f"{recording_key(recordings[0])}.pt").stat().st_size
+    assert size < 2 * sum(value.nbytes for value in vars(expected).values() if isinstance(value, torch.Tensor)) + 10000
+
+
+def test_the_jobs_of_a_multirun_are_one_table(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    monkeypatch.chdir(tmp_path)
+    options = ["data.join_seconds=5", "data.limit=2", "attention=dense,unique"]
+    with pytest.raises(SystemExit) as stop:
+        main(["-m", f"data.manifest={MANIFEST}", *options, "output.dir=out"])
+    assert stop.value.code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is littered"
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [row["system"] for row in rows] == ["dense", "unique-512"]
+    assert rows[1]["to_dense"] is not None
+    assert capsys.readouterr().out.rstrip().endswith("to dense")
 
 
 def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
@@ -175,7 +260,6 @@ def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
         (["data.source=none"], "its sources are"),
         (["data.manifest=???"], "data.manifest is missing"),
         (["methods=[unique,best]"], "methods names 'best'"),
-        (["methods=[dense,h2o]", "batch=2"], "set batch=1"),
         (["methods=[infllm]", "attention.budget=64"], "InfLLM with blocks of 16 needs"),
         (["data.join_minutes=1", "data.join_seconds=5"], "give one of them"),
         (["task=text"], "choose one of speech, ruler, perplexity"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from rich.progress import Progress
 from ..attention import SparseAttentionConfig
 from ..data import Recording, join, spread
 from ..overrides import conf_folder, run
-from .decodings import Decodings
-from .harness import Result, System, evaluate
+from .decodings import Decodings, fingerprint, identity
+from .harness import Hypothesis, Result, System, evaluate
 from .methods import METHODS, RivalConfig, Sliding
 from .readers import read_recordings
 from .report import dense_of, write_results
@@ -29,6 +30,7 @@ PATHS = (
     "data.manifest",
     "data.audio",
     "reference",
+    "encoded",
     "output.dir",
     "model.name_or_path",
     "text.model",
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = 0
+    tables: dict[str, list[Result]] = {}  # by folder: the jobs of a multirun that share one share its table
 
     def task(config: DictConfig) -> None:
         nonlocal code
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.task not in TASKS:
                 raise ValueError(f"task is {config.task!r}: choose one of {', '.join(TASKS)}")
             if config.task == "speech":
-                evaluate_systems(config)
+                evaluate_systems(config, tables.setdefault(config.output.dir, []))
             else:
                 from .text import evaluate_text
 
@@ -64,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def evaluate_systems(config: DictConfig) -> None:
+def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
+    """Adds to `results`, which are those of the folder, and writes all of them."""
     if OmegaConf.is_missing(config.data, "manifest"):
         raise ValueError("data.manifest is missing: evaluate.py data.manifest=FILE (--help shows every option)")
     sets = load_sets(config.data)
@@ -75,16 +79,60 @@ def evaluate_systems(config: DictConfig) -> None:
               "scorer: Whisper's English normaliser")  # fmt: skip
     folder = Path(config.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings, results = OmegaConf.to_container(config), []
+    settings = OmegaConf.to_container(config)
+    dense = Dense()
     for system, made_of in build_systems(config):
         decodings = Decodings(folder / "decodings", made_of, config.resume)
         for name, recordings in sets.items():
+            known = dense.same(recordings, made_of)
+            if not config.decode:
+                there = sum(recording in known or decodings.get(recording) is not None for recording in recordings)
+                if there < len(recordings):
+                    what = f"{system.name} {name}".strip()
+                    print(f"{what}: left out, {there} of {len(recordings)} recordings decoded", file=sys.stderr)
+                    continue
             stem = f"{system.name}@{name.replace(' ', '')}" if name else system.name
-            result = evaluate_system(system, recordings, folder / f"{stem}.jsonl", decodings)
+            result = evaluate_system(system, recordings, folder / f"{stem}.jsonl", decodings, known)
             result.set, result.budget = name, made_of.get("attention", {}).get("budget")
-            results.append(result)
+            dense.add(result, made_of)
+            results[:] = [each for each in results if (each.system, each.set) != (result.system, name)] + [result]
             print(summary(result, results), flush=True)
             write_results(folder, results, settings)
+    if not results:
+        raise ValueError(f"{folder}: nothing was decoded yet with these settings; leave out decode=false")
+
+
+class Dense:
+    """What dense attention wrote: so does every method whose budget holds the whole of a recording's passes."""
+
+    def __init__(self) -> None:
+        self._made_of: dict[str, Any] = {}
+        self._hypotheses: dict[Recording, Hypothesis] = {}
+
+    def add(self, result: Result, made_of: dict[str, Any]) -> None:
+        if result.system == "dense":
+            self._made_of = made_of
+            self._hypotheses |= zip(result.recordings, result.hypotheses, strict=True)
+
+    def same(self, recordings: Sequence[Recording], made_of: dict[str, Any]) -> dict[Recording, Hypothesis]:
+        """The hypotheses of dense attention that a system made of this would write too."""
+        own, its = (
+            {key: value for key, value in about.items() if key not in ("system", "attention")}
+            for about in (made_of, self._made_of)
+        )
+        chunk = own.pop("chunk_seconds", None)
+        budget = made_of.get("attention", {}).get("budget")
+        if budget is None or own != its:
+            return {}
+        found = {recording: self._hypotheses.get(recording) for recording in recordings}
+        return {
+            recording: hypothesis
+            for recording, hypothesis in found.items()
+            if hypothesis is not None
+            and hypothesis.longest is not None
+            and hypothesis.longest <= budget
+            and (chunk is None or recording.duration <= chunk)
+        }
 
 
 def load_sets(data: DictConfig) -> dict[str, list[Recording]]:
@@ -112,9 +160,13 @@ def load_sets(data: DictConfig) -> dict[str, list[Recording]]:
 
 
 def evaluate_system(
-    system: System, recordings: Sequence[Recording], path: Path, decodings: Decodings | None = None
+    system: System,
+    recordings: Sequence[Recording],
+    path: Path,
+    decodings: Decodings | None = None,
+    known: Mapping[Recording, Hypothesis] | None = None,
 ) -> Result:
-    """Score one system; every hypothesis is a row of `path` as soon as it is there."""
+    """Score one system; a hypothesis is a row of `path` as soon as it is there, and all are in order in the end."""
     console = Console(stderr=True)
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with path.open("w", encoding="utf-8") as lines, bars:
@@ -125,7 +177,10 @@ def evaluate_system(
             lines.flush()
             bars.update(task, completed=result.audio_seconds, description=f"{system.name} {result.score.wer:.2%}")
 
-        return evaluate(system, recordings, done, decodings)
+        result = evaluate(system, recordings, done, decodings, known)
+    rows = (json.dumps(result.row(index), ensure_ascii=False) + "\n" for index in range(len(recordings)))
+    path.write_text("".join(rows), encoding="utf-8")
+    return result
 
 
 def summary(result: Result, results: Sequence[Result]) -> str:
@@ -139,65 +194,70 @@ def summary(result: Result, results: Sequence[Result]) -> str:
 
 
 def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]:
-    """The reference, the CTC head, then the model with every method and budget; each with what its texts depend on."""
+    """The reference, the CTC head, then the model with every method and budget; each with what its texts depend on.
+
+    Models are loaded when there is something to decode.
+    """
+    from ..models import adapters, resolve_device, resolve_dtype
     from . import systems
 
     if config.reference is not None:
-        yield systems.Whisper(config.reference, config.device, threads=config.threads or 0), {
-            "system": "whisper", "model": config.reference,
-        }  # fmt: skip
-    if config.model.name_or_path is None:
+
+        def reference() -> System:
+            return systems.Whisper(config.reference, config.device, threads=config.threads or 0)
+
+        yield systems.Deferred("whisper", reference), {"system": "whisper", "model": identity(config.reference)}
+    name = config.model.name_or_path
+    if name is None:
         return
-    import torch
-
-    from .. import models
-    from ..models import adapters
-
     chosen = attention_systems(config)
-    single = [name for name, method in chosen.items() if isinstance(method, (Sliding, RivalConfig))]
-    if config.batch > 1 and single:
-        raise ValueError(f"{single[0]} decodes one recording at a time: set batch=1")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    pretrained = adapters.find(config.model.name_or_path) is not None
+    pretrained = adapters.find(name) is not None
     if pretrained and (
         config.batch > 1 or config.ctc or any(isinstance(method, Sliding) for method in chosen.values())
     ):
-        raise ValueError(f"model={config.model.name_or_path}: batch, ctc and sliding are for this package's own models")
-    load = adapters.load if pretrained else models.load
-    model, processor = load(config.model.name_or_path, config.device, config.dtype)
-    encoder = None if pretrained else systems.Encoder(model, processor, keep=len(chosen) + config.ctc > 1)
-    made_of = {"model": model_fingerprint(config.model.name_or_path), "dtype": config.dtype, "batch": config.batch}
+        raise ValueError(f"model={name}: batch, ctc and sliding are for this package's own models")
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    model = identity(name)
     decoding = OmegaConf.to_container(config.decoding)
+
+    @functools.cache
+    def loaded() -> Any:
+        """The pair of model and processor, or for this package's own models the encoder that holds it."""
+        import torch
+
+        from .. import models
+
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        pair = (adapters.load if pretrained else models.load)(name, config.device, config.dtype)
+        if pretrained:
+            return pair
+        folder = None if config.encoded is None else Path(config.encoded) / fingerprint([model, str(dtype)])
+        return systems.Encoder(*pair, keep=len(chosen) + config.ctc > 1, folder=folder)
+
+    made_of = {"model": model, "dtype": str(dtype), "batch": config.batch, "decoding": decoding}
     if config.ctc:
-        yield systems.GreedyCTC(encoder), made_of | {"system": "ctc"}
-    for name, method in chosen.items():
-        options, attention = dict(decoding), method
+        yield systems.Deferred("ctc", lambda: systems.GreedyCTC(loaded())), made_of | {"system": "ctc"}
+    for label, method in chosen.items():
+        options, attention, about = dict(decoding), method, {"system": type(method).__name__}
+        about["attention"] = {"budget": None} | asdict(method)
         if isinstance(method, Sliding):
             options["sliding"], attention = method, SparseAttentionConfig(budget=None)
-        elif isinstance(method, RivalConfig) and method.method.name == "murmur":
-            own = adapters.find(model).pass_seconds if pretrained else model.config.max_pass_seconds
-            options["max_pass_seconds"] = min(config.rivals.murmur_chunk_seconds, options["max_pass_seconds"] or own)
-        settings = asdict(method) | ({"budget": None} if isinstance(method, Sliding) else {})
-        if isinstance(method, RivalConfig):
-            settings["method_name"] = method.method.name
-        plain = {key: value for key, value in options.items() if key != "sliding"}
-        about = made_of | {"system": type(method).__name__, "attention": settings, "decoding": plain}
+        elif isinstance(method, RivalConfig):
+            about["attention"]["method_name"] = method.method.name
+            if method.method.name == "murmur":
+                options["chunk_seconds"] = about["chunk_seconds"] = config.rivals.murmur_chunk_seconds
         if pretrained:
-            yield systems.PretrainedLLM(name, (model, processor), attention, **options), about
+            kind = systems.PretrainedLLM
         elif config.batch > 1:
-            yield systems.BatchedSpeechLLM(name, encoder, attention, batch=config.batch, **options), about
+            kind = functools.partial(systems.BatchedSpeechLLM, batch=config.batch)
         else:
-            yield systems.SpeechLLM(name, encoder, attention, **options), about
+            kind = systems.SpeechLLM
 
+        def make(kind=kind, label=label, attention=attention, options=options) -> System:
+            return kind(label, loaded(), attention, **options)
 
-def model_fingerprint(name: str) -> list:
-    """The model's name, and the size and date of its files: other weights under the same name are another model."""
-    from ..models import PRETRAINED
-
-    folder = PRETRAINED / name if (PRETRAINED / name).is_dir() else Path(name)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [name, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+        yield systems.Deferred(label, make), made_of | about
 
 
 def attention_systems(config: DictConfig) -> dict[str, SparseAttentionConfig | Sliding]:
@@ -208,7 +268,7 @@ def attention_systems(config: DictConfig) -> dict[str, SparseAttentionConfig | S
     budgets = attention["budget"] if isinstance(attention["budget"], list) else [attention["budget"]]
     budgets = [budget for budget in budgets if budget is not None]
     chosen: dict[str, SparseAttentionConfig | Sliding] = {}
-    for name in config.methods:
+    for name in sorted(config.methods, key=lambda name: name != "dense"):  # what the others are compared with
         own = method_settings(name)
         if own["budget"] is not None:
             if not budgets:

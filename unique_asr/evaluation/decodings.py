@@ -1,16 +1,19 @@
 """What was decoded, kept for the next run: one JSONL file for each system, in the folder of the results.
 
-    decodings = Decodings(folder, {"system": "unique-512", "attention": {...}, "model": "default"})
+    decodings = Decodings(folder, {"system": "unique-512", "attention": {...}, "model": identity("my-model")})
     decodings.get(recording)  # a Hypothesis, or None
 
-Everything that may change the text is in the settings, whose fingerprint names the file. A file that ends in the middle
-of a line, as a killed run leaves it, loses that line only.
+Everything that may change the text is in the settings, whose fingerprint names the file. Models and audio count by what
+is in their files, wherever these lie: what one machine decoded another can score. Several processes may write to one
+folder. A file that ends in the middle of a line, as a killed run leaves it, loses that line only.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,18 +24,12 @@ from .harness import Hypothesis
 
 
 class Rows:
-    """Values by key, JSON in a file; `put` writes them at once."""
+    """Values by key, JSON in a file that only grows; `put` writes them at once, and the last value of a key counts."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool = True) -> None:
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{fingerprint(settings)}.jsonl"
+        self._settings = settings
         self._known = self._read() if resume and self.path.is_file() else {}
-        lines = [{"settings": settings}, *({"key": key, "value": value} for key, value in self._known.items())]
-        written = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text(written, encoding="utf-8")
-        fresh.replace(self.path)
 
     def _read(self) -> dict[str, Any]:
         known = {}
@@ -50,8 +47,15 @@ class Rows:
 
     def put(self, key: str, value: Any) -> None:
         self._known[key] = value
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b", buffering=0) as file:  # one write a time: others may write to it too
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            lines = [] if size else [{"settings": self._settings}]
+            text = "\n" if size and file.read(1) != b"\n" else ""  # a line was cut off
+            for line in (*lines, {"key": key, "value": value}):
+                text += json.dumps(line, ensure_ascii=False, default=str) + "\n"
+            file.write(text.encode())
 
 
 class Decodings:
@@ -70,7 +74,36 @@ class Decodings:
         self.rows.put(recording_key(recording), asdict(hypothesis))
 
 
+def fingerprint(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def recording_key(recording: Recording) -> str:
     """Of the audio alone: the text may be corrected without decoding again."""
-    spans = [f"{span.path.resolve()}@{span.start:.4f}-{span.end:.4f}" for span in recording.spans]
+    spans = [f"{digest(span.path)}@{span.start:.4f}-{span.end:.4f}" for span in recording.spans]
     return hashlib.sha256("\n".join(spans).encode()).hexdigest()
+
+
+def identity(model: str | Path) -> str | list[str]:
+    """What a model is: the contents of its weights if it is a folder or a file, else its name."""
+    from ..models import PRETRAINED
+
+    folder = PRETRAINED / model if (PRETRAINED / model).is_dir() else Path(model)
+    if folder.is_file():
+        return digest(folder)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [digest(file) for file in files] or str(model)
+
+
+def digest(path: Path | str) -> str:
+    """Of the bytes in a file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such audio file; audio_filepath is relative to its manifest")
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _digest(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

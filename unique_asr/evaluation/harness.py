@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from ..data import Recording
@@ -33,7 +33,11 @@ class Hypothesis:
     text: str
     stop_reason: str = "end"  # end, length or loop
     coverage: float = 1.0  # share of the speech that the text covers, as far as the system can tell
-    passes: int = 1  # prefills of the decoder: more than one if decoding had to be continued
+    passes: int = (
+        1  # prefills of the decoder: more than one if the recording is longer, or decoding had to be continued
+    )
+    broken: int = 0  # passes that did not get to their end
+    longest: int | None = None  # positions of the longest pass, prompt and text, where the system tells
     sparsity: dict = field(default_factory=dict)  # SparsityStatistics.to_dict()
     segments: list[Segment] = field(default_factory=list)
     seconds: float = 0.0  # wall time, filled in by `evaluate`
@@ -45,8 +49,8 @@ class Hypothesis:
 class System(Protocol):
     name: str
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
-        """One hypothesis a recording, in order; how many are decoded together is the system's business."""
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
+        """(index of the recording, hypothesis) as they are complete; how many go together is the system's business."""
 
 
 @dataclass
@@ -99,7 +103,12 @@ class Result:
     def tokens_per_second(self) -> float | None:
         """Of decoding alone; None for systems that do not count."""
         seconds = sum(hypothesis.decode_seconds for hypothesis in self.hypotheses)
-        return sum(hypothesis.tokens for hypothesis in self.hypotheses) / seconds if seconds else None
+        return self.tokens / seconds if seconds else None
+
+    @property
+    def tokens(self) -> int:
+        """Written by the decoder, those that were dropped later included."""
+        return sum(hypothesis.tokens for hypothesis in self.hypotheses)
 
     @property
     def peak_memory(self) -> int | None:
@@ -139,9 +148,19 @@ class Result:
             "sparse_steps": self.total("sparse_steps"),
             "share_of_pages_read": self.share_of_pages_read,
             "stop_reasons": dict(Counter(hypothesis.stop_reason for hypothesis in self.hypotheses)),
+            "tokens": self.tokens,
             "passes": sum(hypothesis.passes for hypothesis in self.hypotheses),
+            "broken_passes": sum(hypothesis.broken for hypothesis in self.hypotheses),
+            "single_passes": sum(hypothesis.passes == 1 for hypothesis in self.hypotheses),
             "timing": self.timing.to_dict(),
         }
+
+    def ordered(self, recordings: Sequence[Recording]) -> Result:
+        """The same in the order of `recordings`."""
+        order = [self.recordings.index(recording) for recording in recordings]
+        score = Score(*([values[index] for index in order] for values in vars(self.score).values()))
+        hypotheses = [self.hypotheses[index] for index in order]
+        return replace(self, recordings=list(recordings), hypotheses=hypotheses, score=score)
 
     def row(self, index: int) -> dict:
         """One recording, with the field names of the Open ASR Leaderboard's manifests."""
@@ -156,6 +175,7 @@ class Result:
             "stop_reason": hypothesis.stop_reason,
             "coverage": hypothesis.coverage,
             "passes": hypothesis.passes,
+            "broken": hypothesis.broken,
             "tokens": hypothesis.tokens,
             "sparsity": hypothesis.sparsity,
             "segments": [
@@ -187,24 +207,32 @@ def evaluate(
     recordings: Sequence[Recording],
     progress: Callable[[Result], None] | None = None,
     decodings: Decodings | None = None,
+    known: Mapping[Recording, Hypothesis] | None = None,
 ) -> Result:
-    """Transcribe the recordings and score them; `progress(result)` is called after each one.
+    """Transcribe the recordings and score them; `progress(result)` is called after each one, in the order they come.
 
-    What `decodings` has is taken from there, and what it has not is put there.
+    What is `known`, or what `decodings` has, is not decoded; what was decoded is put into `decodings`.
     """
-    result = Result(system.name)
-    known = {r: decodings.get(r) for r in recordings} if decodings else {}
-    pending = system.transcribe([recording for recording in recordings if known.get(recording) is None])
-    for recording in recordings:
-        hypothesis = known.get(recording)
-        if hypothesis is None:
-            started, memory = time.perf_counter(), PeakMemory()
-            hypothesis = next(pending)
-            hypothesis.seconds = hypothesis.seconds or time.perf_counter() - started
-            hypothesis.peak_memory = memory.bytes()
-            if decodings:
-                decodings.put(recording, hypothesis)
+    result, known = Result(system.name), dict(known or {})
+    if decodings is not None:
+        known |= {r: found for r in recordings if r not in known and (found := decodings.get(r)) is not None}
+
+    def add(recording: Recording, hypothesis: Hypothesis) -> None:
         result.add(recording, hypothesis)
         if progress is not None:
             progress(result)
-    return result
+
+    for recording in recordings:
+        if recording in known:
+            add(recording, known[recording])
+    pending = [recording for recording in recordings if recording not in known]
+    decoded = system.transcribe(pending)
+    for _ in pending:
+        started, memory = time.perf_counter(), PeakMemory()
+        index, hypothesis = next(decoded)
+        hypothesis.seconds = hypothesis.seconds or time.perf_counter() - started
+        hypothesis.peak_memory = memory.bytes()
+        if decodings is not None:
+            decodings.put(pending[index], hypothesis)
+        add(pending[index], hypothesis)
+    return result.ordered(recordings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import torch
 
 from ..data import Recording
 from ..models.modeling import EncodedAudio, concatenate
-from .harness import Hypothesis
+from .decodings import recording_key
+from .harness import Hypothesis, System
+from .methods import RivalConfig, rivals_active
 
 if TYPE_CHECKING:
     from ..attention import SparseAttentionConfig, SparsityStatistics
@@ -25,31 +29,35 @@ if TYPE_CHECKING:
 
 
 class Encoder:
-    """Encodes each recording once, and keeps the result for the next system unless `keep` is False."""
+    """Encodes each recording once, and keeps the result for the next system unless `keep` is False.
+
+    folder: keeps it for other runs of the same model too, which may be running now.
+    """
 
     def __init__(
-        self, model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, keep: bool = True
+        self,
+        model: SpeechLLMForConditionalGeneration,
+        processor: SpeechLLMProcessor,
+        keep: bool = True,
+        folder: Path | None = None,
     ) -> None:
-        self.model, self.processor, self.keep = model, processor, keep
+        self.model, self.processor, self.keep, self.folder = model, processor, keep, folder
         self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
 
     def __call__(self, recording: Recording) -> tuple[EncodedAudio, float]:
         """The encoded recording, and the seconds that encoding took when it was done."""
-        if recording in self._encoded:
-            return self._encoded[recording]
-        started = time.perf_counter()
-        encoded = self.model.encode(recording.blocks(), self.processor)
-        encoded.best.sum().item()  # wait for the device
-        result = encoded, time.perf_counter() - started
-        if self.keep:
-            self._encoded[recording] = result
-        return result
+        if not self._has(recording):
+            started = time.perf_counter()
+            encoded = self.model.encode(recording.blocks(), self.processor)
+            encoded.best.sum().item()  # wait for the device
+            self._put(recording, encoded, time.perf_counter() - started)
+        return self._encoded[recording] if self.keep else self._encoded.pop(recording)
 
     def together(self, recordings: Sequence[Recording], windows: int = 64) -> None:
         """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded."""
         if not self.keep:
             self._encoded.clear()
-        started, fresh = time.perf_counter(), [each for each in recordings if each not in self._encoded]
+        started, fresh = time.perf_counter(), [each for each in recordings if not self._has(each)]
         cut = [list(self.processor.windows(recording.blocks())) for recording in fresh]
         flat = [window for of_one in cut for window in of_one]
         parts = [self._joined(flat[first : first + windows]) for first in range(0, len(flat), windows)]
@@ -58,7 +66,27 @@ class Encoder:
         for recording, of_one in zip(fresh, cut, strict=True):
             end = start + sum(last - first for _, first, last in of_one)
             own = replace(joined.slice(start, end), duration=self.processor.kept_seconds(of_one))
-            self._encoded[recording], start = (own, seconds), end
+            self._put(recording, own, seconds)
+            start = end
+
+    def _file(self, recording: Recording) -> Path:
+        return self.folder / f"{recording_key(recording)}.pt"
+
+    def _has(self, recording: Recording) -> bool:
+        if recording not in self._encoded and self.folder is not None and self._file(recording).is_file():
+            encoded, seconds = torch.load(self._file(recording), map_location=self.model.device, weights_only=True)
+            self._encoded[recording] = EncodedAudio(**encoded), seconds
+        return recording in self._encoded
+
+    def _put(self, recording: Recording, encoded: EncodedAudio, seconds: float) -> None:
+        self._encoded[recording] = encoded, seconds
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self._file(recording).with_suffix(f".{os.getpid()}")
+            # Slices share the storage of the whole batch, which would be saved with each of them.
+            values = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in vars(encoded).items()}
+            torch.save((values, seconds), part)
+            part.replace(self._file(recording))
 
     def _joined(self, windows: Sequence[tuple[np.ndarray, int, int]]) -> EncodedAudio:
         """Windows as if they were of one recording."""
@@ -70,6 +98,7 @@ class Encoder:
 class SpeechLLM:
     """A speech LLM as users run it: one pass where the text covers the speech, continuation where it does not.
 
+    chunk_seconds: passes are at most as long, however long `max_pass_seconds` lets them be.
     sliding: short windows and a stitched text instead.
     """
 
@@ -81,10 +110,15 @@ class SpeechLLM:
         prompt: str | None = None,
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
+        chunk_seconds: float | None = None,
         sliding: Sliding | None = None,
     ) -> None:
         self.name, self.encoder, self.attention, self.sliding = name, encoder, attention, sliding
         self.prompt, self.max_pass_seconds, self.prefill_chunk = prompt, max_pass_seconds, prefill_chunk
+        if chunk_seconds is not None:
+            self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or encoder.model.config.max_pass_seconds)
+        # The rivals' steps cannot be captured.
+        self.static = False if isinstance(attention, RivalConfig) else None
 
     def transcriber(self) -> LongformTranscriber:
         from ..longform import LongformConfig, LongformTranscriber
@@ -92,28 +126,32 @@ class SpeechLLM:
         config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
         return LongformTranscriber(self.encoder.model, self.encoder.processor, config, prompt=self.prompt)
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+    def segments(
+        self, transcriber: LongformTranscriber, encoded: EncodedAudio, decoder: Any, report: LongformReport
+    ) -> Iterator[Segment | None]:
+        if self.sliding is not None:
+            return self.sliding.transcribe(transcriber, encoded, decoder, report)
+        return transcriber.transcribe(encoded, decoder, report)
+
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
         from ..decoding import GreedyDecoder
         from ..longform import LongformReport
-        from .methods import RivalConfig, rivals_active
 
         transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
-        static = False if isinstance(self.attention, RivalConfig) else None
-        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk, static=static)
-        for recording in recordings:
+        decoder = GreedyDecoder(
+            model.language_model, self.attention, prefill_chunk=self.prefill_chunk, static=self.static
+        )
+        for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, before = time.perf_counter(), decoder.statistics.to_dict()
             decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
             report = LongformReport()
             with rivals_active():
-                if self.sliding is None:
-                    segments = list(transcriber.transcribe(encoded, decoder, report))
-                else:
-                    segments = list(self.sliding.transcribe(transcriber, encoded, decoder, report))
+                segments = list(self.segments(transcriber, encoded, decoder, report))
             counted = _counted(before, decoder.statistics)
             seconds = encode_seconds + time.perf_counter() - started
-            yield _hypothesis(segments, report, counted, seconds, report.timings["decode"])
+            yield index, _hypothesis(segments, report, counted, seconds, report.timings["decode"])
 
 
 class PretrainedLLM:
@@ -127,61 +165,69 @@ class PretrainedLLM:
         prompt: str | None = None,
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
+        chunk_seconds: float | None = None,
     ) -> None:
+        from ..models import adapters
+
         self.name, self.model, self.attention, self.prompt = name, model, attention, prompt
         self.max_pass_seconds, self.prefill_chunk = max_pass_seconds, prefill_chunk
+        if chunk_seconds is not None:
+            self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or adapters.find(model[0]).pass_seconds)
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
         from ..models.adapters import make_transcriber
-        from .methods import RivalConfig, rivals_active
 
         options = {"max_pass_seconds": self.max_pass_seconds, "prefill_chunk": self.prefill_chunk}
         transcriber = make_transcriber(self.model, attention=self.attention, **options)
         if isinstance(self.attention, RivalConfig):
             transcriber.decoder.static = False
-        for recording in recordings:
+        for index, recording in enumerate(recordings):
             started = time.perf_counter()
             with rivals_active():
                 segments, info = transcriber.transcribe(recording.audio(), prompt=self.prompt)
                 segments = list(segments)
-            yield Hypothesis(
-                text=" ".join(segment.text.strip() for segment in segments),
-                stop_reason=info.stop_reason,
-                coverage=info.coverage,
-                passes=info.passes,
-                sparsity={key: value for key, value in info.sparsity.items() if key != "share_of_pages_read"},
-                segments=segments,
-                seconds=time.perf_counter() - started,
-                tokens=info.sparsity.get("steps", 0),
-                decode_seconds=info.timings.get("decode", 0.0),
+            yield (
+                index,
+                Hypothesis(
+                    text=" ".join(segment.text.strip() for segment in segments),
+                    stop_reason=info.stop_reason,
+                    coverage=info.coverage,
+                    passes=info.passes,
+                    sparsity={key: value for key, value in info.sparsity.items() if key != "share_of_pages_read"},
+                    segments=segments,
+                    seconds=time.perf_counter() - started,
+                    tokens=info.sparsity.get("steps", 0),
+                    decode_seconds=info.timings.get("decode", 0.0),
+                ),
             )
 
 
 class BatchedSpeechLLM(SpeechLLM):
     """The same for `batch` recordings at a time: one decode step writes a token for each of them.
 
-    Their windows are encoded together; times are shares of the batch's.
+    Their windows are encoded together; times are those of the batch, counted once.
     """
 
     def __init__(self, *args: Any, batch: int = 16, **options: Any) -> None:
         super().__init__(*args, **options)
         self.batch = batch
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
         from ..batch import interleave
         from ..batch_decoding import BatchDecoder
 
         transcriber = self.transcriber()
-        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk)
-        remaining = iter(recordings)
-        while group := list(islice(remaining, self.batch)):
+        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk, self.static)
+        for first in range(0, len(recordings), self.batch):
+            group = recordings[first : first + self.batch]
             self.encoder.together(group)
-            started = time.perf_counter()
             tasks = (self._transcribed(recording, transcriber, decoder) for recording in group)
-            found = dict(interleave(tasks, self.batch, decoder.step))
-            share = (time.perf_counter() - started) / len(group)
-            for _, hypothesis in sorted(found.items()):
-                yield replace(hypothesis, seconds=hypothesis.seconds + share)
+            last = time.perf_counter()
+            with rivals_active():
+                for index, hypothesis in interleave(tasks, self.batch, decoder.step):
+                    now = time.perf_counter()
+                    yield first + index, replace(hypothesis, seconds=hypothesis.seconds + now - last)
+                    last = now
 
     def _transcribed(
         self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
@@ -192,7 +238,7 @@ class BatchedSpeechLLM(SpeechLLM):
         encoded, encode_seconds = self.encoder(recording)
         row, report, segments = decoder.row(), LongformReport(), []
         try:
-            for segment in transcriber.transcribe(encoded, row, report):
+            for segment in self.segments(transcriber, encoded, row, report):
                 if segment is None:
                     yield
                 else:
@@ -200,6 +246,16 @@ class BatchedSpeechLLM(SpeechLLM):
         finally:
             decoder.remove(row)
         return _hypothesis(segments, report, _counts(row.statistics), encode_seconds, row.seconds["decode"])
+
+
+class Deferred:
+    """A system that is made, with its model, when there is a recording to decode."""
+
+    def __init__(self, name: str, make: Callable[[], System]) -> None:
+        self.name, self.make = name, make
+
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
+        yield from self.make().transcribe(recordings)
 
 
 class GreedyCTC:
@@ -210,12 +266,12 @@ class GreedyCTC:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
         blank, tokenizer = self.encoder.model.config.blank_id, self.encoder.processor.tokenizer
-        for recording in recordings:
+        for index, recording in enumerate(recordings):
             encoded, seconds = self.encoder(recording)
             ids = [token for token, _ in groupby(encoded.best.tolist()) if token != blank]
-            yield Hypothesis(text=tokenizer.decode(ids).strip(), seconds=seconds)
+            yield index, Hypothesis(text=tokenizer.decode(ids).strip(), seconds=seconds)
 
 
 class Whisper:
@@ -234,8 +290,9 @@ class Whisper:
             raise ImportError("the Whisper reference needs faster-whisper: pip install faster-whisper") from None
         self.model = WhisperModel(model, device=device, compute_type=compute_type, cpu_threads=threads)
 
-    def transcribe(self, recordings: Iterable[Recording]) -> Iterator[Hypothesis]:
-        for recording in recordings:
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
+        for index, recording in enumerate(recordings):
+            started = time.perf_counter()
             segments, info = self.model.transcribe(
                 recording.audio(),
                 language="en",
@@ -246,9 +303,13 @@ class Whisper:
             )
             segments = list(segments)
             end = min(segments[-1].end, info.duration) if segments else 0.0
-            yield Hypothesis(
-                text=" ".join(segment.text.strip() for segment in segments),
-                coverage=end / max(info.duration, 1e-9),
+            yield (
+                index,
+                Hypothesis(
+                    text=" ".join(segment.text.strip() for segment in segments),
+                    coverage=end / max(info.duration, 1e-9),
+                    seconds=time.perf_counter() - started,
+                ),
             )
 
 
@@ -260,6 +321,8 @@ def _hypothesis(
         stop_reason=report.stop_reason,
         coverage=report.coverage,
         passes=report.passes,
+        broken=report.broken,
+        longest=report.longest,
         sparsity=counted,
         segments=segments,
         seconds=seconds,

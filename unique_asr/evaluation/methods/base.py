@@ -45,7 +45,7 @@ class Method(ABC):
 
     @abstractmethod
     def rank(self, query: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, int]:
-        """Ranks [B or 1, K or 1, N] of the tokens, -inf for those that must not be read, and how many to read at most."""
+        """Ranks [B or 1, K or 1, N] of the tokens, -inf for what must not be read, and how many to read at most."""
 
     def attended(self, tokens: Tensor, weights: Tensor) -> None:  # noqa: B027
         """What the step read: tokens [B, K, n], and the attention [B, K, G, n] that they got, if the method watches."""
