@@ -10,17 +10,25 @@ from unique_asr.data import Recording, Span, Utterance
 from unique_asr.evaluation.harness import Hypothesis, Result
 from unique_asr.evaluation.report import dense_of, write_results
 
-SETTINGS = {"data": {"manifest": "eval.jsonl"}, "model": {"name_or_path": "default"}}
+SETTINGS = {
+    "data": {"manifest": "eval.jsonl"},
+    "model": {"name_or_path": "default"},
+    "decoding": {"max_pass_seconds": 700},
+    "batch": 4,
+}
 
 
-def result(system, budget, minutes, dropped):
+def result(system, budget, minutes, dropped, sparse=True):
     """Ten words a recording, of which the first `dropped` ones of the second recording are left out."""
+    sparsity = {"steps": 20, "sparse_steps": 10 * (sparse and budget is not None)}
     made = Result(system, set=f"{minutes} min", budget=budget)
     for name, left in (("x", 0), ("y", dropped)):
         words = [f"{name}{n}" for n in range(10)]
         span = Span(f"{name}.wav", 0.0, 60.0 * minutes)
         recording = Recording(name, (span,), (Utterance(0.0, span.end, " ".join(words)),))
-        made.add(recording, Hypothesis(" ".join(words[left:]), seconds=3.0, tokens=12, decode_seconds=2.0))
+        made.add(
+            recording, Hypothesis(" ".join(words[left:]), seconds=3.0, tokens=12, decode_seconds=2.0, sparsity=sparsity)
+        )
     return made
 
 
@@ -33,6 +41,8 @@ def results():
         result("dense", None, 10, 2),
         result("unique-256", 256, 10, 4),
         result("unique-512", 512, 10, 3),
+        result("h2o-256", 256, 10, 6),
+        result("h2o-512", 512, 1, 1, sparse=False),
     ]
 
 
@@ -58,6 +68,21 @@ def test_json_csv_and_markdown(results, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| unique-256 10 min | 20.00 [" in report
     assert "+100.0" in report
+
+
+def test_a_table_for_each_budget(results, tmp_path):
+    write_results(tmp_path, results, SETTINGS)
+    report = (tmp_path / "report.md").read_text()
+    assert "passes of at most 700 s" in report
+    assert "| 10 min | 2 | 0.33 | 10.0, 10.0 |" in report
+    small = report.partition("## 256 tokens")[2].partition("## 512 tokens")[0].splitlines()
+    rows = {line.split(" |")[0]: line.split(" | ")[1:] for line in small if line.startswith("| ")}
+    assert small.count("| method | 1 min | 10 min |") == 2
+    assert "| dense | 5.00 | 10.00 |" in small
+    assert "| h2o |  | 30.00 (+200.0 [" in "\n".join(small), "to dense"
+    assert rows["| h2o"][1].startswith("30.00 (+50.0 ["), "to UNIQUE, in the table after that"
+    large = report.partition("## 512 tokens")[2]
+    assert "| h2o | = dense |  |" in large, "no step was sparse"
 
 
 def test_without_matplotlib_the_report_says_so(results, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = 0
-    tables: dict[str, list[Result]] = {}  # by folder: the jobs of a multirun that share one share its table
+    tables: dict[str, list] = {}  # by folder: the jobs of a multirun that share one share its table
 
     def task(config: DictConfig) -> None:
         nonlocal code
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 from .text import evaluate_text
 
-                evaluate_text(config, attention_systems(config))
+                evaluate_text(config, attention_systems(config), tables.setdefault(config.output.dir, []))
         except (OSError, ValueError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 1
@@ -85,21 +85,22 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
         decodings = Decodings(folder / "decodings", made_of, config.resume)
         for name, recordings in sets.items():
             known = dense.same(recordings, made_of)
-            if not config.decode:
-                there = sum(recording in known or decodings.get(recording) is not None for recording in recordings)
-                if there < len(recordings):
-                    what = f"{system.name} {name}".strip()
-                    print(f"{what}: left out, {there} of {len(recordings)} recordings decoded", file=sys.stderr)
-                    continue
+            there = sum(recording in known or decodings.get(recording) is not None for recording in recordings)
+            if there < len(recordings) and not config.decode:
+                what = f"{system.name} {name}".strip()
+                print(f"{what}: left out, {there} of {len(recordings)} recordings decoded", file=sys.stderr)
+                continue
             stem = f"{system.name}@{name.replace(' ', '')}" if name else system.name
             result = evaluate_system(system, recordings, folder / f"{stem}.jsonl", decodings, known)
             result.set, result.budget = name, made_of.get("attention", {}).get("budget")
             dense.add(result, made_of)
             results[:] = [each for each in results if (each.system, each.set) != (result.system, name)] + [result]
             print(summary(result, results), flush=True)
-            write_results(folder, results, settings)
+            if there < len(recordings):
+                write_results(folder, results, settings)
     if not results:
         raise ValueError(f"{folder}: nothing was decoded yet with these settings; leave out decode=false")
+    write_results(folder, results, settings)
 
 
 class Dense:

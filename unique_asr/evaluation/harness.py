@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from ..data import Recording
@@ -66,6 +67,8 @@ class Result:
     entities: EntityErrors = field(default_factory=EntityErrors)
 
     def add(self, recording: Recording, hypothesis: Hypothesis) -> None:
+        for name in ("timing", "longest_repeated_run"):
+            vars(self).pop(name, None)
         self.recordings.append(recording)
         self.hypotheses.append(hypothesis)
         self.score.add(recording.text, hypothesis.text)
@@ -115,12 +118,12 @@ class Result:
         """Bytes."""
         return max((h.peak_memory for h in self.hypotheses if h.peak_memory is not None), default=None)
 
-    @property
+    @cached_property
     def longest_repeated_run(self) -> int:
         """Words of the longest repetition in any hypothesis."""
         return max((longest_repeated_run(hypothesis.text) for hypothesis in self.hypotheses), default=0)
 
-    @property
+    @cached_property
     def timing(self) -> TimingErrors:
         """Of the systems that give times to words."""
         errors = TimingErrors()

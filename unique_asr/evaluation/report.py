@@ -17,22 +17,32 @@ from .scoring import relative_difference
 
 COLUMNS = (
     "system", "set", "budget", "recordings", "wer", "low", "high", "to_dense", "to_dense_low", "to_dense_high",
-    "substitutions", "deletions", "insertions", "raw_wer", "cer", "entity_error_rate", "entities", "words",
-    "longest_repeated_run", "coverage", "words_misplaced", "start_error", "rtfx", "tokens_per_second", "peak_memory",
-    "share_of_pages_read", "sparse_steps", "steps", "passes", "stop_reasons",
+    "to_unique", "to_unique_low", "to_unique_high", "substitutions", "deletions", "insertions", "raw_wer", "cer",
+    "entity_error_rate", "entities", "words", "longest_repeated_run", "coverage", "words_misplaced", "start_error",
+    "rtfx", "tokens_per_second", "peak_memory", "share_of_pages_read", "sparse_steps", "steps", "tokens", "passes",
+    "broken_passes", "single_passes", "stop_reasons",
 )  # fmt: skip
 
 
 def dense_of(result: Result, results: Sequence[Result]) -> Result | None:
     """The result of dense attention on the same recordings, unless that is what it is."""
+    return _other("dense", result, results)
+
+
+def unique_of(result: Result, results: Sequence[Result]) -> Result | None:
+    """The result of UNIQUE with the same budget on the same recordings, unless that is what it is."""
+    return None if result.budget is None else _other(f"unique-{result.budget}", result, results)
+
+
+def _other(system: str, result: Result, results: Sequence[Result]) -> Result | None:
     for other in results:
-        if other.system == "dense" and other.set == result.set and other is not result:
+        if other.system == system and other.set == result.set and other is not result:
             return other
     return None
 
 
 def flat(result: Result, results: Sequence[Result]) -> dict[str, Any]:
-    """One row of the table, with the difference to dense relative to dense's word error rate."""
+    """One row of the table, with the differences to dense and to UNIQUE, relative to their word error rates."""
     row = result.to_dict()
     low, high = row["interval"] or (None, None)
     timing = result.timing
@@ -43,12 +53,12 @@ def flat(result: Result, results: Sequence[Result]) -> dict[str, Any]:
         "start_error": timing.to_dict()["start_error"],
         "stop_reasons": " ".join(f"{reason}:{count}" for reason, count in row["stop_reasons"].items()),
     }
-    dense = dense_of(result, results)
-    if dense is not None and sum(error.edits for error in dense.errors):
-        difference = relative_difference(result.errors, dense.errors)
-        row |= dict(zip(("to_dense", "to_dense_low", "to_dense_high"), difference, strict=True))
-        if len(result.recordings) < 2:
-            row["to_dense_low"] = row["to_dense_high"] = None
+    for name, other in (("to_dense", dense_of(result, results)), ("to_unique", unique_of(result, results))):
+        if other is not None and sum(error.edits for error in other.errors):
+            difference = relative_difference(result.errors, other.errors)
+            if len(result.recordings) < 2:
+                difference = difference[0], None, None
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), difference, strict=True))
     return {column: row.get(column) for column in COLUMNS}
 
 
@@ -58,13 +68,69 @@ def write_results(folder: Path, results: Sequence[Result], settings: dict[str, A
     table = {"settings": settings, "results": [result.to_dict() | row for result, row in zip(results, rows)]}
     (folder / "results.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     write_csv(folder / "results.csv", rows, COLUMNS)
-    sections = [
-        "# Word error rates\n",
-        f"{settings['data']['manifest']}, {settings['model']['name_or_path']}; greedy, Whisper's English normaliser, "
-        "intervals: 95 % of bootstrap samples over recordings, in pairs for the difference to dense.\n",
-        markdown_table(rows),
-    ]
-    (folder / "report.md").write_text("\n".join([*sections, *plots(folder, rows)]), encoding="utf-8")
+    seconds = settings["decoding"]["max_pass_seconds"]
+    introduction = (
+        f"{Path(settings['data']['manifest']).name}, model {settings['model']['name_or_path']}, greedy, passes of at "
+        f"most {'what the model was trained for' if seconds is None else f'{seconds:g} s'}, {settings['batch']} "
+        "recordings at a time. Corpus word error rates after Whisper's English normaliser; intervals are 95 % of "
+        "bootstrap samples over recordings, in pairs for differences, which are relative.\n"
+    )
+    sections = ["# Word error rates\n", introduction, recordings_table(results)]
+    sections += [*grids(rows), *plots(folder, rows), "## All measures\n", markdown_table(rows)]
+    (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def recordings_table(results: Sequence[Result]) -> str:
+    """What each set holds."""
+    lines = ["| recordings | number | hours | minutes of the shortest and the longest |", "|---|---|---|---|"]
+    for name, result in {result.set: result for result in results}.items():
+        minutes = [recording.duration / 60 for recording in result.recordings]
+        span = f"{min(minutes):.1f}, {max(minutes):.1f}"
+        lines.append(f"| {name or 'all'} | {len(minutes)} | {sum(minutes) / 60:.2f} | {span} |")
+    return "\n".join(lines) + "\n"
+
+
+def grids(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of methods and lengths for each budget; none if a run has one budget and one length."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    if not budgets or len(sets) * len(budgets) == 1:
+        return []
+    sections = []
+    for budget in budgets:
+        chosen = [row for row in rows if row["budget"] in (budget, None)]
+        sections += [f"## {budget} tokens\n", "WER in %, and its difference to dense in %.\n"]
+        sections.append(grid(chosen, sets, "to_dense", budget))
+        if any(row["to_unique"] is not None for row in chosen):
+            others = [row for row in chosen if row["budget"] is not None]
+            sections += ["The same, and the difference to UNIQUE in %: more than 0 is worse than UNIQUE.\n"]
+            sections.append(grid(others, sets, "to_unique", budget))
+    return sections
+
+
+def grid(rows: Sequence[dict[str, Any]], sets: Sequence[str], difference: str, budget: int) -> str:
+    """Methods and sets; what no step of was sparse is dense."""
+    cells = {(row["system"], row["set"]): row for row in rows}
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        if row["budget"] is not None and not row["sparse_steps"]:
+            return "= dense"
+        text = f"{100 * row['wer']:.2f}"
+        if row[difference] is not None:
+            text += f" ({100 * row[difference]:+.1f}{span(row, f'{difference}_low', f'{difference}_high', '+')})"
+        return text
+
+    lines = ["| method | " + " | ".join(name or "all" for name in sets) + " |", "|" + "---|" * (len(sets) + 1)]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        shown = [cell(cells.get((system, name))) for name in sets]
+        lines.append(f"| {system.replace(f'-{budget}', '')} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def span(row: dict[str, Any], low: str, high: str, sign: str = "") -> str:
+    return "" if row[low] is None else f" [{100 * row[low]:{sign}.1f}, {100 * row[high]:{sign}.1f}]"
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -76,9 +142,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """The columns that people look at; the others are in the CSV file."""
-
-    def span(row: dict[str, Any], low: str, high: str, sign: str = "") -> str:
-        return "" if row[low] is None else f" [{100 * row[low]:{sign}.1f}, {100 * row[high]:{sign}.1f}]"
 
     cells: dict[str, Callable[[dict[str, Any]], str]] = {
         "system": lambda row: f"{row['system']} {row['set']}".strip(),
@@ -97,6 +160,8 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         "coverage %": lambda row: f"{100 * row['coverage']:.1f}",
         "start error s": lambda row: number(row["start_error"], 1, 2),
         "pages read %": lambda row: f"{100 * row['share_of_pages_read']:.1f}" if row["steps"] else "",
+        "passes, single, broken": lambda row: f"{row['passes']}, {row['single_passes']}, {row['broken_passes']}",
+        "tokens": lambda row: str(row["tokens"]),
         "RTFx": lambda row: f"{row['rtfx']:.1f}",
         "tokens/s": lambda row: number(row["tokens_per_second"], 1, 1),
         "peak GB": lambda row: number(row["peak_memory"], 1e-9, 2),
@@ -117,41 +182,60 @@ def plots(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
     except ImportError:
         return ["No plots: they need matplotlib (pip install matplotlib).\n"]
 
-    def draw(name: str, label: str, lines: dict[str, list[tuple[Any, float]]], log: bool = False) -> str:
-        figure, axes = pyplot.subplots(figsize=(6, 4))
-        for title, points in lines.items():
-            x, y = zip(*points)
-            axes.plot(x, y, "o-", label=title)
-        if log:
-            axes.set_xscale("log", base=2)
-        axes.set(xlabel=label, ylabel="WER %")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-        axes.tick_params(axis="x", rotation=0 if log else 30)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        pyplot.close(figure)
-        return f"![WER against {label}]({name}.png)\n"
-
-    by_budget, by_length, by_method = defaultdict(list), defaultdict(list), defaultdict(list)
+    by_budget, by_length, by_method = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
     for row in rows:
-        wer, name = 100 * row["wer"], f"{row['system']} {row['set']}".strip()
-        by_method[row["set"] or "all"].append((row["system"], wer))
+        name, budget, place = row["system"].replace(f"-{row['budget']}", ""), row["budget"], row["set"] or "all"
+        wer = 100 * row["wer"]
+        by_method[place]["" if budget is None else f"{budget} tokens"].append((name, wer))
+        if budget is not None:
+            by_budget[place][name].append((budget, wer))
         if row["set"].endswith(" min"):
-            by_length[row["system"]].append((float(row["set"].removesuffix(" min")), wer))
-        if row["budget"] is not None:
-            by_budget[name.replace(f"-{row['budget']}", "")].append((row["budget"], wer))
-    budgets = sorted({budget for points in by_budget.values() for budget, _ in points})
-    drawn = [draw("wer_by_method", "method", by_method)]
-    if len(budgets) > 1:
+            by_length["dense" if budget is None else f"{budget} tokens"][name].append(
+                (float(row["set"].removesuffix(" min")), wer)
+            )
+    budgets = sorted({budget for lines in by_budget.values() for points in lines.values() for budget, _ in points})
+    for place, lines in by_budget.items():
         for row in rows:
-            if row["budget"] is None and row["system"] == "dense":
-                by_budget[f"dense {row['set']}".strip()] = [(budget, 100 * row["wer"]) for budget in budgets]
-        drawn.append(draw("wer_by_budget", "budget, tokens", by_budget, log=True))
-    if any(len(points) > 1 for points in by_length.values()):
-        drawn.append(draw("wer_by_length", "length, minutes", by_length, log=True))
+            if row["system"] == "dense" and (row["set"] or "all") == place:
+                lines["dense"] = [(budget, 100 * row["wer"]) for budget in budgets]
+    unbudgeted = by_length.pop("dense", {})
+    for lines in by_length.values():
+        lines |= unbudgeted
+    by_length = by_length or {"": unbudgeted}
+    drawn = [draw(folder, "wer_by_method", "method", by_method, join=False)]
+    if len(budgets) > 1:
+        drawn.append(draw(folder, "wer_by_budget", "budget, tokens", by_budget))
+    if any(len(points) > 1 for lines in by_length.values() for points in lines.values()):
+        drawn.append(draw(folder, "wer_by_length", "length, minutes", by_length))
     return drawn
+
+
+def draw(
+    folder: Path, name: str, label: str, panels: dict[str, dict[str, list[tuple[Any, float]]]], join: bool = True
+) -> str:
+    """A PNG file with a panel for each title, lines of points by name in it; join=False: points alone, x are names."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 4), sharey=True, squeeze=False)
+    values = [y for lines in panels.values() for points in lines.values() for _, y in points]
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for line, points in sorted(lines.items()):
+            x, y = zip(*sorted(points), strict=True) if join else zip(*points, strict=True)
+            axis.plot(x, y, "o-" if join else "o", label=line or None)
+        if join:
+            axis.set_xscale("log", base=2)
+        if max(values) > 5 * min(values) > 0:
+            axis.set_yscale("log")
+        axis.set(title=title, xlabel=label)
+        axis.grid(alpha=0.3, which="both")
+        axis.tick_params(axis="x", rotation=0 if join else 60)
+        if any(lines):
+            axis.legend(fontsize="x-small")
+    axes[0, 0].set_ylabel("WER %")
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(figure)
+    return f"![WER against {label}]({name}.png)\n"

@@ -27,7 +27,7 @@ def english_normalizer() -> Callable[[str], str]:
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     spelling = json.loads(resources.files(__package__).joinpath("english_spelling.json").read_text("utf-8"))
-    return EnglishTextNormalizer(spelling)
+    return functools.lru_cache(4096)(EnglishTextNormalizer(spelling))  # every system has the same references
 
 
 @dataclass(frozen=True)

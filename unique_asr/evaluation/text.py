@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from ..attention import PagedCache, SparseAttentionConfig
 from ..attention.huggingface import NAME, set_attention
-from ..decoding import GreedyDecoder
+from ..batch import interleave
+from ..batch_decoding import BatchDecoder
+from ..longform import PENDING
 from ..models import resolve_device, resolve_dtype
-from .decodings import Rows
+from .decodings import Rows, digest, identity
 from .methods import RivalConfig, Sliding, rivals_active
 from .report import write_csv
 from .ruler import Item, Sources, make_item, sentences
@@ -67,56 +71,84 @@ class TextResult:
         return f"{self.shown:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def evaluate_text(config: DictConfig, methods: dict[str, SparseAttentionConfig | Sliding]) -> None:
-    """Runs task=ruler or task=perplexity: a line for each method, task and length; files as for speech."""
+def evaluate_text(
+    config: DictConfig, methods: dict[str, SparseAttentionConfig | Sliding], results: list[TextResult]
+) -> None:
+    """Runs task=ruler or task=perplexity: a line for each method, task and length; files as for speech.
+
+    Adds to `results`, which are those of the folder, and writes all of them.
+    """
     settings, options = OmegaConf.to_container(config), config.text
     if options.model is None:
         raise ValueError(f"text.model is missing: evaluate.py task={config.task} text.model=FOLDER")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     methods = {name: method for name, method in methods.items() if not isinstance(method, Sliding)}
-    model, tokenizer = load_language_model(options.model, config.device, config.dtype)
-    work = RulerRun(model, tokenizer, options) if config.task == "ruler" else PerplexityRun(model, tokenizer, options)
+    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    language_model = LanguageModel(options.model, config.device, config.dtype)
+    work = (RulerRun if config.task == "ruler" else PerplexityRun)(language_model, options)
     folder = Path(config.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results: list[TextResult] = []
+    files = {name: None if options[name] is None else digest(options[name]) for name in ("file", "qa")}
+    about = files | {"task": config.task, "model": identity(options.model), "dtype": str(dtype), "batch": config.batch}
     for name, attention in methods.items():
-        about = {"model": options.model, "dtype": config.dtype, "attention": asdict(attention), "file": options.file}
+        own = {"attention": asdict(attention), "class": type(attention).__name__}
         if isinstance(attention, RivalConfig):
-            about["method"] = attention.method.name
-        rows = Rows(folder / "decodings", about | {"task": config.task, "qa": options.qa}, config.resume)
+            own["method"] = attention.method.name
+        rows = Rows(folder / "decodings", about | own, config.resume)
         for task, length, samples in work.sets():
-            result = TextResult(name, attention.budget, task, length)
-            read = total = 0
-            for key, sample in samples:
-                value = rows.get(key)
-                if value is None:
-                    with torch.no_grad(), rivals_active():
-                        value = work.run(sample, attention)
-                    rows.put(key, value)
-                result.values.append(value["value"])
-                read, total = read + value["pages_read"], total + value["pages_total"]
+            missing = [(key, sample) for key, sample in samples if rows.get(key) is None]
+            if missing and not config.decode:
+                done = f"{len(samples) - len(missing)} of {len(samples)} samples done"
+                print(f"{name} {task} {length}: left out, {done}", file=sys.stderr)
+                continue
+            for first in range(0, len(missing), config.batch):
+                keys, group = zip(*missing[first : first + config.batch], strict=True)
+                with torch.no_grad(), rivals_active():
+                    for key, value in zip(keys, work.run(group, attention), strict=True):
+                        rows.put(key, value)
+            values = [rows.get(key) for key, _ in samples]
+            read, total = (sum(value[counter] for value in values) for counter in ("pages_read", "pages_total"))
+            result = TextResult(name, attention.budget, task, length, [value["value"] for value in values])
             result.share_of_pages_read = read / max(total, 1)
-            results.append(result)
+            place = (result.system, task, length)
+            results[:] = [each for each in results if (each.system, each.task, each.length) != place] + [result]
             print(
                 f"{name:<18} {task:<14} {length:>6} {result} | pages read {result.share_of_pages_read:.1%}", flush=True
             )
             write_text_results(folder, results, settings)
+    if not results:
+        raise ValueError(f"{folder}: nothing was decoded yet with these settings; leave out decode=false")
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer; the model is loaded when there is something to decode."""
+
+    def __init__(self, name: str, device: str, dtype: str) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_pretrained("AutoTokenizer", self.name)
+
+    @cached_property
+    def model(self) -> Any:
+        device = resolve_device(self.device)
+        model = load_pretrained("AutoModelForCausalLM", self.name, dtype=resolve_dtype(self.dtype, device))
+        return model.to(device).eval()
 
 
 class RulerRun:
     """RULER's tasks for one model."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: DictConfig) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
+        self.language_model, self.tokenizer, self.options = language_model, language_model.tokenizer, options
         text = Path(options.file).read_text(encoding="utf-8") if options.file else ""
         questions = Path(options.qa).read_text(encoding="utf-8").splitlines() if options.qa else []
         self.sources = Sources(sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
         self.tasks = [task for task in options.tasks if task != "qa" or questions]
-        ids = getattr(model.generation_config, "eos_token_id", None)
-        self.stop_ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
         self._items: dict[tuple[str, int], list[Item]] = {}
-        self._last: tuple[SparseAttentionConfig, GreedyDecoder] | None = None
+        self._last: tuple[SparseAttentionConfig, BatchDecoder] | None = None
 
     def sets(self) -> Iterator[tuple[str, int, list[tuple[str, Item]]]]:
         """Task, length, and the samples with their keys."""
@@ -139,40 +171,57 @@ class RulerRun:
         asked = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return asked + begin.lstrip()
 
-    def run(self, item: Item, attention: SparseAttentionConfig) -> dict[str, Any]:
+    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Answers side by side."""
+        decoder = self._decoder(attention)
+        answers = dict(interleave((self._answer(item, decoder) for item in items), len(items), decoder.step))
+        return [answers[index] for index in range(len(items))]
+
+    def _answer(self, item: Item, decoder: BatchDecoder) -> Generator[None, None, dict[str, Any]]:
+        """Yields where the batch has to make a step."""
+        model = self.language_model.model
         text = self._chat(item.prompt, item.begin)
         special = self.tokenizer.chat_template is None
-        ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids.to(self.model.device)
-        decoder = self._decoder(attention)
-        decoder.capacity = max(decoder.capacity, ids.shape[1] + item.answer_tokens + 1)
-        before = decoder.statistics.pages_read, decoder.statistics.pages_total
-        decoder.prefill(self.model.get_input_embeddings()(ids))
-        output = self.tokenizer.decode(list(decoder.tokens(item.answer_tokens, self.stop_ids)))
+        ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids.to(model.device)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        row, tokens = decoder.row(), []
+        try:
+            row.prefill(model.get_input_embeddings()(ids))
+            for token in row.tokens(item.answer_tokens, ends):
+                if token == PENDING:
+                    yield
+                else:
+                    tokens.append(token)
+        finally:
+            decoder.remove(row)
+        output = self.tokenizer.decode(tokens)
         return {
             "value": item.score(output),
             "output": output,
             "answers": item.answers,
-            "pages_read": decoder.statistics.pages_read - before[0],
-            "pages_total": decoder.statistics.pages_total - before[1],
+            "pages_read": row.statistics.pages_read,
+            "pages_total": row.statistics.pages_total,
         }
 
-    def _decoder(self, attention: SparseAttentionConfig) -> GreedyDecoder:
+    def _decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
         """The last one, if it is for the same method: its memory and CUDA graphs are kept."""
         if self._last is None or self._last[0] is not attention:
             static = False if isinstance(attention, RivalConfig) else None
-            self._last = attention, GreedyDecoder(self.model, attention, 0, PREFILL_CHUNK, static)
-        self._last[1].reset()
+            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK, static)
         return self._last[1]
 
 
 class PerplexityRun:
     """Stretches of a text, evenly spaced over it; the last tokens of each are read one by one."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: DictConfig) -> None:
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
         if options.file is None:
             raise ValueError("text.file is missing: task=perplexity reads a text, text.file=FILE")
-        self.model, self.options = model, options
-        self.ids = tokenizer(Path(options.file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+        self.language_model, self.options = language_model, options
+        self.ids = language_model.tokenizer(
+            Path(options.file).read_text(encoding="utf-8"), return_tensors="pt"
+        ).input_ids[0]
 
     def sets(self) -> Iterator[tuple[str, int, list[tuple[str, Tensor]]]]:
         for length in self.options.lengths:
@@ -187,49 +236,45 @@ class PerplexityRun:
             key = f"perplexity {length} {self.options.score_tokens}"
             yield "perplexity", length, [(f"{key} {start}", self.ids[start : start + length]) for start in starts]
 
-    def run(self, ids: Tensor, attention: SparseAttentionConfig) -> dict[str, Any]:
-        """Mean loss, in nats, of the last tokens, each read with its own decode step."""
-        ids = ids[None].to(self.model.device)
+    def run(self, stretches: Sequence[Tensor], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Mean loss, in nats, of the last tokens of each, read side by side and each with its own decode step."""
+        model = self.language_model.model
+        ids = torch.stack(list(stretches)).to(model.device)
         length, first = ids.shape[1], ids.shape[1] - self.options.score_tokens
-        set_attention(self.model, NAME)
-        cache = PagedCache(self.model.config, attention, length)
+        set_attention(model, NAME)
+        cache = PagedCache(model.config, attention, length)
         losses = []
         for start in range(0, first, PREFILL_CHUNK):
             chunk = ids[:, start : min(first, start + PREFILL_CHUNK)]
-            logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
         for index in range(first, length):
-            losses.append(-logits[0, -1].float().log_softmax(dim=-1)[ids[0, index]])
+            likely = logits[:, -1].float().log_softmax(dim=-1)
+            losses.append(-likely.gather(1, ids[:, index : index + 1]))
             if index + 1 < length:
-                logits = self.model(ids[:, index : index + 1], past_key_values=cache).logits
-        counters = cache.statistics
-        return {
-            "value": torch.stack(losses).mean().item(),
-            "pages_read": counters.pages_read,
-            "pages_total": counters.pages_total,
-        }
+                logits = model(ids[:, index : index + 1], past_key_values=cache).logits
+        counters, rows = cache.statistics, len(ids)
+        read = {"pages_read": counters.pages_read // rows, "pages_total": counters.pages_total // rows}
+        return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]
 
 
-def load_language_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a folder, the hub or a .gguf file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_pretrained(kind: str, name: str, **options: Any) -> Any:
+    """`kind` of transformers, such as AutoTokenizer, from a folder, the hub or a .gguf file."""
+    import transformers
     from transformers.utils import logging
 
-    chosen = resolve_device(device)
-    path, place, options = Path(name), name, {}
+    path, place = Path(name), name
     if path.suffix == ".gguf":
-        place, options = str(path.parent), {"gguf_file": path.name}
+        place, options = str(path.parent), options | {"gguf_file": path.name}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=resolve_dtype(dtype, chosen), **options)
+        return getattr(transformers, kind).from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"text.model={name}: cannot be loaded as a causal language model ({reason})") from error
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.to(chosen).eval(), tokenizer
 
 
 def write_text_results(folder: Path, results: Sequence[TextResult], settings: dict[str, Any]) -> None:
