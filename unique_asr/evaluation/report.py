@@ -178,13 +178,6 @@ def number(value: float | None, factor: float, digits: int) -> str:
 
 def plots(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown of the plots, drawn into PNG files: against the budget, the length and the method."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        return ["No plots: they need matplotlib (pip install matplotlib).\n"]
-
     by_budget, by_length, by_method = (defaultdict(lambda: defaultdict(list)) for _ in range(3))
     for row in rows:
         name, budget, place = row["system"].replace(f"-{row['budget']}", ""), row["budget"], row["set"] or "all"
@@ -205,19 +198,30 @@ def plots(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     for lines in by_length.values():
         lines |= unbudgeted
     by_length = by_length or {"": unbudgeted}
-    drawn = [draw(folder, "wer_by_method", "method", by_method, join=False)]
+    drawn = [draw(folder, "wer_by_method", "method", by_method, "WER %", join=False)]
     if len(budgets) > 1:
-        drawn.append(draw(folder, "wer_by_budget", "budget, tokens", by_budget))
+        drawn.append(draw(folder, "wer_by_budget", "budget, tokens", by_budget, "WER %"))
     if any(len(points) > 1 for lines in by_length.values() for points in lines.values()):
-        drawn.append(draw(folder, "wer_by_length", "length, minutes", by_length))
-    return drawn
+        drawn.append(draw(folder, "wer_by_length", "length, minutes", by_length, "WER %"))
+    return list(dict.fromkeys(drawn))
 
 
 def draw(
-    folder: Path, name: str, label: str, panels: dict[str, dict[str, list[tuple[Any, float]]]], join: bool = True
+    folder: Path,
+    name: str,
+    label: str,
+    panels: dict[str, dict[str, list[tuple[Any, float]]]],
+    measure: str,
+    join: bool = True,
 ) -> str:
-    """A PNG file with a panel for each title, lines of points by name in it; join=False: points alone, x are names."""
-    from matplotlib import pyplot
+    """Markdown of a PNG file: a panel a title, lines of points by name in it; join=False: points alone, x are names."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "No plots: they need matplotlib (pip install matplotlib).\n"
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 4), sharey=True, squeeze=False)
     values = [y for lines in panels.values() for points in lines.values() for _, y in points]
@@ -234,8 +238,8 @@ def draw(
         axis.tick_params(axis="x", rotation=0 if join else 60)
         if any(lines):
             axis.legend(fontsize="x-small")
-    axes[0, 0].set_ylabel("WER %")
+    axes[0, 0].set_ylabel(measure)
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(figure)
-    return f"![WER against {label}]({name}.png)\n"
+    return f"![{measure} against {label}]({name}.png)\n"

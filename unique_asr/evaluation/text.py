@@ -27,7 +27,7 @@ from ..longform import PENDING
 from ..models import resolve_device, resolve_dtype
 from .decodings import Rows, digest, identity
 from .methods import RivalConfig, Sliding, rivals_active
-from .report import write_csv
+from .report import draw, write_csv
 from .ruler import Item, Sources, make_item, sentences
 
 PREFILL_CHUNK = 2048  # tokens
@@ -282,11 +282,82 @@ def write_text_results(folder: Path, results: Sequence[TextResult], settings: di
     table = json.dumps({"settings": settings, "results": rows}, indent=2)
     (folder / "results.json").write_text(table + "\n", encoding="utf-8")
     write_csv(folder / "results.csv", rows, list(rows[0]))
-    columns = list(dict.fromkeys(f"{result.task} {result.length}" for result in results))
-    cells = {(result.system, f"{result.task} {result.length}"): f"{result.shown:.2f}" for result in results}
-    what = "perplexity, lower is better" if results[0].task == "perplexity" else "score in percent"
-    lines = [f"# {settings['text']['model']}: {what}\n", "| method | " + " | ".join(columns) + " |"]
-    lines.append("|" + "---|" * (len(columns) + 1))
-    for system in dict.fromkeys(result.system for result in results):
-        lines += [f"| {system} | " + " | ".join(cells.get((system, column), "") for column in columns) + " |"]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    perplexity = results[0].task == "perplexity"
+    samples = sorted({len(result.values) for result in results})
+    if perplexity:
+        what = f"Perplexity, lower is better: the last {settings['text']['score_tokens']} tokens of each stretch, read "
+        what += f"one by one after a dense prefill; {' or '.join(map(str, samples))} stretches of "
+        what += f"{Path(settings['text']['file']).name}; differences to dense are relative."
+    else:
+        what = (
+            f"RULER, score in percent, {' or '.join(map(str, samples))} samples of a task; differences to dense are of "
+        )
+        what += "the mean over the tasks, in points."
+    what += " Intervals are 95 % of bootstrap samples, in pairs for differences.\n"
+    title = "Perplexity" if perplexity else "RULER"
+    sections = [f"# {title} of {Path(settings['text']['model']).name}\n", what]
+    lengths = sorted({result.length for result in results})
+    for length in lengths:
+        sections += [f"## {length} tokens\n", text_table([each for each in results if each.length == length])]
+    if len({result.budget for result in results if result.budget}) > 1:
+        sections.append(text_plot(folder, results, "perplexity" if perplexity else "mean score %"))
+    (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def text_table(results: Sequence[TextResult]) -> str:
+    """Methods and tasks at one length, their mean, and its difference to dense."""
+    tasks = list(dict.fromkeys(result.task for result in results))
+    by_system = _by_system(results)
+    columns = [*tasks, *(["mean"] if len(tasks) > 1 else []), "to dense", "pages read %"]
+    lines = ["| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for system, own in by_system.items():
+        shown = [f"{own[task].shown:.2f}" if task in own else "" for task in tasks]
+        whole = len(own) == len(tasks)
+        if len(tasks) > 1:
+            shown.append(f"{np.mean([own[task].shown for task in tasks]):.2f}" if whole else "")
+        dense = by_system.get("dense", {})
+        if system != "dense" and whole and len(dense) == len(tasks):
+            shown.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*difference(own, dense)))
+        else:
+            shown.append("")
+        shown.append(f"{100 * np.mean([each.share_of_pages_read for each in own.values()]):.1f}")
+        lines.append(f"| {system} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(
+    own: dict[str, TextResult], dense: dict[str, TextResult], samples: int = 1000
+) -> tuple[float, float, float]:
+    """(value, low, high), 95 %, over the same samples: of perplexity in percent, of the mean score in points."""
+    generator = np.random.default_rng(0)
+    drawn, exact = [], []
+    for task, result in own.items():
+        values = np.array(result.values) - np.array(dense[task].values)
+        drawn.append(generator.choice(values, (samples, len(values))).mean(axis=1))
+        exact.append(values.mean())
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    if "perplexity" in own:
+        return tuple(100 * math.expm1(value) for value in (np.mean(exact), low, high))
+    return 100 * float(np.mean(exact)), 100 * float(low), 100 * float(high)
+
+
+def text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:
+    """Markdown of the plot against the budget, a panel a length."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    budgets = sorted({result.budget for result in results if result.budget})
+    for length in sorted({result.length for result in results}):
+        lines = panels.setdefault(f"{length} tokens", {})
+        for system, own in _by_system([each for each in results if each.length == length]).items():
+            value = float(np.mean([result.shown for result in own.values()]))
+            budget = next(iter(own.values())).budget
+            name = system.replace(f"-{budget}", "")
+            lines.setdefault(name, []).extend((each, value) for each in ([budget] if budget else budgets))
+    return draw(folder, "by_budget", "budget, tokens", panels, measure)
+
+
+def _by_system(results: Sequence[TextResult]) -> dict[str, dict[str, TextResult]]:
+    """Results of one length by system and task."""
+    found: dict[str, dict[str, TextResult]] = {}
+    for result in results:
+        found.setdefault(result.system, {})[result.task] = result
+    return found
