@@ -67,12 +67,16 @@ def test_common_words_are_the_most_common():
     assert {word for word, _ in counts.most_common(10)} == set(item.answers)
     assert {counts[word] for word in item.answers} == {30}
     assert {count for word, count in counts.items() if word not in item.answers} == {3}
+    assert len(set(item.others)) == 10
+    assert {counts[word] for word in item.others} == {3}
 
 
 def test_frequent_words_follow_zipf():
     item = make_item("frequent_words", 2000, words, 0, SOURCES)
     counts = Counter(re.findall(r"\b[a-z]{6}\b|\.{4}", item.prompt.partition("coded words.")[2].partition("\n")[0]))
     assert [word for word, _ in counts.most_common(4)] == ["....", *item.answers]
+    assert len(set(item.others)) == 3
+    assert all(0 < counts[word] < counts[item.answers[-1]] for word in item.others)
 
 
 def test_questions():

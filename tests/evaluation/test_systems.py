@@ -262,7 +262,7 @@ def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
         (["methods=[unique,best]"], "methods names 'best'"),
         (["methods=[infllm]", "attention.budget=64"], "InfLLM with blocks of 16 needs"),
         (["data.join_minutes=1", "data.join_seconds=5"], "give one of them"),
-        (["task=text"], "choose one of speech, ruler, perplexity"),
+        (["task=text"], "choose one of speech, ruler, counting, perplexity"),
         (["task=ruler"], "text.model is missing"),
     ],
 )

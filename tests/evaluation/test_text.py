@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.evaluation.cli import main
+from unique_asr.evaluation.ruler import make_item
 
 TEXT = "The mill stood by the river. Nobody came there after the war. It was a quiet and forgotten place. " * 40
 
@@ -78,12 +79,61 @@ def test_ruler(folder, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines, "nothing is decoded again"
 
 
+def test_counting_is_the_loss_of_the_answers_in_one_forward_pass(folder, tmp_path, capsys):
+    options = ["task=counting", "text.lengths=[900]", "text.samples=3", "text.tasks=[single,frequent_words]", "batch=2"]
+    options += ["methods=[dense,unique,infllm,h2o]", "attention.budget=[112,100000]", f"output.dir={tmp_path}"]
+    assert run(folder, *options) == 0
+    results = {row["system"]: row for row in json.loads((tmp_path / "results.json").read_text())["results"]}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def ids(text):
+        return tokenizer(text, return_tensors="pt").input_ids
+
+    margins = []
+    for seed in range(3):
+        item = make_item("frequent_words", 900, lambda text: ids(text).shape[1], seed)
+        prompt, losses = ids(item.prompt + item.begin), []
+        for words in (item.answers, item.others):
+            answer = ids(" " + ", ".join(words))
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, answer], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits, answer[0]).item())
+        margins.append(losses[1] - losses[0])
+    expected = sum(margins) / 3
+    assert {row["task"] for row in results.values()} == {"frequent_words"}
+    for system in ("dense", "unique-100000", "infllm-100000", "h2o-100000"):
+        assert results[system]["value"] == pytest.approx(expected, abs=1e-4)
+    for system in ("unique-112", "infllm-112", "h2o-112"):
+        assert results[system]["value"] != pytest.approx(expected, abs=1e-4)
+        assert results[system]["share_of_pages_read"] < 0.5
+    assert "nats a token" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_of_several_budgets(folder, tmp_path, capsys):
+    options = ["task=ruler", "text.lengths=[900]", "text.samples=3", "text.tasks=[tracking,frequent_words]", "batch=3"]
+    options += ["methods=[dense,unique]", "attention.budget=[64,2000]", f"output.dir={tmp_path}"]
+    assert run(folder, *options) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "| method | tracking | frequent_words | mean | to dense | pages read % |" in report
+    (same,) = [line for line in report.splitlines() if line.startswith("| unique-2000 ")]
+    assert "+0.0 [+0.0, +0.0]" in same
+    assert "matplotlib" in report or (tmp_path / "by_budget.png").is_file()
+    capsys.readouterr()
+    elsewhere = ["text.samples=4", "decode=false"]
+    assert run(folder, *options, *elsewhere) == 1, "the fourth was not decoded"
+    assert "3 of 4 samples done" in capsys.readouterr().err
+    assert run(folder, *options, "decode=false") == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["task=perplexity", "text.lengths=[100000]"], "text.lengths has 100000 tokens"),
         (["task=perplexity", "text.file=null"], "text.file is missing"),
         (["task=ruler", "text.tasks=[needle]"], "text.tasks names 'needle'"),
+        (["task=counting", "text.tasks=[single]"], "give common_words or frequent_words"),
         (["task=ruler", "text.model=none.gguf"], "text.model=none.gguf: cannot be loaded"),
     ],
 )

@@ -37,7 +37,7 @@ PATHS = (
     "text.file",
     "text.qa",
 )
-TASKS = ("speech", "ruler", "perplexity")
+TASKS = ("speech", "ruler", "counting", "perplexity")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -41,6 +41,7 @@ class Item:
     answers: tuple[str, ...]
     answer_tokens: int  # the model may write so many
     any_of: bool = False  # one of the answers is enough
+    others: tuple[str, ...] = ()  # of the counting tasks: as many words of the text that are none of the answers
 
     def score(self, output: str) -> float:
         """The share of the answers in the output, whatever its case; for questions, whether there is one."""
@@ -153,9 +154,9 @@ def common_words(rng: random.Random, units: int, sources: Sources, example: bool
     begin = " Answer: The top 10 words that appear most often in the list are:"
     if example:
         shown = common_words(rng, 10, sources, example=False)
-        answer = " ".join(f"{index}. {word}" for index, word in enumerate(shown.answers, start=1))
-        prompt = f"{shown.prompt}{shown.begin} {answer}\n{prompt}"
-    return Item("common_words", prompt, begin, tuple(chosen[:COMMON]), 120)
+        prompt = f"{shown.prompt}{shown.begin} {listed('common_words', shown.answers)}\n{prompt}"
+    others = tuple(rng.sample(chosen[COMMON:], min(COMMON, len(chosen) - COMMON)))
+    return Item("common_words", prompt, begin, tuple(chosen[:COMMON]), 120, others=others)
 
 
 def frequent_words(rng: random.Random, units: int, sources: Sources) -> Item:
@@ -172,7 +173,17 @@ def frequent_words(rng: random.Random, units: int, sources: Sources) -> Item:
         "What are the three most frequently appeared words in the above coded text?"
     )
     begin = " Answer: According to the coded text above, the three most frequently appeared words are:"
-    return Item("frequent_words", prompt, begin, tuple(codes[1:4]), 50)
+    rare = sorted(set(words) - set(codes[:4]))
+    return Item(
+        "frequent_words", prompt, begin, tuple(codes[1:4]), 50, others=tuple(rng.sample(rare, min(3, len(rare))))
+    )
+
+
+def listed(task: str, words: Sequence[str]) -> str:
+    """An answer of a counting task in full."""
+    if task == "common_words":
+        return " ".join(f"{index}. {word}" for index, word in enumerate(words, start=1))
+    return ", ".join(words)
 
 
 def qa(rng: random.Random, units: int, sources: Sources) -> Item:

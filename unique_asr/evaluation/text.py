@@ -1,6 +1,8 @@
 """Text: RULER's tasks and perplexity with any causal language model, same methods and budgets as for speech.
 
 Prefill is dense; what is measured is reading the context while writing the answer, or while reading on token by token.
+Models too small to answer RULER's counting tasks may know the answer all the same: task=counting lets them read the
+right answer and a wrong one, and measures how much likelier the right one is.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,17 +30,27 @@ from ..models import resolve_device, resolve_dtype
 from .decodings import Rows, digest, identity
 from .methods import RivalConfig, Sliding, rivals_active
 from .report import draw, write_csv
-from .ruler import Item, Sources, make_item, sentences
+from .ruler import Item, Sources, listed, make_item, sentences
 
 PREFILL_CHUNK = 2048  # tokens
+SHOWN: dict[str, Callable[[float], float]] = {
+    "ruler": lambda share: 100 * share,
+    "counting": lambda nats: nats,
+    "perplexity": math.exp,
+}
 
 
 @dataclass
 class TextResult:
-    """One method on one task at one length: a value a sample, the score of RULER or the loss of a stretch in nats."""
+    """One method on one task at one length: a value a sample.
+
+    measure: "ruler" (the share of the answers that were found), "counting" (nats a token by which the right answer is
+    likelier than a wrong one) or "perplexity" (nats a token).
+    """
 
     system: str
     budget: int | None
+    measure: str
     task: str
     length: int
     values: list[float] = field(default_factory=list)
@@ -50,16 +62,14 @@ class TextResult:
 
     @property
     def shown(self) -> float:
-        """Perplexity, or the score in percent."""
-        return math.exp(self.mean) if self.task == "perplexity" else 100 * self.mean
+        """The score in percent, nats, or perplexity."""
+        return SHOWN[self.measure](self.mean)
 
     def interval(self, level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
         """Of `shown`: percentiles over samples drawn again with replacement."""
         means = np.random.default_rng(0).choice(self.values, (samples, len(self.values))).mean(axis=1)
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-        if self.task == "perplexity":
-            return math.exp(low), math.exp(high)
-        return 100 * float(low), 100 * float(high)
+        return SHOWN[self.measure](float(low)), SHOWN[self.measure](float(high))
 
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval()
@@ -74,7 +84,7 @@ class TextResult:
 def evaluate_text(
     config: DictConfig, methods: dict[str, SparseAttentionConfig | Sliding], results: list[TextResult]
 ) -> None:
-    """Runs task=ruler or task=perplexity: a line for each method, task and length; files as for speech.
+    """Runs task=ruler, counting or perplexity: a line for each method, task and length; files as for speech.
 
     Adds to `results`, which are those of the folder, and writes all of them.
     """
@@ -86,7 +96,7 @@ def evaluate_text(
     methods = {name: method for name, method in methods.items() if not isinstance(method, Sliding)}
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     language_model = LanguageModel(options.model, config.device, config.dtype)
-    work = (RulerRun if config.task == "ruler" else PerplexityRun)(language_model, options)
+    work = RUNS[config.task](language_model, options)
     folder = Path(config.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: None if options[name] is None else digest(options[name]) for name in ("file", "qa")}
@@ -109,7 +119,8 @@ def evaluate_text(
                         rows.put(key, value)
             values = [rows.get(key) for key, _ in samples]
             read, total = (sum(value[counter] for value in values) for counter in ("pages_read", "pages_total"))
-            result = TextResult(name, attention.budget, task, length, [value["value"] for value in values])
+            scores = [value["value"] for value in values]
+            result = TextResult(name, attention.budget, config.task, task, length, scores)
             result.share_of_pages_read = read / max(total, 1)
             place = (result.system, task, length)
             results[:] = [each for each in results if (each.system, each.task, each.length) != place] + [result]
@@ -171,6 +182,11 @@ class RulerRun:
         asked = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return asked + begin.lstrip()
 
+    def _ids(self, item: Item) -> Tensor:
+        """[1, N]: what the model is asked, up to where its answer begins."""
+        text, special = self._chat(item.prompt, item.begin), self.tokenizer.chat_template is None
+        return self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+
     def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
         """Answers side by side."""
         decoder = self._decoder(attention)
@@ -180,9 +196,7 @@ class RulerRun:
     def _answer(self, item: Item, decoder: BatchDecoder) -> Generator[None, None, dict[str, Any]]:
         """Yields where the batch has to make a step."""
         model = self.language_model.model
-        text = self._chat(item.prompt, item.begin)
-        special = self.tokenizer.chat_template is None
-        ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids.to(model.device)
+        ids = self._ids(item).to(model.device)
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         row, tokens = decoder.row(), []
@@ -210,6 +224,58 @@ class RulerRun:
             static = False if isinstance(attention, RivalConfig) else None
             self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK, static)
         return self._last[1]
+
+
+class CountingRun(RulerRun):
+    """RULER's counting tasks for models that cannot write the answer down: they read it, and a wrong one beside it."""
+
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
+        super().__init__(language_model, options)
+        self.tasks = [task for task in self.tasks if task in ("common_words", "frequent_words")]
+        if not self.tasks:
+            raise ValueError("text.tasks has no task with words to count: give common_words or frequent_words")
+
+    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Mean loss of an answer's tokens, each read with its own decode step: the wrong one's less the right one's."""
+        model = self.language_model.model
+        prompts = [self._ids(item)[0] for item in items for _ in range(2)]
+        answers = [
+            self.tokenizer(f" {listed(item.task, words)}", add_special_tokens=False, return_tensors="pt").input_ids[0]
+            for item in items
+            for words in (item.answers, item.others)
+        ]
+        longest, steps = max(map(len, prompts)), max(map(len, answers))
+        ids = torch.zeros(len(prompts), longest + steps, dtype=torch.long)
+        starts = torch.tensor([longest - len(prompt) for prompt in prompts])
+        for row, start, prompt, answer in zip(ids, starts, prompts, answers, strict=True):
+            row[start:longest], row[longest : longest + len(answer)] = prompt, answer
+        ids, place = ids.to(model.device), (torch.arange(longest + steps) - starts[:, None]).to(model.device)
+        read = torch.arange(steps) < torch.tensor([len(answer) for answer in answers])[:, None]
+        set_attention(model, NAME)
+        cache = PagedCache(model.config, attention, longest + steps)
+
+        def logits(start: int, end: int) -> Tensor:
+            return model(
+                ids[:, start:end],
+                attention_mask=(place[:, :end] >= 0).long(),
+                position_ids=place[:, start:end].clamp(min=0),
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+        spans = [(start, min(longest, start + PREFILL_CHUNK)) for start in range(0, longest, PREFILL_CHUNK)]
+        losses = []
+        for start, end in (*spans, *((token, token + 1) for token in range(longest, longest + steps - 1))):
+            likely = logits(start, end).float().log_softmax(dim=-1)
+            if end >= longest:
+                losses.append(-likely.gather(1, ids[:, end : end + 1]))
+        losses = torch.cat(losses, dim=1).cpu().where(read, 0).sum(dim=1) / read.sum(dim=1)
+        right, wrong = losses.unflatten(0, (-1, 2)).unbind(dim=1)
+        counted = {key: value // len(ids) for key, value in vars(cache.statistics).items() if key.startswith("pages")}
+        return [
+            {"value": float(more - less), "right": float(less), "wrong": float(more), **counted}
+            for less, more in zip(right, wrong, strict=True)
+        ]
 
 
 class PerplexityRun:
@@ -257,6 +323,9 @@ class PerplexityRun:
         return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]
 
 
+RUNS = {"ruler": RulerRun, "counting": CountingRun, "perplexity": PerplexityRun}
+
+
 def load_pretrained(kind: str, name: str, **options: Any) -> Any:
     """`kind` of transformers, such as AutoTokenizer, from a folder, the hub or a .gguf file."""
     import transformers
@@ -282,25 +351,24 @@ def write_text_results(folder: Path, results: Sequence[TextResult], settings: di
     table = json.dumps({"settings": settings, "results": rows}, indent=2)
     (folder / "results.json").write_text(table + "\n", encoding="utf-8")
     write_csv(folder / "results.csv", rows, list(rows[0]))
-    perplexity = results[0].task == "perplexity"
-    samples = sorted({len(result.values) for result in results})
-    if perplexity:
-        what = f"Perplexity, lower is better: the last {settings['text']['score_tokens']} tokens of each stretch, read "
-        what += f"one by one after a dense prefill; {' or '.join(map(str, samples))} stretches of "
-        what += f"{Path(settings['text']['file']).name}; differences to dense are relative."
-    else:
-        what = (
-            f"RULER, score in percent, {' or '.join(map(str, samples))} samples of a task; differences to dense are of "
-        )
-        what += "the mean over the tasks, in points."
+    measure, options = results[0].measure, settings["text"]
+    samples = " or ".join(map(str, sorted({len(result.values) for result in results})))
+    what = {
+        "ruler": f"RULER: score in percent, {samples} samples of a task; differences to dense, of the mean, in points.",
+        "counting": f"RULER's counting tasks, {samples} samples each: nats a token by which the right answer is "
+        "likelier than as many other words of the text, both read after a dense prefill; 0 is chance.",
+        "perplexity": f"Perplexity of {Path(options['file'] or '').name}: the last {options['score_tokens']} tokens of "
+        f"{samples} stretches, read one by one after a dense prefill; differences to dense are in percent.",
+    }[measure]
     what += " Intervals are 95 % of bootstrap samples, in pairs for differences.\n"
-    title = "Perplexity" if perplexity else "RULER"
-    sections = [f"# {title} of {Path(settings['text']['model']).name}\n", what]
+    sections = [f"# {measure.capitalize()}, {Path(options['model']).name}\n", what]
     lengths = sorted({result.length for result in results})
     for length in lengths:
         sections += [f"## {length} tokens\n", text_table([each for each in results if each.length == length])]
     if len({result.budget for result in results if result.budget}) > 1:
-        sections.append(text_plot(folder, results, "perplexity" if perplexity else "mean score %"))
+        sections.append(
+            text_plot(folder, results, {"ruler": "mean score %", "counting": "mean, nats"}.get(measure, measure))
+        )
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -317,7 +385,8 @@ def text_table(results: Sequence[TextResult]) -> str:
             shown.append(f"{np.mean([own[task].shown for task in tasks]):.2f}" if whole else "")
         dense = by_system.get("dense", {})
         if system != "dense" and whole and len(dense) == len(tasks):
-            shown.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*difference(own, dense)))
+            digits = 3 if results[0].measure == "counting" else 1
+            shown.append("{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*difference(own, dense), n=digits))
         else:
             shown.append("")
         shown.append(f"{100 * np.mean([each.share_of_pages_read for each in own.values()]):.1f}")
@@ -328,17 +397,17 @@ def text_table(results: Sequence[TextResult]) -> str:
 def difference(
     own: dict[str, TextResult], dense: dict[str, TextResult], samples: int = 1000
 ) -> tuple[float, float, float]:
-    """(value, low, high), 95 %, over the same samples: of perplexity in percent, of the mean score in points."""
-    generator = np.random.default_rng(0)
-    drawn, exact = [], []
+    """(value, low, high), 95 %, of the mean over the tasks, on the same samples; perplexity in percent of dense's."""
+    generator, drawn, exact = np.random.default_rng(0), [], []
     for task, result in own.items():
         values = np.array(result.values) - np.array(dense[task].values)
         drawn.append(generator.choice(values, (samples, len(values))).mean(axis=1))
         exact.append(values.mean())
-    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
-    if "perplexity" in own:
-        return tuple(100 * math.expm1(value) for value in (np.mean(exact), low, high))
-    return 100 * float(np.mean(exact)), 100 * float(low), 100 * float(high)
+        measure = result.measure
+    shown = SHOWN[measure] if measure != "perplexity" else lambda nats: 100 * math.expm1(nats)
+    return tuple(
+        shown(float(value)) for value in (np.mean(exact), *np.quantile(np.mean(drawn, axis=0), [0.025, 0.975]))
+    )
 
 
 def text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:

@@ -87,10 +87,7 @@ def rival_attention_forward(
     sparse = new == 1 and layer.sparse_at(layer.length)
     if new > 1:
         method.prompt = layer.length
-    position = torch.arange(layer.length, device=key.device).view(1, 1, -1)
-    valid, _ = key_padding(attention_mask)
-    if valid is not None:
-        position = position - (~valid).sum(dim=-1).view(-1, 1, 1)
+    position = positions(attention_mask, layer.length, key.device)
     if layer.sparse_layer:
         method.observe(query.unflatten(1, (key.shape[1], -1)), key, position, scaling, sparse)
     if not sparse:
@@ -98,6 +95,16 @@ def rival_attention_forward(
             layer.count_step(layer.length)
         return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     return rival_step(layer, method, query, key, value, position, scaling).flatten(1, 2).unsqueeze(1), None
+
+
+def positions(attention_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """[B or 1, 1, N]; of a mask, which all layers get, only once."""
+    if attention_mask is None:
+        return torch.arange(length, device=device).view(1, 1, -1)
+    if not hasattr(attention_mask, "positions"):
+        padding = ~key_padding(attention_mask)[0]
+        attention_mask.positions = torch.arange(length, device=device) - padding.sum(dim=-1).view(-1, 1, 1)
+    return attention_mask.positions
 
 
 def rival_step(
