@@ -3,7 +3,10 @@
 import pytest
 
 from unique_asr.data import Recording, Utterance
+from unique_asr.data import Span as FileSpan
+from unique_asr.evaluation.decodings import Decodings
 from unique_asr.evaluation.harness import Hypothesis, evaluate
+from unique_asr.transcript import Segment, Word
 
 
 class Parrot:
@@ -36,6 +39,16 @@ def test_what_is_known_is_not_decoded(recordings):
     result = evaluate(Parrot(), recordings, known={recordings[0]: known})
     assert [hypothesis.text for hypothesis in result.hypotheses] == [known.text, "three old"]
     assert [errors.edits for errors in result.errors] == [1, 1]
+
+
+def test_decodings_keep_what_was_written_and_whose_times(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    recording = Recording("a", (FileSpan(tmp_path / "a.wav", 0.0, 9.0),), (Utterance(0.0, 9.0, "a house"),))
+    words = [Word("a", 0.5, 0.75, 0.5), Word("house", 0.75, 1.125)]
+    hypothesis = Hypothesis("a house", longest=7, segments=[Segment(0, 0.5, 1.125, "a house", words, 0.5, "S1")])
+    Decodings(tmp_path, {"system": "it"}).put(recording, hypothesis)
+    assert Decodings(tmp_path, {"system": "it"}).get(recording) == hypothesis
+    assert Decodings(tmp_path, {"system": "it"}, resume=False).get(recording) is None
 
 
 def test_evaluate(recordings):

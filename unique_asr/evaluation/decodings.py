@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Recording
-from ..transcript import Segment
+from ..transcript import Segment, Word
 from .harness import Hypothesis
 
 
@@ -68,10 +68,26 @@ class Decodings:
         value = self.rows.get(recording_key(recording))
         if value is None:
             return None
-        return Hypothesis(**{**value, "segments": [Segment.from_dict(segment) for segment in value["segments"]]})
+        return Hypothesis(**{**value, "segments": [unpacked(segment) for segment in value["segments"]]})
 
     def put(self, recording: Recording, hypothesis: Hypothesis) -> None:
-        self.rows.put(recording_key(recording), asdict(hypothesis))
+        value = asdict(hypothesis)
+        value["segments"] = [packed(segment) for segment in value["segments"]]
+        self.rows.put(recording_key(recording), value)
+
+
+def packed(segment: dict[str, Any]) -> dict[str, Any]:
+    """A segment whose words are lists [text, start, end, confidence], to the millisecond: a third of the bytes."""
+    words = [[_rounded(value) for value in word.values()] for word in segment["words"]]
+    return {name: _rounded(value) for name, value in segment.items()} | {"words": words}
+
+
+def unpacked(segment: dict[str, Any]) -> Segment:
+    return Segment(**segment | {"words": [Word(*word) for word in segment["words"]]})
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def fingerprint(settings: Any) -> str:
