@@ -38,10 +38,11 @@ class H2O(Method):
             return  # counted in `attended`
         total = keys.shape[2]
         place, padding = torch.arange(total, device=keys.device), (position < 0).unsqueeze(2)  # [B, 1, 1, N]
+        past = keys.float().transpose(-1, -2).unsqueeze(2)  # [B, K, 1, D, N]
         rows = max(1, LOGITS // (total * query.shape[0] * query.shape[1] * query.shape[2]))
         for start in range(0, new, rows):
             part = query[:, :, :, start : start + rows].float()
-            logits = torch.matmul(part, keys.float().transpose(-1, -2).unsqueeze(2)) * scaling
+            logits = torch.matmul(part, past) * scaling
             last = place[total - new + start :][: part.shape[3]]
             logits = logits.masked_fill((place > last.unsqueeze(-1)) | padding.unsqueeze(2), -torch.inf)
             asked = (position[..., last] >= 0)[:, :, None, :, None]  # by queries that are no padding
