@@ -119,7 +119,7 @@ def test_a_report_of_several_budgets(folder, tmp_path, capsys):
     assert "| method | tracking | frequent_words | mean | to dense | pages read % |" in report
     (same,) = [line for line in report.splitlines() if line.startswith("| unique-2000 ")]
     assert "+0.0 [+0.0, +0.0]" in same
-    assert "matplotlib" in report or (tmp_path / "by_budget.png").is_file()
+    assert "matplotlib" in report or (tmp_path / "ruler_by_budget.png").is_file()
     capsys.readouterr()
     elsewhere = ["text.samples=4", "decode=false"]
     assert run(folder, *options, *elsewhere) == 1, "the fourth was not decoded"

@@ -76,7 +76,9 @@ def write_results(folder: Path, results: Sequence[Result], settings: dict[str, A
         "bootstrap samples over recordings, in pairs for differences, which are relative.\n"
     )
     sections = ["# Word error rates\n", introduction, recordings_table(results)]
-    sections += [*grids(rows), *plots(folder, rows), "## All measures\n", markdown_table(rows)]
+    tables = grids(rows)
+    shown = [row for row in rows if not (tables and is_dense(row))]
+    sections += [*tables, *plots(folder, rows), "## All measures\n", markdown_table(shown)]
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -101,8 +103,8 @@ def grids(rows: Sequence[dict[str, Any]]) -> list[str]:
         chosen = [row for row in rows if row["budget"] in (budget, None)]
         sections += [f"## {budget} tokens\n", "WER in %, and its difference to dense in %.\n"]
         sections.append(grid(chosen, sets, "to_dense", budget))
-        if any(row["to_unique"] is not None for row in chosen):
-            others = [row for row in chosen if row["budget"] is not None]
+        others = [row for row in chosen if row["budget"] is not None]
+        if any(row["to_unique"] is not None and not is_dense(row) for row in others):
             sections += ["The same, and the difference to UNIQUE in %: more than 0 is worse than UNIQUE.\n"]
             sections.append(grid(others, sets, "to_unique", budget))
     return sections
@@ -115,7 +117,7 @@ def grid(rows: Sequence[dict[str, Any]], sets: Sequence[str], difference: str, b
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return ""
-        if row["budget"] is not None and not row["sparse_steps"]:
+        if is_dense(row):
             return "= dense"
         text = f"{100 * row['wer']:.2f}"
         if row[difference] is not None:
@@ -127,6 +129,11 @@ def grid(rows: Sequence[dict[str, Any]], sets: Sequence[str], difference: str, b
         shown = [cell(cells.get((system, name))) for name in sets]
         lines.append(f"| {system.replace(f'-{budget}', '')} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def is_dense(row: dict[str, Any]) -> bool:
+    """Whether the budget held the context of every step."""
+    return row["budget"] is not None and not row["sparse_steps"]
 
 
 def span(row: dict[str, Any], low: str, high: str, sign: str = "") -> str:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,17 @@ def evaluate_text(
             own["method"] = attention.method.name
         rows = Rows(folder / "decodings", about | own, config.resume)
         for task, length, samples in work.sets():
-            missing = [(key, sample) for key, sample in samples if rows.get(key) is None]
+            missing = [key for key in samples if rows.get(key) is None]
             if missing and not config.decode:
                 done = f"{len(samples) - len(missing)} of {len(samples)} samples done"
                 print(f"{name} {task} {length}: left out, {done}", file=sys.stderr)
                 continue
             for first in range(0, len(missing), config.batch):
-                keys, group = zip(*missing[first : first + config.batch], strict=True)
+                keys = missing[first : first + config.batch]
                 with torch.no_grad(), rivals_active():
-                    for key, value in zip(keys, work.run(group, attention), strict=True):
+                    for key, value in zip(keys, work.run([samples[key]() for key in keys], attention), strict=True):
                         rows.put(key, value)
-            values = [rows.get(key) for key, _ in samples]
+            values = [rows.get(key) for key in samples]
             read, total = (sum(value[counter] for value in values) for counter in ("pages_read", "pages_total"))
             scores = [value["value"] for value in values]
             result = TextResult(name, attention.budget, config.task, task, length, scores)
@@ -158,19 +158,26 @@ class RulerRun:
         questions = Path(options.qa).read_text(encoding="utf-8").splitlines() if options.qa else []
         self.sources = Sources(sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
         self.tasks = [task for task in options.tasks if task != "qa" or questions]
-        self._items: dict[tuple[str, int], list[Item]] = {}
+        self._items: dict[tuple[str, int, int], Item] = {}  # every method gets the same
         self._last: tuple[SparseAttentionConfig, BatchDecoder] | None = None
 
-    def sets(self) -> Iterator[tuple[str, int, list[tuple[str, Item]]]]:
-        """Task, length, and the samples with their keys."""
-        for length in self.options.lengths:
+    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Item]]]]:
+        """Task, length, and by their keys what makes the samples."""
+        options = self.options
+        for length in options.lengths:
             for task in self.tasks:
-                if (task, length) not in self._items:
-                    seeds = range(self.options.seed, self.options.seed + self.options.samples)
-                    made = [make_item(task, length, self.count, seed, self.sources) for seed in seeds]
-                    self._items[task, length] = made
-                items = self._items[task, length]
-                yield task, length, [(f"{task} {length} {self.options.seed + n}", item) for n, item in enumerate(items)]
+                seeds = range(options.seed, options.seed + options.samples)
+                yield (
+                    task,
+                    length,
+                    {f"{task} {length} {seed}": partial(self._item, task, length, seed) for seed in seeds},
+                )
+
+    def _item(self, task: str, length: int, seed: int) -> Item:
+        place = task, length, seed
+        if place not in self._items:
+            self._items[place] = make_item(task, length, self.count, seed, self.sources)
+        return self._items[place]
 
     def count(self, text: str) -> int:
         return len(self.tokenizer(self._chat(text, ""), add_special_tokens=False).input_ids)
@@ -289,7 +296,7 @@ class PerplexityRun:
             Path(options.file).read_text(encoding="utf-8"), return_tensors="pt"
         ).input_ids[0]
 
-    def sets(self) -> Iterator[tuple[str, int, list[tuple[str, Tensor]]]]:
+    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Tensor]]]]:
         for length in self.options.lengths:
             spare = len(self.ids) - length
             if spare < 0 or length <= self.options.score_tokens:
@@ -300,7 +307,10 @@ class PerplexityRun:
             count = min(self.options.samples, 1 + spare // self.options.score_tokens)
             starts = [index * spare // max(count - 1, 1) for index in range(count)]
             key = f"perplexity {length} {self.options.score_tokens}"
-            yield "perplexity", length, [(f"{key} {start}", self.ids[start : start + length]) for start in starts]
+            yield "perplexity", length, {f"{key} {start}": partial(self._stretch, start, length) for start in starts}
+
+    def _stretch(self, start: int, length: int) -> Tensor:
+        return self.ids[start : start + length]
 
     def run(self, stretches: Sequence[Tensor], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
         """Mean loss, in nats, of the last tokens of each, read side by side and each with its own decode step."""
@@ -421,7 +431,7 @@ def text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:
             budget = next(iter(own.values())).budget
             name = system.replace(f"-{budget}", "")
             lines.setdefault(name, []).extend((each, value) for each in ([budget] if budget else budgets))
-    return draw(folder, "by_budget", "budget, tokens", panels, measure)
+    return draw(folder, f"{results[0].measure}_by_budget", "budget, tokens", panels, measure)
 
 
 def _by_system(results: Sequence[TextResult]) -> dict[str, dict[str, TextResult]]:
