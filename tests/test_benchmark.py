@@ -2,14 +2,14 @@
 
 import json
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.attention.huggingface import NAME
+from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark import cli, decode, kernel, models, selection
 from unique_asr.benchmark.selection import Probe, benchmark_text
 from unique_asr.decoding import GreedyDecoder
@@ -128,6 +128,7 @@ def test_models(monkeypatch, capsys, llama, tmp_path):
     monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
     attention, output = SparseAttentionConfig(budget=64), tmp_path / "out" / "models.json"
     settings = {
+        "configurations": [{}, {"super_page_size": 32, "statistics_dtype": "int8"}],
         "answer_tokens_an_hour": 15000,
         "prefill_chunk": 200,
         "steps": 2,
@@ -138,8 +139,9 @@ def test_models(monkeypatch, capsys, llama, tmp_path):
     models.benchmark(["tiny"], [0.5], [1, 2], max_seconds=60, **arguments)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     saved = json.loads(output.read_text())["results"]
-    assert len(table) == len(saved) == 2
-    assert [case["batch"] for case in saved] == [1, 2]
+    assert len(table) == len(saved) == 4
+    assert [case["batch"] for case in saved] == [1, 1, 2, 2]
+    assert [case["attention"] for case in saved[:2]] == ["as given", "super_page_size=32, statistics_dtype=int8"]
     for case in saved:
         assert (case["prompt"], case["context"]) == (375 + 256, 375 + 256 + 62)  # 12.5 positions a second
         assert case["speedup"] == pytest.approx(min(case["dense"], case["flash"]) / case["sparse"])
@@ -150,14 +152,16 @@ def test_models(monkeypatch, capsys, llama, tmp_path):
 
 
 @torch.no_grad()
-def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypatch, llama):
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypatch, llama, compile):
+    """Compiled by the backend of PyTorch's that only traces: the operators of the graph run as they are."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     written = []
-    for forward in (None, models.flash_attention):
-        decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=None), capacity=300, static=True)
+    for attention in (NAME, models.FLASH):
+        decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=None), capacity=300, static=True, compile=compile)
         torch.manual_seed(1)
         decoder.prefill(torch.randn(1, 100, llama.config.hidden_size))
-        if forward:
-            monkeypatch.setitem(AttentionInterface._global_mapping, NAME, forward)
+        set_attention(llama, attention)
         written.append(list(decoder.tokens(20)))
     assert len(set(written[0])) > 5
     assert written[0] == written[1]
@@ -166,10 +170,14 @@ def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypat
 def test_models_take_what_fits(monkeypatch, llama):
     monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
     model = models.random_model("tiny", CPU, torch.float32)
-    settings = models.Settings(SparseAttentionConfig(budget=64), 15000, 200, 1, "captured")
-    one = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 1, settings)
-    rows = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 4, settings).batch
-    assert (one.batch, rows) == (1, 4)
+    settings = models.Settings({"as given": SparseAttentionConfig(budget=64)}, 15000, 200, 1, "captured")
+
+    def measured(batch):
+        (result,) = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, batch, settings)
+        return result
+
+    one = measured(1)
+    assert (one.batch, measured(4).batch) == (1, 4)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     monkeypatch.setattr(models, "free_memory", lambda device: 2.5 * (1e9 * one.estimated - weights))
-    assert models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, 4, settings).batch == 2
+    assert measured(4).batch == 2

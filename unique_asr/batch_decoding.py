@@ -161,9 +161,8 @@ class BatchDecoder:
         prompt = max(row.embeds.shape[1] for row in rows)
         tokens = prompt + max(HEADROOM, *(row.max_new_tokens for row in rows))
         dtype = rows[0].embeds.dtype
-        return decoding_memory(
-            self._shape, prompt, tokens, prompt, self.attention, dtype, self.prefill_chunk, len(rows)
-        ).pass_bytes
+        how = self.attention, dtype, self.prefill_chunk, len(rows), self.device.type
+        return decoding_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
     def _prefill(self, prompts: list[Tensor]) -> None:
         """Vectors [N_i, hidden] of every row, padded to the longest, densely and in chunks."""

@@ -72,10 +72,11 @@ def decoding_memory(
     dtype: torch.dtype = torch.bfloat16,
     prefill_chunk: int | None = 2048,
     batch: int = 1,
+    device: str = "cuda",
 ) -> Memory:
     """For `batch` rows of `tokens` positions, of which `prompt` are the prompt's and `audio` those of audio.
 
-    prefill_chunk: None where a prompt is read as a whole.
+    prefill_chunk: None where a prompt is read as a whole; device: its type.
     """
     attention = attention or SparseAttentionConfig()
     capacity = -(-tokens // PARTIAL_SUM) * PARTIAL_SUM
@@ -87,17 +88,19 @@ def decoding_memory(
         statistics = sum(heads * (capacity // size) * page for size in page_sizes(attention))
     positions = min(prefill_chunk or tokens, tokens)
     feed_forward = batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize
-    # Behind a mask, which every chunk but the first has, `sdpa` repeats keys and values for the heads of a group.
-    repeated = 2 * batch * shape.heads * min(prompt, tokens) * shape.head_dim * dtype.itemsize
-    masked = prefill_chunk is not None and shape.heads != shape.kv_heads
-    # A byte for each position that a row may not read.
-    padding = batch * positions * min(prompt, tokens) if batch > 1 else 0
+    repeated = padding = 0
+    if prefill_chunk is not None and not (device == "cuda" and dtype.itemsize == 2):  # FlashAttention needs neither
+        # Behind a mask, which every chunk but the first has, `sdpa` repeats keys and values for the heads of a group.
+        if shape.heads != shape.kv_heads:
+            repeated = 2 * batch * shape.heads * min(prompt, tokens) * shape.head_dim * dtype.itemsize
+        # A byte for each position that a row may not read.
+        padding = batch * positions * min(prompt, tokens) if batch > 1 else 0
     return Memory(
         weights=int(shape.parameters * 1e9 * dtype.itemsize),
         cache=2 * heads * capacity * shape.head_dim * dtype.itemsize,
         statistics=statistics,
         audio=2 * batch * audio * shape.hidden * dtype.itemsize,
-        scratch=max(feed_forward, repeated if masked else 0) + padding,
+        scratch=max(feed_forward, repeated) + padding,
     )
 
 

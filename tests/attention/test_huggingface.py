@@ -88,15 +88,20 @@ def test_a_padded_row_decodes_as_it_does_alone(llama, batch):
     )
 
 
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
-def test_a_chunked_prefill_equals_a_whole_one(llama, batch, rows, monkeypatch):
-    """Also when the causal mask of a chunk has to be built in slices."""
+def test_a_chunked_prefill_equals_a_whole_one(llama, batch, rows, flash, monkeypatch):
+    """When the causal mask of a chunk has to be built in slices, and row by row as FlashAttention reads them.
+
+    On a CPU a mask stands for FlashAttention's own alignment; tests/gpu/test_decoding_gpu.py runs the kernel.
+    """
     inputs = {name: value[rows] for name, value in batch.items()}
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     sparse = sparse_attention(llama, budget=64)
     whole, chunked = sparse.cache(), sparse.cache()
     expected = llama(**inputs, position_ids=positions, past_key_values=whole, logits_to_keep=1).logits
     monkeypatch.setattr(huggingface, "MASK_ELEMENTS", 1000)
+    monkeypatch.setattr(huggingface, "flash_takes", lambda *tensors: flash)
     for start in range(0, 150, 64):
         part = slice(start, start + 64)
         output = llama(

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr import decoding
 from unique_asr.attention import SparseAttentionConfig, reference
+from unique_asr.attention.huggingface import dense_attention, flash_takes, unique_mask
 from unique_asr.decoding import GreedyDecoder
 
 pytestmark = [
@@ -37,6 +38,30 @@ def test_attention_with_a_bias_against_float64(length, dtype):
     exact = reference.attend_biased(query.double().cpu(), keys.double().cpu(), values.double().cpu(), 0.125, bias.cpu())
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(output.double().cpu(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (9, 3, 64), (4, 4, 80)])
+def test_a_chunk_of_a_prefill_against_float64(heads, kv_heads, dim, padded):
+    """FlashAttention, which aligns the queries with the last tokens by itself."""
+    torch.manual_seed(0)
+    queries, tokens, past = 300, 1000, 700
+    query = torch.randn(3, heads, queries, dim, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 3, kv_heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
+    assert flash_takes(query, key, value)
+    starts = torch.tensor([0, 333, 801], device="cuda") if padded else torch.zeros(3, dtype=torch.int64, device="cuda")
+    place = torch.arange(tokens, device="cuda")
+    mask = unique_mask(3, queries, tokens, attention_mask=place >= starts[:, None])
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // kv_heads, True
+    output = dense_attention(module, query, key, value, mask, scaling=dim**-0.5)[0]
+
+    repeated = [each.double().repeat_interleave(heads // kv_heads, dim=1) for each in (key, value)]
+    seen = (place <= place[past:, None]) & (place >= starts.view(3, 1, 1, 1))
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), *repeated, seen).transpose(1, 2)
+    real = place[past:] >= starts[:, None]  # [B, Tq]
+    torch.testing.assert_close(output.double()[real], exact[real], rtol=1e-2, atol=1e-2)
+    assert not output[~real].any()
 
 
 @pytest.mark.parametrize(

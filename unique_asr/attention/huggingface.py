@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -69,8 +72,8 @@ def unique_mask(
 ) -> Tensor | None:
     """None for plain causal attention, [B, 1, 1, N] for causal attention with padding; otherwise as `sdpa`.
 
-    The causal part is never built for the whole prefill: `dense_attention` adds it by slices. A mask of padding that is
-    all on the left carries the number of padded tokens of each row as `starts`.
+    The causal part is never built for the whole prefill: `dense_attention` adds it. A mask of padding that is all on
+    the left carries the number of padded tokens of each row as `starts`.
     """
     if mask_function is not causal_mask_function or kv_offset:
         arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
@@ -94,12 +97,39 @@ def key_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | 
 
 
 def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
-    """`sdpa`, with the causal mask of a chunk of queries over a longer cache built slice by slice."""
+    """`sdpa`, with the causal mask of a chunk of queries over a longer cache never built as a whole."""
     queries, tokens = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
-    whole = mask.shape[2] == queries if mask is not None else queries in (1, tokens)
-    if whole or not causal:
+    if not causal or (mask is not None and mask.shape[2] == queries):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    starts = getattr(mask, "starts", None)
+    if starts is None or not flash_takes(query, key, value):
+        return causal_attention(module, query, key, value, mask, **kwargs), None
+    output = query.new_zeros(len(query), queries, query.shape[1], value.shape[-1])
+    for row, start in enumerate(starts.tolist()):
+        first = max(0, start - (tokens - queries))  # queries before it are padding: their zeros are masked everywhere
+        if first < queries:
+            tensors = query[row, None, :, first:], key[row, None, :, start:], value[row, None, :, start:]
+            output[row, first:] = causal_attention(module, *tensors, None, **kwargs)
+    return output, None
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+) -> Tensor:
+    """The queries are those of the last tokens: [B, H, Tq, D] over [B, K, N, D] -> [B, Tq, H, D].
+
+    FlashAttention aligns them so by itself; elsewhere the mask is built for some of the queries at a time.
+    """
+    queries, tokens = query.shape[2], key.shape[2]
+    if mask is None and queries in (1, tokens):
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
+    if mask is None and flash_takes(query, key, value):
+        bias, dropout = causal_lower_right(queries, tokens), kwargs.get("dropout", 0.0)
+        output = F.scaled_dot_product_attention(
+            query, key, value, bias, dropout, scale=kwargs.get("scaling"), enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous()
     outputs = []
     past, rows = tokens - queries, max(1, MASK_ELEMENTS // tokens)
     position = torch.arange(tokens, device=query.device)
@@ -110,7 +140,12 @@ def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         part = part[None, None] if mask is None else part & mask[..., :seen]
         arguments = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], part
         outputs.append(sdpa_attention_forward(module, *arguments, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention runs on these: CUDA, 16 bits, and head dims up to 256."""
+    return query.is_cuda and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True))
 
 
 def sparse_step(

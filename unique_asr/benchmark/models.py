@@ -11,9 +11,9 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
@@ -34,8 +35,8 @@ from transformers import (
 
 from ..attention import PagedCache, SparseAttentionConfig
 from ..attention.cache import ACTIVE
-from ..attention.huggingface import NAME, set_attention, unique_attention_forward
-from ..models.adapters import ADAPTERS, Adapter, estimate
+from ..attention.huggingface import NAME, set_attention, unique_mask
+from ..models.adapters import ADAPTERS, Adapter, Memory, estimate
 from ..models.adapters.memory import prompt_tokens, shape_of
 from .decode import WARM_UP, measure
 from .timing import attempt, describe
@@ -56,6 +57,8 @@ LLMS: dict[str, tuple[str, PreTrainedConfig]] = {
     )),
 }  # fmt: skip
 MARGIN = 1.08  # of the estimate, that must be free
+FLASH = "dense_baseline"  # FlashAttention's decoding, as an attention implementation
+COMPILED_FORMS = 64  # of a step: each batch size has its own, with either attention
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,19 @@ class Result:
     model: str
     minutes: float  # of audio
     batch: int
+    attention: str  # what differs from the settings of all
     prompt: int  # positions
     answer: int  # tokens
     context: int  # at the measured steps
     prefill: float | None  # s, of one sequence
     dense: float | None  # ms a step
     flash: float | None  # ms a step
-    sparse: float | None  # ms a step
+    sparse: float  # ms a step
     estimated: float  # GB
     peak: float | None  # GB
 
-    COLUMNS = ("model", "minutes", "batch", "prompt", "context", "prefill s", "dense ms", "flash ms", "sparse ms",
-               "x dense", "answer", "dense s", "sparse s", "GB estimated", "GB peak", "error")  # fmt: skip
+    COLUMNS = ("model", "minutes", "batch", "attention", "prompt", "context", "prefill s", "dense ms", "flash ms",
+               "sparse ms", "x dense", "answer", "dense s", "sparse s", "GB estimated", "GB peak", "error")  # fmt: skip
 
     @property
     def fastest_dense(self) -> float | None:
@@ -84,7 +88,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        return self.fastest_dense / self.sparse if self.fastest_dense and self.sparse else None
+        return self.fastest_dense / self.sparse if self.fastest_dense else None
 
     def row(self) -> str:
         """A line of a Markdown table."""
@@ -97,7 +101,7 @@ class Result:
 
         error = None if self.peak is None else 100 * (self.estimated / self.peak - 1)
         cells = [
-            self.model, f"{self.minutes:g}", str(self.batch), str(self.prompt), str(self.context),
+            self.model, f"{self.minutes:g}", str(self.batch), self.attention, str(self.prompt), str(self.context),
             shown(self.prefill), shown(self.dense), shown(self.flash), shown(self.sparse), shown(self.speedup),
             str(self.answer), whole(self.fastest_dense), whole(self.sparse),
             shown(self.estimated), shown(self.peak), shown(error, 0, " %"),
@@ -107,7 +111,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Settings:
-    attention: SparseAttentionConfig
+    configurations: dict[str, SparseAttentionConfig]  # by what differs from the settings of all
     answer_tokens_an_hour: float
     prefill_chunk: int
     steps: int
@@ -118,6 +122,7 @@ def benchmark(
     names: Sequence[str],
     minutes: Sequence[float],
     batches: Sequence[int],
+    configurations: Sequence[dict[str, Any]],
     answer_tokens_an_hour: float,
     prefill_chunk: int,
     steps: int,
@@ -128,13 +133,18 @@ def benchmark(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Result]:
-    """Print a row for each case as it is done, and write all of them to `output` (JSON) after each."""
+    """Print a row for each case as it is done, and write all of them to `output` (JSON) after each.
+
+    configurations: fields that replace those of `attention`, each measured against the same dense steps.
+    """
     if not set(names) <= set(LLMS):
         raise ValueError(f"models.names are {', '.join(names)}: choose of {', '.join(LLMS)}")
     if mode not in ("captured", "compiled"):
         raise ValueError(f"models.mode is {mode!r}: choose captured or compiled")
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     begin, results = time.monotonic(), []
-    settings = Settings(attention, answer_tokens_an_hour, prefill_chunk, steps, mode)
+    named = {label(each): replace(attention, **each) for each in configurations}
+    settings = Settings(named, answer_tokens_an_hour, prefill_chunk, steps, mode)
     print(f"| {' | '.join(Result.COLUMNS)} |\n|{'---|' * len(Result.COLUMNS)}", flush=True)
     for name in names:
         adapter, model = ADAPTERS[LLMS[name][0]], None
@@ -144,16 +154,18 @@ def benchmark(
                     print(f"  left out: {name}, {length} minutes, batch {batch}: models.max_seconds={max_seconds}")
                     continue
                 model = model or random_model(name, device, dtype)
-                result = attempt(partial(measure_case, name, model, adapter, length, batch, settings))
-                if result is not None:
+                for result in measure_case(name, model, adapter, length, batch, settings):
                     print(result.row(), flush=True)
                     results.append(result)
                     if output is not None:
                         save(Path(output), results, settings, device)
-                release(device)
         del model
         release(device)
     return results
+
+
+def label(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "as given"
 
 
 def save(path: Path, results: Sequence[Result], settings: Settings, device: torch.device) -> None:
@@ -183,40 +195,60 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
     return model
 
 
-@torch.no_grad()
 def measure_case(
     name: str, model: PreTrainedModel, adapter: Adapter, minutes: float, batch: int, settings: Settings
-) -> Result:
-    """Prefill, memory and sparse steps over one cache, then dense steps over another."""
-    seconds, device, attention = 60 * minutes, model.device, settings.attention
+) -> Iterator[Result]:
+    """Dense steps by either attention, then each configuration over a cache of its own; what fails is left out."""
+    seconds, device = 60 * minutes, model.device
     prompt, answer = prompt_tokens(adapter, seconds), round(settings.answer_tokens_an_hour * seconds / 3600)
     context = prompt + answer // 2
-    memory = partial(
-        estimate, adapter, seconds, shape_of(model), attention, model.dtype, settings.prefill_chunk, prompt + answer
-    )
+
+    def memory(attention: SparseAttentionConfig) -> Memory:
+        how = attention, model.dtype, settings.prefill_chunk, prompt + answer, batch, device.type
+        return estimate(adapter, seconds, shape_of(model), *how)
+
+    release(device)
     free = free_memory(device)
-    while free is not None and batch > 1 and MARGIN * memory(batch=batch).pass_bytes > free:
+    largest = list(settings.configurations.values())
+    while free is not None and batch > 1 and MARGIN * max(memory(each).pass_bytes for each in largest) > free:
         batch -= 1  # the row says how many were left
 
-    if device.type == "cuda":
+    times = {}
+    for kind, attention in (("dense", NAME), ("flash", FLASH)):
+        milliseconds = attempt(partial(measure_dense, model, batch, context, settings, attention))
+        times[kind] = milliseconds
+        release(device)
+    for differing, attention in settings.configurations.items():
+        audio = int(adapter.tokens_a_second * seconds)
+        measured = attempt(partial(measure_sparse, model, batch, prompt, answer, audio, attention, settings))
+        release(device)
+        if measured is not None:
+            prefill_seconds, sparse, peak = measured
+            yield Result(
+                name, minutes, batch, differing, prompt, answer, context, prefill_seconds, **times, sparse=sparse,
+                estimated=memory(attention).total / 1e9, peak=peak,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_sparse(
+    model: PreTrainedModel,
+    batch: int,
+    prompt: int,
+    answer: int,
+    audio: int,
+    attention: SparseAttentionConfig,
+    settings: Settings,
+) -> tuple[float | None, float, float | None]:
+    """Seconds of the prefill, milliseconds of a sparse step, and GB of memory at most."""
+    cuda = model.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     cache = PagedCache(model.config, attention, capacity=prompt + answer)
-    prefill_seconds = prefill(model, cache, batch, prompt, int(adapter.tokens_a_second * seconds), settings)
-    fill(cache, context)
-    sparse = measure(model, cache, batch, settings.mode, settings.steps)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    del cache
-    release(device)
-
-    times = {}
-    for kind, forward in (("dense", unique_attention_forward), ("flash", flash_attention)):
-        times[kind] = attempt(partial(measure_dense, model, batch, context, settings, forward))
-        release(device)
-    milliseconds = {kind: None if value is None else 1000 * value for kind, value in times.items()}
-    return Result(
-        name, minutes, batch, prompt, answer, context, prefill_seconds, **milliseconds, sparse=1000 * sparse,
-        estimated=memory(batch=batch).total / 1e9, peak=peak,
-    )  # fmt: skip
+    prefill_seconds = prefill(model, cache, batch, prompt, audio, settings)
+    fill(cache, prompt + answer // 2)
+    milliseconds = 1000 * measure(model, cache, batch, settings.mode, settings.steps)
+    return prefill_seconds, milliseconds, torch.cuda.max_memory_allocated() / 1e9 if cuda else None
 
 
 def prefill(
@@ -258,22 +290,19 @@ def fill(cache: PagedCache, tokens: int) -> None:
         cache.update_statistics()
 
 
-def measure_dense(
-    model: PreTrainedModel, batch: int, context: int, settings: Settings, forward: Callable[..., Any]
-) -> float:
-    """Seconds of a captured step by an attention function, with no more room in the cache than the steps take."""
-    config = SparseAttentionConfig(budget=None, backend=settings.attention.backend)
+@torch.no_grad()
+def measure_dense(model: PreTrainedModel, batch: int, context: int, settings: Settings, attention: str) -> float:
+    """Milliseconds of a step by an attention implementation, with no more room in the cache than the steps take."""
+    config = SparseAttentionConfig(budget=None, backend=next(iter(settings.configurations.values())).backend)
     cache = PagedCache(model.config, config, capacity=context + WARM_UP + settings.steps)
-    weight = model.get_input_embeddings().weight
-    tokens = torch.zeros(batch, 2, dtype=torch.long, device=weight.device)
+    tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)
     model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)  # allocates
     fill(cache, context)
-    torch.compiler.reset()  # what was compiled holds the attention function of before
-    AttentionInterface.register(NAME, forward)
+    set_attention(model, attention)
     try:
-        return measure(model, cache, batch, settings.mode, settings.steps)
+        return 1000 * measure(model, cache, batch, settings.mode, settings.steps)
     finally:
-        AttentionInterface.register(NAME, unique_attention_forward)
+        set_attention(model, NAME)
 
 
 def flash_attention(
@@ -297,3 +326,7 @@ def flash_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: i
 @flash_attention_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
+
+
+AttentionInterface.register(FLASH, flash_attention)
+AttentionMaskInterface.register(FLASH, unique_mask)

@@ -39,6 +39,7 @@ def estimate(
     prefill_chunk: int = 2048,
     tokens: int | None = None,
     batch: int = 1,
+    device: str = "cuda",
 ) -> Memory:
     """Memory for `seconds` of audio in one pass; `tokens` are its positions if they are known."""
     return decoding_memory(
@@ -50,4 +51,5 @@ def estimate(
         dtype,
         prefill_chunk if adapter.chunked else None,
         batch,
+        device,
     )

@@ -234,8 +234,8 @@ class AdapterTranscriber(LoadedModel):
         if decoder is self.decoder and tokens <= decoder.cache.capacity:
             return
         shape, adapter = shape_of(self.model), self.adapter
-        settings = {"attention": self.attention, "dtype": self.model.dtype, "prefill_chunk": self.prefill_chunk}
-        needed = estimate(adapter, seconds, shape, tokens=tokens, **settings).pass_bytes
+        how = self.attention, self.model.dtype, self.prefill_chunk
+        needed = estimate(adapter, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
         free = free_memory(self.model.device)
         room = None if free is None else free + decoder.held  # the pass before leaves its place to the next
         if room is not None and needed > room:
