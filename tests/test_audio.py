@@ -79,6 +79,8 @@ def test_formats(tmp_path, name, codec, rate, channels):
     assert samples.ndim == 1
     assert len(samples) / SAMPLE_RATE == pytest.approx(2.0, abs=0.1)
     assert audio.duration == pytest.approx(2.0, abs=0.1)
+    assert list(audio.blocks())
+    assert audio.warnings == []
     assert pitch(samples[4000:-4000]) == pytest.approx(TONE, abs=2)
     assert np.abs(samples[4000:-4000]).max() == pytest.approx(0.4, abs=0.03)  # no channel count changes the level
 
@@ -168,6 +170,15 @@ def test_truncated_file_gives_what_is_there_and_a_warning(tmp_path, name, codec)
     # The length of a headerless or plain PCM file is that of the file, so half a WAV file is a shorter WAV file.
     if audio.duration > 15.0:
         assert any("truncated" in warning for warning in audio.warnings)
+
+
+@pytest.mark.parametrize(("name", "codec", "level"), [("talk.m4a", "aac", 0.0), ("talk.opus", "libopus", 0.1)])
+def test_tables_and_big_pages_are_no_damage(tmp_path, name, codec, level):
+    """An index larger than the sound of silence itself, and an Ogg page that holds the last tenth of a file."""
+    samples = level * np.random.default_rng(0).standard_normal((1, 130_000), np.float32)
+    audio = AudioFile(encode(tmp_path / name, samples, 48000, codec))
+    assert sum(map(len, audio.blocks())) / SAMPLE_RATE == pytest.approx(2.7, abs=0.1)
+    assert audio.warnings == []
 
 
 def test_damaged_middle_is_skipped_with_a_warning(tmp_path):

@@ -15,7 +15,9 @@ GAP_TOLERANCE = 0.2  # s; a longer hole between the timestamps of two frames is 
 MAX_FILLED_GAP = 3600.0  # s; a longer hole is a broken timestamp, not a pause
 TRUNCATION_TOLERANCE = 0.03  # share of the announced duration that may be missing: headers of MP3 files are estimates
 
-UNREAD_TOLERANCE = 0.05  # share of a file that may follow its last packet: indices, tags
+UNREAD_TOLERANCE = 0.05  # share of a file that may follow its last packet: tags
+# These have tables beside the packets, of any size, and a header that announces the whole duration.
+INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf")
 
 
 class AudioError(ValueError):
@@ -177,7 +179,7 @@ class AudioFile:
 
     def _frames(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
         """Decoded frames; a packet that does not decode is skipped, a container that breaks off ends the iteration."""
-        damaged = read = 0
+        damaged = read = place = length = 0
         packets = container.demux(stream)
         while True:
             try:
@@ -187,13 +189,17 @@ class AudioFile:
             except av.error.FFmpegError as error:
                 self.warnings.append(f"{self.name}: reading stopped early ({_reason(error)}); the rest is missing")
                 break
-            read = max(read, (packet.pos or 0) + packet.size)
+            if packet.pos is not None:  # packets of an Ogg page are all said to begin where the page does
+                length = packet.size + (length if packet.pos == place else 0)
+                place = packet.pos
+                read = max(read, place + length)
             try:
                 yield from packet.decode()
             except av.error.FFmpegError:
                 damaged += 1
         unread = self.path.stat().st_size - read
-        if len(container.streams) == 1 and read and unread > UNREAD_TOLERANCE * (read + unread):
+        alone = len(container.streams) == 1 and container.format.name not in INDEXED_FORMATS
+        if alone and read and unread > UNREAD_TOLERANCE * (read + unread):
             # Some containers announce a duration only as far as they can be read.
             self.warnings.append(
                 f"{self.name}: the last {100 * unread / (read + unread):.0f} % of the file could not be read; "
