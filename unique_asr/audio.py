@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import av
@@ -245,6 +246,16 @@ def reblocked(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarr
         pending, length = [joined[full:]], len(joined) - full
     if length:
         yield np.concatenate(pending)
+
+
+def spooled(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """All samples [N], float32, in a temporary file that is read where it is used: they do not fill the memory."""
+    with TemporaryFile() as file:
+        for block in blocks:
+            file.write(block.astype(np.float32, copy=False).tobytes())
+        file.flush()
+        size = file.tell() // np.dtype(np.float32).itemsize
+        return np.memmap(file, np.float32, "c", shape=(size,)) if size else np.zeros(0, np.float32)
 
 
 def check_vad() -> None:

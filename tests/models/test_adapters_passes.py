@@ -1,6 +1,7 @@
 """Recordings beyond a model's limit, early stops and loops, with scripted answers to a tiny model's requests."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import transformers
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.audio import spooled
 from unique_asr.batch import side_by_side
 from unique_asr.languages import LANGUAGES
 from unique_asr.longform import PENDING
@@ -335,6 +337,20 @@ def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
     segments, _ = AdapterTranscriber((model, processor)).transcribe(speech(5))
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
         next(segments)
+
+
+def test_a_long_recording_does_not_fill_the_memory():
+    """Ten minutes, 38 MB: what is kept of them, and what is worked on, is a few MB."""
+    second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    tracemalloc.start()
+    samples = spooled(second * (index % 2) for index in range(600))
+    speech = Speech(samples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(samples), speech.duration) == (600 * 16000, 600)
+    np.testing.assert_array_equal(samples[16000:32000], second)
+    assert speech.total == pytest.approx(300, abs=1)
+    assert peak < 16e6
 
 
 def test_speech_is_found_by_loudness():

@@ -264,15 +264,24 @@ class Speech:
     SMOOTH = 15  # frames over which loudness is averaged to find a pause
     THRESHOLD = 0.1  # of the loudness that 5 % of the frames exceed
     SILENCE = 1e-4  # loudness, of 1, below which nothing is speech
+    BLOCK = 3000  # frames that are measured at once
 
     def __init__(self, samples: np.ndarray) -> None:
         size = round(self.FRAME * SAMPLE_RATE)
-        whole = np.pad(samples, (0, -len(samples) % size)).reshape(-1, size) if len(samples) else np.zeros((1, size))
-        loudness = np.sqrt(np.einsum("fs,fs->f", whole, whole) / size)
+        step = self.BLOCK * size
+        firsts = range(0, max(1, len(samples)), step)
+        loudness = np.concatenate([self._loudness(samples[first : first + step], size) for first in firsts])
         loud = loudness > max(self.THRESHOLD * np.quantile(loudness, 0.95), self.SILENCE)
         self.duration = len(samples) / SAMPLE_RATE
         self._smooth = np.convolve(loudness, np.full(self.SMOOTH, 1 / self.SMOOTH), mode="same")[: len(loudness)]
         self._before = np.concatenate([[0.0], np.cumsum(loud) * self.FRAME])  # seconds of speech before each frame
+
+    @staticmethod
+    def _loudness(samples: np.ndarray, size: int) -> np.ndarray:
+        """Of every `size` samples, one frame at least; the last one is filled up with silence."""
+        missing = max(1, math.ceil(len(samples) / size)) * size - len(samples)
+        frames = np.pad(samples, (0, missing)).reshape(-1, size)
+        return np.sqrt(np.einsum("fs,fs->f", frames, frames) / size)
 
     @property
     def total(self) -> float:

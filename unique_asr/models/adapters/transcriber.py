@@ -20,6 +20,7 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.audio import spooled
 from unique_asr.batch_decoding import BatchDecoder, Row
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.generation import stop_ids
@@ -126,7 +127,7 @@ class AdapterTranscriber(LoadedModel):
         on_pass: Callable[[Any], None] | None,
         row: Row | None,
     ) -> Iterator[Segment | None]:
-        samples = np.concatenate(list(source.blocks()))
+        samples = spooled(source.blocks())
         info.warnings += source.warnings
         info.dropped = source.dropped
         tokenizer, decoder = self.processor.tokenizer, row or self.decoder
