@@ -101,13 +101,13 @@ class Page:
 
     def show(self, id: str | None, request: gr.Request) -> Generator[View, None, bool]:
         """A job: as it changes while it waits or runs, then as it is on disk. Whether it was shown to its end."""
-        status, count, mine = None, None, object()
+        state, status, count, mine = None, None, None, object()
         self._watching[request.session_hash] = mine
         while id and (live := self.worker.live(id)) is not None:
-            if (status, count) != (live.status, len(live.segments)):
-                first, more = status is None, count != len(live.segments)
-                status, count = live.status, len(live.segments)
-                yield self._live_view(live, first, more)
+            if (state, status, count) != (live.record.state, live.status, len(live.segments)):
+                first, more, begun = status is None, count != len(live.segments), state != live.record.state
+                state, status, count = live.record.state, live.status, len(live.segments)
+                yield self._live_view(live, first, more, begun)
             live.finished.wait(REFRESH_SECONDS)
             if self._watching.get(request.session_hash) is not mine:
                 return False
@@ -147,8 +147,8 @@ class Page:
 
     # Views
 
-    def _live_view(self, live: Live, first: bool, more: bool) -> View:
-        """Only what has changed: all of it at first, the text if there is more."""
+    def _live_view(self, live: Live, first: bool, more: bool, begun: bool) -> View:
+        """Only what has changed: all of it at first, the text if there is more, the list of jobs when one begins."""
         segments = list(live.segments)
         empty = None if first else gr.skip()
         return View(
@@ -161,7 +161,7 @@ class Page:
             differences=empty,
             measures=empty,
             plot=gr.HTML(visible=False) if first else gr.skip(),
-            jobs=self._choices(live.record) if first else gr.skip(),
+            jobs=self._choices(live.record) if begun else gr.skip(),
         )
 
     def _final_view(self, record: Record | None) -> View:

@@ -139,7 +139,7 @@ class Worker:
                 self._run(live)
                 record.state = DONE
             except Stopped:
-                record.state, record.message = STOPPED, "stopped; Continue goes on from there"
+                record.state, record.message = STOPPED, "Continue goes on from there"
             except Exception as error:
                 known = isinstance(error, ValueError)
                 text = " ".join(str(error).split()) or "failed"

@@ -152,6 +152,7 @@ def test_text_comes_while_it_is_decoded(page, script, tmp_path):
     wait_for(lambda: any(output[TEXT] for output in job.outputs()))
     assert not job.done()
     wait_for(lambda: any("Transcribing, 0 %" in output[STATUS] for output in job.outputs()))
+    wait_for(lambda: any("nomads.opus (running)" in str(output[JOBS]) for output in job.outputs()))
     script.gate.set()
     assert len(job.result(timeout=30)[TEXT].splitlines()) == 9
 
