@@ -10,6 +10,7 @@ import torch
 
 from .attention import PagedCache, SparseAttentionConfig
 from .attention.cache import page_sizes
+from .attention.huggingface import BATCHED_TOKENS
 from .attention.reference import PARTIAL_SUM
 from .attention.scores import SCORES
 
@@ -89,7 +90,8 @@ def decoding_memory(
     positions = min(prefill_chunk or tokens, tokens)
     feed_forward = batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize
     repeated = padding = 0
-    if prefill_chunk is not None and not (device == "cuda" and dtype.itemsize == 2):  # FlashAttention needs neither
+    flash = device == "cuda" and dtype.itemsize == 2 and (batch == 1 or prompt > BATCHED_TOKENS)
+    if prefill_chunk is not None and not flash:
         # Behind a mask, which every chunk but the first has, `sdpa` repeats keys and values for the heads of a group.
         if shape.heads != shape.kv_heads:
             repeated = 2 * batch * shape.heads * min(prompt, tokens) * shape.head_dim * dtype.itemsize

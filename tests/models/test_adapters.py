@@ -248,3 +248,19 @@ def test_memory_is_what_the_cache_takes(speech_model):
     assert (memory.cache, memory.statistics) == (kept, pages)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert memory.weights == pytest.approx(weights, rel=1e-6)
+
+
+def test_only_flash_attention_prefills_without_copies_of_the_keys():
+    hour = {
+        (device, dtype): estimate(ADAPTERS["moss_transcribe_diarize"], 3600, dtype=dtype, device=device, batch=2)
+        for device in ("cpu", "cuda")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    positions, heads, dim = 52456, 16, 128
+    copies = 2 * 2 * heads * positions * dim * 2  # of keys and values, two rows
+    mask = 2 * 2048 * positions
+    assert hour["cpu", torch.bfloat16].scratch == copies + mask
+    assert hour["cuda", torch.bfloat16].scratch < copies / 5
+    assert hour["cuda", torch.float32] == hour["cpu", torch.float32]
+    minute = estimate(ADAPTERS["moss_transcribe_diarize"], 60, dtype=torch.bfloat16, batch=80)  # short rows: by a mask
+    assert minute.scratch > 80 * 2 * heads * 1126 * dim * 2

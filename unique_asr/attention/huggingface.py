@@ -27,6 +27,7 @@ from unique_asr.attention.stats import SparsityStatistics
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries
+BATCHED_TOKENS = 4096  # of padded rows that are prefilled together: a mask costs less than launches for each row
 
 
 def unique_attention_forward(
@@ -103,7 +104,7 @@ def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     if not causal or (mask is not None and mask.shape[2] == queries):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     starts = getattr(mask, "starts", None)
-    if starts is None or not flash_takes(query, key, value):
+    if starts is None or tokens <= BATCHED_TOKENS or not flash_takes(query, key, value):
         return causal_attention(module, query, key, value, mask, **kwargs), None
     output = query.new_zeros(len(query), queries, query.shape[1], value.shape[-1])
     for row, start in enumerate(starts.tolist()):
