@@ -11,7 +11,7 @@ import gradio as gr
 
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.console import format_time
-from unique_asr.models.adapters import check_language
+from unique_asr.models.adapters import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
 from .comparison import COLUMNS, DENSE, SPARSE, compare
@@ -60,6 +60,7 @@ class Page:
         budget: float,
         page_size: float,
         prompt: str | None,
+        hotwords: str | None,
         language: str | None,
         vad: bool,
         reads: bool,
@@ -76,6 +77,7 @@ class Page:
             "page_size": int(page_size or 0),
             "prompt": (prompt or "").strip(),
             "language": None,
+            "hotwords": None,
             "vad": bool(vad),
             "reads": bool(reads) and attention == "unique",
             "compare": bool(compare) and attention == "unique",
@@ -84,6 +86,7 @@ class Page:
         try:
             attention_settings(settings, self.worker.options)
             settings["language"] = check_language((language or "").strip(), model)
+            settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
             if vad:
                 check_vad()
             self.worker.check_room(len(uploads) if uploads else 1)
@@ -218,7 +221,8 @@ class Page:
                         attention = gr.Radio(["unique", "dense"], value="unique", label="Attention")
                         budget = gr.Number(options["budget"] or 512, label="Budget (tokens a step reads)", precision=0)
                         page_size = gr.Number(options["page_size"], label="Page size (tokens)", precision=0)
-                        prompt = gr.Textbox(label="Instruction or hotwords", lines=2)
+                        prompt = gr.Textbox(label="Instruction in place of the model's own", lines=2)
+                        hotwords = gr.Textbox(label="Hotwords, for models that can be told (separated by commas)")
                         language = gr.Textbox(label="Language, for models that can be told (fr or French; empty: any)")
                         vad = gr.Checkbox(label="Drop what is not speech (voice activity detection)")
                         reads = gr.Checkbox(label="Plot which part of the audio each token read")
@@ -254,7 +258,7 @@ class Page:
                         )
             outputs = [status, text, table, player, files, comparison, differences, measures, plot, jobs]
             inputs = [uploads, recorded, path, model, attention, budget, page_size]
-            inputs += [prompt, language, vad, reads, compared]
+            inputs += [prompt, hotwords, language, vad, reads, compared]
             # A handler only watches its job: the worker does one at a time, however many watch.
             watching = {"outputs": outputs, "concurrency_limit": None, "show_progress": "hidden"}
             start.click(self.transcribe, inputs, api_name="transcribe", **watching)

@@ -168,16 +168,17 @@ class Worker:
             return
         live.progress("load", 0, 1)
         source = AudioFile(job.audio, name=record.title, vad=record.settings.get("vad", False))
-        prompt = record.settings["prompt"] or None
+        told = {"prompt": record.settings["prompt"] or None}
+        told |= {name: record.settings.get(name) for name in ("language", "hotwords")}
         settings = {"model": record.settings["model"], "attention": attention, **self.options["transcriber"]}
-        language = record.settings.get("language")
-        text = text_settings(prompt, settings.get("max_pass_seconds"), 0.0, None, None, source.vad, language)
+        part = {"start": 0.0, "end": None, "channel": None, "vad": source.vad}
+        text = text_settings(max_pass_seconds=settings.get("max_pass_seconds"), **part, **told)
         unfinished, keep = job.unfinished(source.duration, made_with(settings, text))
         log = SegmentLog(job.partial_path("jsonl"), keep)
         transcriber = self._transcriber(settings, live)
         reads = PageReads() if record.settings.get("reads") and kind == "transcript" else None
         recording = job, source, list(WRITERS), log, False
-        transcribe_one(*recording, transcriber, prompt, language, unfinished, live, begin, reads)
+        transcribe_one(*recording, transcriber, told, unfinished, live, begin, reads)
 
     def _transcriber(self, settings: dict[str, Any], live: Live) -> Transcriber:
         """One is kept: with other settings of the attention, its model is taken over."""

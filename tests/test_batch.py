@@ -134,8 +134,8 @@ def test_a_transcriber_of_another_kind_goes_one_by_one(tiny, monkeypatch):
     transcriber = Transcriber(tiny)
 
     class Other:
-        def transcribe(self, audio, *, prompt, language, progress):
-            return transcriber.transcribe(audio, prompt=prompt, progress=progress)
+        def transcribe(self, audio, *, progress, **told):
+            return transcriber.transcribe(audio, progress=progress, **told)
 
     monkeypatch.setattr("unique_asr.models.adapters.make_transcriber", lambda *arguments, **options: Other())
     results = list(transcribe_batch([noise(2), noise(3)], batch=8))

@@ -35,7 +35,7 @@ class FakeTranscriber:
         self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
         settings["progress"]("load", 1, 1)
 
-    def transcribe(self, audio, *, prompt, language, progress, unfinished, on_pass, reads=None):
+    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, **told):
         if reads is not None:
             reads.duration = audio.duration
         info = TranscriptionInfo(
@@ -44,7 +44,12 @@ class FakeTranscriber:
             model=self.settings["model"],
             attention=self.settings["attention"].to_dict(),
             settings=text_settings(
-                prompt, self.settings["max_pass_seconds"], audio.start, audio.end, audio.channel, audio.vad, language
+                max_pass_seconds=self.settings["max_pass_seconds"],
+                start=audio.start,
+                end=audio.end,
+                channel=audio.channel,
+                vad=audio.vad,
+                **told,
             ),
             sparsity={"steps": 40, "sparse_steps": 30, "share_of_pages_read": 0.25},
         )
@@ -274,6 +279,11 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
             "error: language=French: model=default takes en; leave language out",
         ),
         (["audio=talk.opus", "language=no"], 2, "error: language=no: model=default takes en"),
+        (
+            ["audio=talk.opus", "hotwords=Ada, Byron"],
+            2,
+            "error: hotwords=Ada, Byron: model=default cannot be told words",
+        ),
         (["audio=talk.opus", "batch=0"], 2, "error: batch=0: give a whole number of recordings, 1 or more"),
         (["audio=talk.opus", "batch=2.5"], 2, "error: batch=2.5: give a whole number"),
         (["audio=talk.opus", "batch=true"], 2, "error: batch=True: give a whole number"),
@@ -308,6 +318,17 @@ def test_part_of_a_recording(talk, command):
     code, _, err = command("audio=talk.opus")
     assert code == 1
     assert "was made from start=2.0; output.overwrite=true" in err
+
+
+def test_hotwords_are_recorded(talk, command):
+    """For a model whose configuration says that it takes them; commas and brackets need no quotes but the shell's."""
+    folder = talk.parent / "moss"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "moss_transcribe_diarize"}')
+    assert command("audio=talk.opus", "model=moss/", "hotwords=Ada,  Byron's [engine] ,")[0] == 0
+    assert read_transcript("talk.json").info.settings["hotwords"] == "Ada, Byron's [engine]"
+    err = command("audio=talk.opus", "model=moss/", "hotwords=Ada")[2]
+    assert "was made from hotwords=Ada, Byron's [engine]; output.overwrite=true" in err
 
 
 @pytest.mark.parametrize("language", ["en", "English", "ENGLISH"])

@@ -33,6 +33,7 @@ def transcribe_batch(
     dtype: str = "auto",
     prompt: str | None = None,
     language: str | None = None,
+    hotwords: str | None = None,
     vad: bool = False,
     progress: BatchProgress | None = None,
     on_segment: OnSegment | None = None,
@@ -56,14 +57,15 @@ def transcribe_batch(
         on_segment: called as on_segment(index, segment), the moment a segment is decoded.
         all else: as for `transcribe`.
     """
-    from .models.adapters import check_language, make_transcriber
+    from .models.adapters import check_hotwords, check_language, make_transcriber
 
     if batch < 1:
         raise PipelineError(f"batch={batch}: give at least 1")
     if not isinstance(model, tuple):
         check_language(language, model)
+        check_hotwords(hotwords, model)
     transcriber = make_transcriber(model, attention=attention, budget=budget, device=device, dtype=dtype, **options)
-    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment, language)
+    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment, language, hotwords)
 
 
 def side_by_side(
@@ -75,13 +77,15 @@ def side_by_side(
     progress: BatchProgress | None = None,
     on_segment: OnSegment | None = None,
     language: str | None = None,
+    hotwords: str | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
     """See `transcribe_batch`; with batch=1, any transcriber does."""
     rows = batch_rows(transcriber, batch)
+    told = {"prompt": prompt, "language": language, "hotwords": hotwords}
 
     def begun(index: int, audio: Audio) -> Generator[None, None, Transcript]:
         callbacks = (partial(callback, index) if callback else None for callback in (progress, on_segment))
-        return recording(transcriber, audio, prompt, language, vad, *callbacks, rows)
+        return recording(transcriber, audio, told, vad, *callbacks, rows)
 
     return interleave(starmap(begun, enumerate(audios)), batch if rows else 1, partial(step, rows))
 
@@ -137,8 +141,7 @@ def interleave(
 def recording(
     transcriber: Any,
     audio: Audio,
-    prompt: str | None,
-    language: str | None,
+    told: dict[str, str | None],
     vad: bool,
     progress: Progress | None,
     on_segment: Callable[[Segment], None] | None,
@@ -149,9 +152,7 @@ def recording(
     row = rows.row() if rows else None
     try:
         source, where = open_audio(audio, vad=vad), {"row": row} if row else {}
-        segments, transcript.info = transcriber.transcribe(
-            source, prompt=prompt, language=language, progress=progress, **where
-        )
+        segments, transcript.info = transcriber.transcribe(source, **told, progress=progress, **where)
         with closing(segments):
             for segment in segments:
                 if segment is None:

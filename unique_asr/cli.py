@@ -27,7 +27,7 @@ from unique_asr.writers import SegmentLog, read_transcript
 
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 LITERAL_KEYS = (
-    *("audio", "start", "end", "language"),
+    *("audio", "start", "end", "language", "hotwords"),
     *("output.dir", "output.format", "model.name_or_path", "decoding.prompt"),
 )
 LITERAL_GROUPS = {"model": "model.name_or_path"}
@@ -46,6 +46,7 @@ class Transcriber(Protocol):
         *,
         prompt: str | None,
         language: str | None,
+        hotwords: str | None,
         progress: Callable[[str, float, float], None],
         unfinished: Unfinished | None,
         on_pass: Callable[[dict[str, Any]], None],
@@ -93,7 +94,7 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
         jobs = plan(find_recordings(audio), config.output.dir)
         batch = batch_size(config)
         settings = transcriber_settings(config)
-        language = recording_language(config)
+        told = told_of_recordings(config)
         part = audio_part(config)
     except AudioError as error:
         display.error(str(error))
@@ -105,7 +106,7 @@ def transcribe_all(config: DictConfig, load: Callable[..., Transcriber]) -> int:
     from unique_asr.batch import interleave
 
     with ExitStack() as temporary:
-        run = Run(config, formats, settings, language, part, load, display, temporary)
+        run = Run(config, formats, settings, told, part, load, display, temporary)
         tasks = (run.recording(job, number, len(jobs)) for number, job in enumerate(jobs, start=1))
         begin = time.perf_counter()
         try:
@@ -126,13 +127,13 @@ class Run:
         config: DictConfig,
         formats: Sequence[str],
         settings: dict[str, Any],
-        language: str | None,
+        told: dict[str, str | None],
         part: dict[str, Any],
         load: Callable[..., Transcriber],
         display: Display,
         temporary: ExitStack,
     ) -> None:
-        self.config, self.formats, self.settings, self.language, self.part = config, formats, settings, language, part
+        self.config, self.formats, self.settings, self.told, self.part = config, formats, settings, told, part
         self._load, self.display, self.temporary = load, display, temporary
         self.transcriber: Transcriber | None = None  # from the first recording that needs it
         self.rows: Any = None  # the BatchDecoder, if they are decoded side by side
@@ -154,8 +155,7 @@ class Run:
             if job.audio == STDIN:
                 job = replace(job, audio=spool(sys.stdin.buffer, self.temporary))
             source = AudioFile(job.audio, **self.part, name=job.name)
-            prompt, limit = config.decoding.prompt, config.decoding.max_pass_seconds
-            text = text_settings(prompt, limit, **self.part, language=self.language)
+            text = text_settings(max_pass_seconds=config.decoding.max_pass_seconds, **self.part, **self.told)
             made_from = made_with(self.settings, text)
             missing = missing_formats(job, self.formats, config.output.overwrite, source, made_from, display)
             if not missing:
@@ -168,7 +168,7 @@ class Run:
             keep_log = config.output.keep_log
             info = yield from transcription(
                 *(job, source, missing, log, keep_log, self.transcriber),
-                *(prompt, self.language, unfinished, display, begin, reads, row),
+                *(self.told, unfinished, display, begin, reads, row),
             )
             self.done.append(info.duration)
         except Exception as error:
@@ -212,13 +212,16 @@ def batch_size(config: DictConfig) -> int:
     return batch
 
 
-def recording_language(config: DictConfig) -> str | None:
-    """The code of config.language, if the model can be told it."""
-    if not config.language:
-        return None
-    from unique_asr.models.adapters import check_language
+def told_of_recordings(config: DictConfig) -> dict[str, str | None]:
+    """What the model is told: prompt, code of the language, and hotwords; the last two only if it can be told them."""
+    told = {"prompt": config.decoding.prompt, "language": None, "hotwords": None}
+    if config.language or config.hotwords:
+        from unique_asr.models.adapters import check_hotwords, check_language
 
-    return check_language(str(config.language), config.model.name_or_path)
+        model = config.model.name_or_path
+        told["language"] = check_language(config.language and str(config.language), model)
+        told["hotwords"] = check_hotwords(config.hotwords and str(config.hotwords), model)
+    return told
 
 
 def transcriber_settings(config: DictConfig) -> dict[str, Any]:
@@ -302,8 +305,7 @@ def transcription(
     log: SegmentLog,
     keep_log: bool,
     transcriber: Transcriber,
-    prompt: str | None,
-    language: str | None,
+    told: dict[str, str | None],
     unfinished: Unfinished | None,
     display: Display,
     begin: float,
@@ -312,6 +314,7 @@ def transcription(
 ) -> Generator[None, None, TranscriptionInfo]:
     """One recording to its files. Whatever stops it, the segments decoded until then are on disk.
 
+    told: prompt, language and hotwords for the model.
     begin: the clock when work on the recording began; loading the model for it counts.
     reads: is drawn as one of the files; see `unique_asr.page_reads.PageReads`.
     row: of a `BatchDecoder`, which decodes: the generator yields where the batch has to make a step.
@@ -324,8 +327,7 @@ def transcription(
             more = ({} if reads is None else {"reads": reads}) | ({} if row is None else {"row": row})
             iterator, info = transcriber.transcribe(
                 source,
-                prompt=prompt,
-                language=language,
+                **told,
                 progress=display.progress,
                 unfinished=unfinished,
                 on_pass=log.pass_begins,

@@ -1,4 +1,4 @@
-"""Languages of recordings, by code or by English name."""
+"""What a model can be told of a recording: its language, by code or by English name, and words to expect."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def chosen_language(language: str | None, taken: Collection[str], model: str) ->
         return code
     takes = f"takes {', '.join(sorted(taken))}" if taken else "cannot be told a language"
     raise ValueError(f"language={language}: model={model} {takes}; leave language out, or choose another model")
+
+
+def chosen_hotwords(hotwords: str | None, taken: bool, model: str) -> str | None:
+    """Words or names to expect, separated by ", ", or None for none.
+
+    Args:
+        hotwords: separated by commas.
+        taken: whether the model can be told any; if not, they raise a ValueError of one line.
+        model: its name, for the message.
+    """
+    words = [" ".join(word.split()) for word in (hotwords or "").split(",")]
+    if any(words) and not taken:
+        raise ValueError(
+            f"hotwords={hotwords}: model={model} cannot be told words to expect; leave them out or choose another model"
+        )
+    return ", ".join(filter(None, words)) or None

@@ -17,7 +17,7 @@ from .attention import SparseAttentionConfig, SparsityStatistics
 from .audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
 from .batch_decoding import BatchDecoder, Row
 from .decoding import GreedyDecoder
-from .languages import SHIPPED, chosen_language
+from .languages import SHIPPED, chosen_hotwords, chosen_language
 from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress, State
 from .memory import free_memory
 from .models import load
@@ -42,6 +42,7 @@ def transcribe(
     dtype: str = "auto",
     prompt: str | None = None,
     language: str | None = None,
+    hotwords: str | None = None,
     start: float = 0.0,
     end: float | None = None,
     channel: int | None = None,
@@ -69,25 +70,28 @@ def transcribe(
         prompt: an instruction for the model.
         language: that is spoken, as a code or in English (`fr`, `French`), for models that can be told; the default
             model takes `en` alone. None: the model finds out.
+        hotwords: words or names to expect, separated by commas, for models that can be told; the default one cannot.
         start, end, channel: the part of a file that is transcribed; see `AudioFile`. Times count from its beginning.
         vad: drop what is not speech (needs silero-vad); `info.dropped` counts the seconds. Times stay.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
         reads: records which part of the recording each token was read from; see `PageReads`. Not for adapters' models.
         options: of `Transcriber`.
     """
-    from .models.adapters import check_language, make_transcriber  # which need what is here
+    from .models.adapters import check_hotwords, check_language, make_transcriber  # which need what is here
 
     source = open_audio(audio, start, end, channel, vad)  # before the model, which takes longer
     if not isinstance(model, tuple):
         check_language(language, model)
+        check_hotwords(hotwords, model)
     transcriber = make_transcriber(
         model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
     )
+    told = {"prompt": prompt, "language": language, "hotwords": hotwords}
     if reads is None:
-        return transcriber.transcribe(source, prompt=prompt, language=language, progress=progress)
+        return transcriber.transcribe(source, **told, progress=progress)
     if not transcriber.records_reads:
         raise PipelineError(f"reads: model={transcriber.name} does not record what its steps read")
-    return transcriber.transcribe(source, prompt=prompt, language=language, progress=progress, reads=reads)
+    return transcriber.transcribe(source, **told, progress=progress, reads=reads)
 
 
 class LoadedModel:
@@ -125,10 +129,8 @@ class LoadedModel:
                 progress("load", 1, 1)
         self.load_seconds = time.perf_counter() - begin
 
-    def describe(
-        self, source: AudioFile | Samples, prompt: str | None, language: str | None, language_model: Any
-    ) -> TranscriptionInfo:
-        """What is known of a transcription before it begins."""
+    def describe(self, source: AudioFile | Samples, language_model: Any, **told: str | None) -> TranscriptionInfo:
+        """What is known of a transcription before it begins; `told`: prompt, language and hotwords."""
         weight = language_model.get_input_embeddings().weight
         return TranscriptionInfo(
             audio=source.name,
@@ -138,7 +140,12 @@ class LoadedModel:
             dtype=str(weight.dtype).removeprefix("torch."),
             attention=self.attention.to_dict(),
             settings=text_settings(
-                prompt, self.max_pass_seconds, source.start, source.end, source.channel, source.vad, language
+                max_pass_seconds=self.max_pass_seconds,
+                start=source.start,
+                end=source.end,
+                channel=source.channel,
+                vad=source.vad,
+                **told,
             ),
             timings={"load": self.load_seconds},
         )
@@ -196,6 +203,7 @@ class Transcriber(LoadedModel):
         *,
         prompt: str | None = None,
         language: str | None = None,
+        hotwords: str | None = None,
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[State], None] | None = None,
@@ -206,12 +214,13 @@ class Transcriber(LoadedModel):
 
         on_pass: called with a state whenever a pass of the LLM begins. With that state and the segments until then as
         `unfinished`, a later call gives the segments that were still to come.
-        language, reads: see `transcribe`.
+        language, hotwords, reads: see `transcribe`.
         row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
         """
         source = open_audio(audio)
         language = chosen_language(language, self.languages, self.name)
-        info = self.describe(source, prompt, language, self.model.language_model)
+        chosen_hotwords(hotwords, False, self.name)
+        info = self.describe(source, self.model.language_model, prompt=prompt, language=language)
         return self._segments(source, prompt, info, progress, unfinished, on_pass, row, reads), info
 
     def _segments(

@@ -97,6 +97,7 @@ def text_settings(
     channel: int | None,
     vad: bool = False,
     language: str | None = None,
+    hotwords: str | None = None,
 ) -> dict[str, Any]:
     """What changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it."""
     return {
@@ -107,4 +108,5 @@ def text_settings(
         "channel": channel,
         "vad": vad or None,
         "language": language,
+        "hotwords": hotwords,
     }

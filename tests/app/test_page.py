@@ -44,11 +44,12 @@ class FakeTranscriber:
     def __init__(self, script, settings):
         self.script, self.settings = script, settings
 
-    def transcribe(self, audio, *, prompt, language, progress, unfinished, on_pass, reads=None):
+    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, **told):
         if reads is not None:
             reads.duration = audio.duration
         attention = self.settings["attention"].to_dict()
-        text = text_settings(prompt, None, audio.start, audio.end, audio.channel, audio.vad, language)
+        part = {"start": audio.start, "end": audio.end, "channel": audio.channel, "vad": audio.vad}
+        text = text_settings(max_pass_seconds=None, **part, **told)
         info = TranscriptionInfo(audio.name, audio.duration, attention=attention, settings=text)
         info.sparsity = {"steps": 9, "sparse_steps": 5, "share_of_pages_read": 0.5}
         return self.segments(info, progress, unfinished.state["segment"] if unfinished else 0, on_pass), info
@@ -104,8 +105,8 @@ def page(serve):
 
 
 def settings(upload=None, recorded=None, path="", compare=False, **changes):
-    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": "", "language": ""}
-    values |= {"vad": False, "reads": False, **changes}
+    values = {"model": "default", "attention": "unique", "budget": 64, "page_size": 8, "prompt": "", "hotwords": ""}
+    values |= {"language": "", "vad": False, "reads": False, **changes}
     uploads = upload if isinstance(upload, list) else [upload] if upload else None
     files = [handle_file(str(each)) for each in uploads] if uploads else None
     return [files, recorded, path, *values.values(), compare]
@@ -329,6 +330,7 @@ def test_no_other_file_is_served(refusing):
         ({"upload": DATA / "manifest.jsonl"}, "not audio or video"),
         ({"upload": [DATA / "nomads.opus", DATA / "manifest.jsonl"]}, "manifest.jsonl: not audio or video"),
         ({"upload": DATA / "nomads.opus", "language": "French"}, "language=French: model=default takes en; leave"),
+        ({"upload": DATA / "nomads.opus", "hotwords": "Ada"}, "hotwords=Ada: model=default cannot be told words"),
         ({"upload": DATA / "nomads.opus", "budget": 63}, "multiple"),
         ({"upload": DATA / "nomads.opus", "page_size": 7}, "page_size"),
     ],

@@ -97,8 +97,8 @@ def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=No
     transcriber.decoder = Script(processor.tokenizer, answers, reasons)
     asked = []
     request = transcriber.prompt_embeds
-    transcriber.prompt_embeds = lambda samples, prompt, language, progress: (
-        asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, language, progress)
+    transcriber.prompt_embeds = lambda samples, prompt, *more: (
+        asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, *more)
     )
     segments, info = transcriber.transcribe(samples, prompt=prompt)
     return list(segments), info, asked
@@ -291,6 +291,25 @@ def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch)
         with pytest.raises(AttributeError):  # for want of embeddings
             list(segments)
         assert asked == ["en"]
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_hotwords_reach_the_model_or_are_refused(models, name, monkeypatch):
+    """As keywords of the request where it has them, else beside its prompt, where that is context."""
+    model, processor = models[name]
+    transcriber, how = AdapterTranscriber((model, processor)), ADAPTERS[name].hotwords
+    if how is None:
+        with pytest.raises(ValueError, match=r"hotwords=Ada: model=.* cannot be told words"):
+            transcriber.transcribe(speech(1), hotwords="Ada")
+        return
+    asked, request = [], processor.apply_transcription_request
+    monkeypatch.setattr(processor, "apply_transcription_request", lambda **told: asked.append(told) or request(**told))
+    segments, info = transcriber.transcribe(speech(1), prompt="A talk.", hotwords=" Ada,Charles  Babbage,, ")
+    next(segments, None)
+    assert info.settings["hotwords"] == "Ada, Charles Babbage"
+    assert info.settings["prompt"] == "A talk."
+    words = {"keywords": ["Ada", "Charles Babbage"], "prompt": "A talk."}
+    assert words | asked[0] == asked[0] if how == "keywords" else asked[0]["prompt"] == "A talk., Ada, Charles Babbage"
 
 
 def test_voxtral_is_told_a_code(models):

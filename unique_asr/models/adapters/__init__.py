@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import AutoProcessor, PreTrainedConfig
 
-from unique_asr.languages import SHIPPED, chosen_language
+from unique_asr.languages import SHIPPED, chosen_hotwords, chosen_language
 from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
 
 from .catalogue import ADAPTERS, Adapter, Checkpoint
@@ -32,6 +32,7 @@ __all__ = [
     "Parser",
     "PlainParser",
     "Utterance",
+    "check_hotwords",
     "check_language",
     "estimate",
     "find",
@@ -55,6 +56,16 @@ def check_language(language: str | None, model: str | PathLike[str]) -> str | No
     adapter = ADAPTERS.get(kind)
     taken = adapter.languages if adapter else SHIPPED.get(str(model), ())
     return chosen_language(language, taken, str(model))
+
+
+def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | None:
+    """Hotwords as a transcript's settings keep them, or a ValueError if the model, which is not loaded, takes none."""
+    if not hotwords:
+        return None
+    kind = _model_type(model)
+    adapter = ADAPTERS.get(kind)
+    taken = kind is None or (adapter is not None and adapter.hotwords is not None)
+    return chosen_hotwords(hotwords, taken, str(model))
 
 
 def _model_type(model: Any) -> str | None:

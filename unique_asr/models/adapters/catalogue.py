@@ -6,9 +6,9 @@ those of the configurations and processors in transformers. A comment says where
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from .formats import BracketParser, JsonParser, Parser, PlainParser
 SAMPLE_RATE = 16000  # Hz
 TRANSCRIBE = "Transcribe the input speech."  # for models that are asked in words
 
-# processor, samples, prompt, code of the language -> its tensors of one recording
-Request = Callable[[Any, np.ndarray, str | None, str | None], Any]
+# processor, samples, prompt, code of the language, and `keywords` where hotwords="keywords" -> tensors of one recording
+Request = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,19 @@ class Adapter:
     marker_tokens_a_second: float = 0.0  # times that stand among the audio positions
     text_tokens_a_second: float = 10.0  # of the answer: the token limit of a pass
     languages: tuple[str, ...] = ()  # codes of those that the request can name; the others are heard without being told
+    hotwords: Literal["keywords", "prompt"] | None = None  # where the request has them, if it can
 
 
-def transcription(processor: Any, samples: np.ndarray, prompt: str | None, language: str | None = None) -> Any:
+def transcription(
+    processor: Any,
+    samples: np.ndarray,
+    prompt: str | None,
+    language: str | None = None,
+    keywords: Sequence[str] = (),
+) -> Any:
     """The request that transformers builds itself."""
-    told = {"language": language} if language else {}  # not every processor knows the word
+    # Not every processor knows the words.
+    told = ({"language": language} if language else {}) | ({"keywords": list(keywords)} if keywords else {})
     return processor.apply_transcription_request(
         audio=[samples], prompt=prompt, processor_kwargs={"return_tensors": "pt"}, **told
     )
@@ -101,13 +109,14 @@ ADAPTERS = {
             "Apache-2.0", 12.5, 5400, transcription, encoding.MossRows(), BracketParser,
             (Checkpoint("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 16, 8, 128, 1024, 3072),), 131072,
             marker_tokens_a_second=2.0,  # the seconds every two seconds, a token a digit
+            hotwords="keywords",
         ),
         # The card: 60 minutes within 64 K tokens.
         Adapter(
             "vibevoice_asr", "VibeVoiceAsrForConditionalGeneration",
             "MIT", 7.5, 3600, vibevoice, encoding.VibeVoicePiece(), JsonParser,
             (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 28, 4, 128, 3584, 18944),), 65536,
-            sample_rate=24000, carries_text=True,
+            sample_rate=24000, carries_text=True, hotwords="prompt",
         ),
         # The card: 30 minutes for transcription, 32 K tokens. Audio is padded to whole windows of 30 s.
         Adapter(
@@ -127,7 +136,7 @@ ADAPTERS = {
                 Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 16, 8, 128, 1024, 3072),
                 Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
             ),
-            65536, carries_text=True, languages=tuple(LANGUAGES),
+            65536, carries_text=True, languages=tuple(LANGUAGES), hotwords="prompt",
         ),
         # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
         Adapter(
@@ -152,7 +161,7 @@ ADAPTERS = {
             "fun_asr_nano", "FunAsrNanoForConditionalGeneration",
             "Apache-2.0", 16.7, 120, transcription, AudioEncoding(), PlainParser,
             (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 16, 8, 128, 1024, 3072),), 40960,
-            carries_text=True, languages=("en", "ja", "zh"),
+            carries_text=True, languages=("en", "ja", "zh"), hotwords="keywords",
         ),
         # One window of its encoder.
         Adapter(

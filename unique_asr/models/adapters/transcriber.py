@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ from unique_asr.audio import spooled
 from unique_asr.batch_decoding import BatchDecoder, Row
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.generation import stop_ids
-from unique_asr.languages import chosen_language
+from unique_asr.languages import chosen_hotwords, chosen_language
 from unique_asr.longform import PENDING, Progress
 from unique_asr.memory import free_memory, shape_of
 from unique_asr.page_reads import PageReads
@@ -92,6 +92,7 @@ class AdapterTranscriber(LoadedModel):
         *,
         prompt: str | None = None,
         language: str | None = None,
+        hotwords: str | None = None,
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[Any], None] | None = None,
@@ -106,9 +107,16 @@ class AdapterTranscriber(LoadedModel):
             raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
         source = open_audio(audio)
         language = chosen_language(language, self.languages, self.name)
-        info = self.describe(source, prompt, language, self.model)
+        hotwords = chosen_hotwords(hotwords, self.adapter.hotwords is not None, self.name)
+        info = self.describe(source, self.model, prompt=prompt, language=language, hotwords=hotwords)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
-        return self._segments(source, prompt, language, info, progress, unfinished, on_pass, row), info
+        keywords: list[str] = []
+        if hotwords and self.adapter.hotwords == "keywords":
+            keywords = hotwords.split(", ")
+        elif hotwords:
+            prompt = ", ".join(filter(None, (prompt, hotwords)))
+        told = prompt, language, keywords
+        return self._segments(source, *told, info, progress, unfinished, on_pass, row), info
 
     def batch_decoder(self) -> BatchDecoder | None:
         """For recordings side by side; None where the length of one would change the text of another."""
@@ -121,6 +129,7 @@ class AdapterTranscriber(LoadedModel):
         source: Any,
         prompt: str | None,
         language: str | None,
+        keywords: Sequence[str],
         info: TranscriptionInfo,
         progress: Progress | None,
         unfinished: Unfinished | None,
@@ -145,7 +154,7 @@ class AdapterTranscriber(LoadedModel):
             while recording.unheard:
                 if on_pass is not None:
                     on_pass(recording.state(vars(sparsity())))
-                yield from self._decode(recording, decoder, language, info, progress)
+                yield from self._decode(recording, decoder, language, keywords, info, progress)
             if progress:
                 progress("decode", info.duration, info.duration)
         except torch.OutOfMemoryError as error:
@@ -163,6 +172,7 @@ class AdapterTranscriber(LoadedModel):
         recording: Recording,
         decoder: GreedyDecoder | Row,
         language: str | None,
+        keywords: Sequence[str],
         info: TranscriptionInfo,
         progress: Progress | None,
     ) -> Iterator[Segment | None]:
@@ -170,7 +180,7 @@ class AdapterTranscriber(LoadedModel):
         asked = recording.begin()
         with clocked(info, "encode"):
             report = partial(progress, "encode") if progress else None
-            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report)
+            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report, keywords)
         budget = self._token_budget(embeds.shape[1], asked, info, decoder)
         report = partial(progress, "prefill") if progress else None
         with clocked(info, "prefill"):
@@ -207,13 +217,19 @@ class AdapterTranscriber(LoadedModel):
         return budget
 
     def prompt_embeds(
-        self, samples: np.ndarray, prompt: str | None = None, language: str | None = None, progress: Any = None
+        self,
+        samples: np.ndarray,
+        prompt: str | None = None,
+        language: str | None = None,
+        progress: Any = None,
+        keywords: Sequence[str] = (),
     ) -> Tensor:
         """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
         adapter = self.adapter
         if adapter.sample_rate != SAMPLE_RATE:
             samples = resample(torch.from_numpy(samples), SAMPLE_RATE, adapter.sample_rate).numpy()
-        inputs = adapter.request(self.processor, samples, prompt, language)
+        told = {"keywords": keywords} if keywords else {}
+        inputs = adapter.request(self.processor, samples, prompt, language, **told)
         features = []
         for piece, done, total in encode(adapter.encoding, self.model, inputs, self.passes.encode_windows):
             features.append(piece)
