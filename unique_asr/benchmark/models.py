@@ -12,19 +12,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
@@ -34,11 +28,11 @@ from transformers import (
 )
 
 from ..attention import PagedCache, SparseAttentionConfig
-from ..attention.cache import ACTIVE
-from ..attention.huggingface import NAME, set_attention, unique_mask
+from ..attention.huggingface import NAME, set_attention
 from ..models.adapters import ADAPTERS, Adapter, Memory, estimate
 from ..models.adapters.memory import prompt_tokens, shape_of
 from .decode import WARM_UP, measure
+from .flash import FLASH
 from .timing import attempt, describe
 
 # The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
@@ -57,7 +51,6 @@ LLMS: dict[str, tuple[str, PreTrainedConfig]] = {
     )),
 }  # fmt: skip
 MARGIN = 1.08  # of the estimate, that must be free
-FLASH = "dense_baseline"  # FlashAttention's decoding, as an attention implementation
 COMPILED_FORMS = 64  # of a step: each batch size has its own, with either attention
 
 
@@ -303,30 +296,3 @@ def measure_dense(model: PreTrainedModel, batch: int, context: int, settings: Se
         return 1000 * measure(model, cache, batch, settings.mode, settings.steps)
     finally:
         set_attention(model, NAME)
-
-
-def flash_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """A static step over exactly the tokens written when it is captured: [B, H, 1, D] -> [B, 1, H, D]."""
-    return flash_attention_operator(query, key, value, key.paged_layer.index, scaling), None
-
-
-@torch.library.custom_op("unique_asr::flash_attention", mutates_args=())
-def flash_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
-    """One operator, as ours is, so that a compiled model is one graph; `layer` is the index in the active cache."""
-    paged = ACTIVE.cache.layers[layer]
-    paged.write_token(key, value)
-    keys, values = (buffer[:, :, : paged.length + 1] for buffer in (paged.keys, paged.values))
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if query.is_cuda else nullcontext():
-        output = F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2).contiguous()
-
-
-@flash_attention_operator.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
-
-
-AttentionInterface.register(FLASH, flash_attention)
-AttentionMaskInterface.register(FLASH, unique_mask)
