@@ -1,4 +1,4 @@
-"""FlashAttention's decoding of a paged cache, the fastest dense step that torch has: what sparse steps are compared with.
+"""FlashAttention's decoding of a paged cache, the fastest dense step of torch: what sparse steps are compared with.
 
 Switch a model to it with `set_attention(model, FLASH)`. It reads exactly the tokens written when a step is captured.
 """
