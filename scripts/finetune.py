@@ -1,8 +1,13 @@
-"""Train a speech LLM: python scripts/finetune.py experiment=default_model data.speech=DIR init.encoder=DIR ..."""
+"""Train a speech LLM, or a language model alone on texts; conf/finetune.yaml has the options.
+
+python scripts/finetune.py experiment=sparsity init.model=default data.manifests=[train.jsonl]
+"""
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, spread
-from unique_asr.models import load, resolve_device
+from unique_asr.evaluation.text import load_language_model
+from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load, resolve_device
 from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
 from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, read_manifests, read_synthetic
+from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
 from unique_asr.training.distributed import Processes
-from unique_asr.training.trainer import StageConfig, Trainer
+from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
+from unique_asr.training.speech import Speech
+from unique_asr.training.text import Text
+from unique_asr.training.texts import read_texts
+from unique_asr.training.trainer import Material, StageConfig, Trainer
 from unique_asr.training.validation import validate
 
 
@@ -30,78 +40,136 @@ def finetune(config: DictConfig) -> None:
     log = partial(print, flush=True) if processes.first else lambda line: None
     stages = read_stages(config)
     torch.set_float32_matmul_precision("high")
-    if not config.init.model and not (config.init.encoder and config.init.language_model):
-        raise ValueError("nothing to start from: give init.model, or init.encoder and init.language_model")
-    if config.init.model:
-        model, processor = load(config.init.model, device=str(device), dtype="float32")
-    else:
-        options = OmegaConf.to_container(config.init.options, resolve=True)
-        texts = [line for path in config.init.ctc_texts for line in Path(path).read_text().splitlines()]
-        model, processor = compose(
-            config.init.encoder, config.init.language_model, texts, config.init.ctc_units, **options
-        )
-        model.to(device)
+    model, reader = start(config, device)
     # Dropout stays off: the augmentation regularises, and frozen parts must give what they give at inference.
     model.eval()
     if config.lora:
         add_adapters(model, AdapterConfig(**OmegaConf.to_container(config.lora)))
+    material: Material
+    if config.text.model:
+        material = Text(model, reader, config.text.files, config.seed + processes.rank)
+        log(f"{material.tokens} tokens in {len(material.files)} texts")
+    else:
+        material = speech(config, stages, model, reader, processes, log)
     torch.manual_seed(config.seed + processes.rank)  # noise and masks differ, weights do not
-
-    weights = OmegaConf.to_container(config.data.weights)
-    sources = []
-    if config.data.manifests:
-        data = config.data
-        sources += read_manifests(data.manifests, weights, device, data.min_match, missing=data.missing)
-    for folder in config.data.synthetic or []:
-        sources += read_synthetic(folder, weights, device)
-    for source in sources:
-        log(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
-    corpus = Corpus(sources, config.seed + processes.rank, config.data.max_gap_seconds)
-
-    validation = config.validation
-    recordings = []
-    if validation.manifest:
-        rows = read_manifest(validation.manifest, source=validation.source)
-        recordings = spread(join(rows, seconds=validation.seconds), validation.limit)
     output = Path(config.output.dir)
     trainer = Trainer(
         model,
-        processor,
-        corpus,
-        AugmentConfig(**OmegaConf.to_container(config.augment)),
+        material,
         output,
-        seed=config.seed,
         dtype=torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else torch.float32,
         cuda_graphs=config.cuda_graphs,
         log_every=config.log_every,
         save_minutes=config.output.save_minutes,
         checkpoints=config.output.checkpoints,
         resume=config.resume,
-        validate_steps=validation.every,
+        validate_steps=config.validation.every,
         processes=processes,
         tensorboard=tensorboard(output) if config.output.tensorboard and processes.first else None,
         log=log,
     )
 
     def save(stage: StageConfig, name: str | None = None) -> None:
-        attention = stage.training_attention()
+        attention, folder = stage.training_attention(), output / (name or stage.name)
         if attention:  # what the model was made for, for those who load it
             model.config.sparse_attention = attention.sparse.to_dict()
-        bits = OmegaConf.to_container(config.output.bits) if config.output.bits else {}
-        save_packed_model(without_adapters(model), processor, output / (name or stage.name), bits)
+        if config.text.model:
+            without_adapters(model).save_pretrained(folder)
+            reader.save_pretrained(folder)
+        else:
+            bits = OmegaConf.to_container(config.output.bits) if config.output.bits else {}
+            save_packed_model(without_adapters(model), reader, folder, bits)
+
+    trainer.save = save
+    if config.validation.manifest and not config.text.model:
+        trainer.validate, trainer.save_best = (
+            validation(config, model, reader, trainer.dtype),
+            partial(save, name="best"),
+        )
+    trainer.run(stages)
+
+
+def start(config: DictConfig, device: torch.device) -> tuple[torch.nn.Module, object]:
+    """The model that training begins with, in float32, and its processor or tokenizer."""
+    init = config.init
+    if config.text.model:
+        return load_language_model(config.text.model, str(device), "float32")
+    if init.model:
+        return load(init.model, device=str(device), dtype="float32")
+    if not (init.encoder and init.language_model):
+        raise ValueError(
+            "nothing to start from: give init.model, or init.encoder and init.language_model, or text.model"
+        )
+    texts = [line for path in init.ctc_texts for line in Path(path).read_text().splitlines()]
+    options = OmegaConf.to_container(init.options, resolve=True)
+    model, processor = compose(init.encoder, init.language_model, texts, init.ctc_units, **options)
+    return model.to(device), processor
+
+
+def speech(
+    config: DictConfig,
+    stages: Sequence[StageConfig],
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    processes: Processes,
+    log: Callable[[str], None],
+) -> Speech:
+    """What the recordings and texts of `data` give."""
+    data, augment = config.data, AugmentConfig(**OmegaConf.to_container(config.augment))
+    weights = OmegaConf.to_container(data.weights)
+
+    def read() -> list[Source]:
+        found = read_manifests(data.manifests, weights, processes.device, data.min_match, missing=data.missing, log=log)
+        return found + [source for path in data.synthetic for source in read_synthetic(path, weights, processes.device)]
+
+    once = can_listen_once(model, stages)
+    if data.texts and not once:
+        raise ValueError("data.texts is for models that listen (merge: decoder), while their LLM alone trains")
+    if once and data.heard and not (data.manifests or data.synthetic):
+        sources = read_heard(Path(data.heard))
+    elif once and (data.manifests or data.synthetic):
+        kept = Path(data.heard or Path(config.output.dir) / "heard.pt")
+        about = {
+            "files": [digest(Path(path)) for path in [*data.manifests, *data.synthetic]],
+            "filters": [data.min_match, data.missing, sorted(name for name, weight in weights.items() if not weight)],
+        }
+        sources = heard_sources(model, processor, read, about, kept, augment, data.readings, processes, log)
+    else:
+        sources = read()
+    for source in sources:
+        source.weight = weights.get(source.name, 1.0)
+    sources += read_texts(data.texts, data.listener_tokenizer, model.listener, weights) if data.texts else []
+    for source in sources:
+        log(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
+    corpus = Corpus(sources, config.seed + processes.rank, data.max_gap_seconds)
+    return Speech(model, processor, corpus, augment, config.seed + processes.rank)
+
+
+def digest(path: Path) -> str:
+    """Of a manifest; of a folder, of the names and sizes of its files."""
+    if path.is_dir():
+        files = sorted(path.iterdir())
+        return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def validation(
+    config: DictConfig, model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, dtype: torch.dtype
+) -> Callable[[StageConfig], dict[str, float]]:
+    """Word error rates on recordings of `validation`."""
+    options = config.validation
+    rows = read_manifest(options.manifest, source=options.source)
+    recordings = spread(join(rows, seconds=options.seconds), options.limit)
 
     def measure(stage: StageConfig) -> dict[str, float]:
         attention = stage.training_attention()
         sparse = attention.sparse if attention else None
-        if validation.attention:
-            sparse = SparseAttentionConfig(**OmegaConf.to_container(validation.attention, resolve=True))
-        options = {"with_llm": stage.llm_weight > 0, "sparse": sparse}
-        return validate(model, processor, recordings, trainer.dtype, validation.batch, **options)
+        if options.attention:
+            sparse = SparseAttentionConfig(**OmegaConf.to_container(options.attention, resolve=True))
+        with_llm = stage.llm_weight > 0
+        return validate(model, processor, recordings, dtype, options.batch, with_llm=with_llm, sparse=sparse)
 
-    trainer.save = save
-    if recordings:
-        trainer.validate, trainer.save_best = measure, partial(save, name="best")
-    trainer.run(stages)
+    return measure
 
 
 def read_stages(config: DictConfig) -> list[StageConfig]:

@@ -4,11 +4,9 @@
         --projector outputs/default/settle --texts librispeech.txt ljspeech.txt --heard heard.pt --minutes 7 \
         --output outputs/reader
 
-A listener's position is the expected embedding of one token, so no audio is needed: a text in Whisper's tokens, with
-some words wrong and some positions blurred, is what a recording of it would give; the LLM learns to write the text.
-Lines of a file are consecutive sentences; those without case get a capital and a full stop. A share of the words is
-made up, so that the LLM copies what it never read. `--heard` adds what the listener heard in real recordings
-(scripts/listen.py). Rows have up to 8 K tokens: the answer of ten minutes of speech begins where they end.
+The LLM learns to write texts from the positions that a listener would give of them (unique_asr/training/texts.py), so
+no audio is needed. `--heard` adds what the listener heard in real recordings (scripts/listen.py). Rows have up to 8 K
+tokens: the answer of ten minutes of speech begins where they end.
 
 `--projector` names a model of scripts/finetune.py whose CTC head gives the times; `--model` goes on with a model that
 listens already. In the last part of the training the weights are rounded to what is stored. `--masked` sends a share of
@@ -20,36 +18,34 @@ import argparse
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import AutoTokenizer
 
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
-from unique_asr.models.compose import compose, listener_tokens
+from unique_asr.models.compose import compose
 from unique_asr.models.ctc import ctc_text
 from unique_asr.models.packing import bits_of, rounded, save_packed_model
-from unique_asr.training.corpus import LOWER_CASE, has_case
+from unique_asr.training.corpus import LOWER_CASE, Source, Utterance
 from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.listening import read_heard
 from unique_asr.training.precision import MasterWeights
+from unique_asr.training.texts import read_texts
 
 ALTERNATIVES = 8  # tokens that a position is an expectation over
 LENGTHS = [512, 1024, 1024, 2048, 4096, 8192]
 SHORT = 512  # rows of at most so many tokens may be nearly empty; longer ones are at least half full
-TOKENS_A_WORD = 2.9  # of the positions and the answer together
+TOKENS_A_POSITION = 2.2  # of the positions and the answer together
 HEARD_SHARE = 0.3  # of the rows are real, if there are any
 LOWER_SHARE = 0.2  # of the rows: the answer in lower case without punctuation
-SHUFFLED_SHARE = 0.4  # of the rows: sentences in random order, so that none foretells the next
-WRONG, LOST, TWICE = 0.004, 0.001, 0.003  # share of the words
-BLURRED, BLUR = 0.08, 0.5  # share of the positions, and the most that such a one takes from another token
-MADE_UP_SHARE, MADE_UP = 0.5, 0.06  # share of the rows with words that nobody ever wrote, and of their words
 SLIPS_SHARE, SLIPS = 0.5, 0.02  # share of the rows in which the LLM reads wrong tokens of its own, and of those tokens
 BITS = {
     "": 8,
@@ -100,116 +96,59 @@ class Batch:
         return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
-class Texts:
-    """Made-up recordings: texts in the listener's tokens."""
+class Rows:
+    """Rows of what was heard in texts, and in real recordings."""
 
-    def __init__(
-        self,
-        files: list[Path],
-        recordings: list[dict],
-        processor: SpeechLLMProcessor,
-        whisper: str,
-        seed: int,
-    ) -> None:
-        self.random, self.processor, self.recordings = random.Random(seed), processor, recordings
-        self.tokenizer = AutoTokenizer.from_pretrained(whisper)
-        self.places = {token: place for place, token in enumerate(listener_tokens(self.tokenizer, ascii_only=True))}
-        self.stop = self.places[self.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-        self.files = [[line.strip() for line in path.open() if line.strip()] for path in files]
-        self.words = [word for lines in self.files for line in lines[::10] for word in line.split()]
+    def __init__(self, texts: list[Source], heard: list[Source], processor: SpeechLLMProcessor, seed: int) -> None:
+        self.texts, self.heard, self.processor = texts, heard, processor
+        self.random = np.random.default_rng(seed)
 
     def row(self, length: int) -> Row:
         """Of about `length` tokens at most."""
-        if self.recordings and self.random.random() < HEARD_SHARE:
-            return self._heard(length)
-        text = self._text(int(length / TOKENS_A_WORD * self._fill(length)))
-        return self._finish(text, *self._positions(self._misheard(text)))
+        limit = length * self.random.uniform(0.5 if length > SHORT else 0.05, 1.0)
+        real = bool(self.heard) and self.random.random() < HEARD_SHARE
+        parts: list[Utterance] = []
+        tokens = 0.0
+        while tokens < limit:
+            for utterance in self._stretch(self.heard if real else self.texts):
+                tokens += TOKENS_A_POSITION * len(utterance.heard[0])
+                if parts and tokens > limit:
+                    break
+                parts.append(utterance)
+        return self._finish(parts)
 
-    def _fill(self, length: int) -> float:
-        return self.random.uniform(0.5 if length > SHORT else 0.05, 1.0)
+    def _stretch(self, sources: list[Source]) -> Iterable[Utterance]:
+        weights = np.array([source.weight for source in sources])
+        return sources[self.random.choice(len(sources), p=weights / weights.sum())].stretch(True, self.random)
 
-    def _finish(self, text: str, candidates: Tensor, weights: Tensor) -> Row:
+    def _finish(self, parts: list[Utterance]) -> Row:
         lower = self.random.random() < LOWER_SHARE
         before, after = self.processor.prompt(LOWER_CASE if lower else None)
+        text = " ".join(part.text for part in parts)
         answer = self.processor.tokenizer(ctc_text(text) if lower else text, add_special_tokens=False)["input_ids"]
         answer.append(self.processor.end_token_id)
         slips = SLIPS if self.random.random() < SLIPS_SHARE else 0.0
-        written = [self.random.choice(answer) if self.random.random() < slips else token for token in answer]
-        return Row(before, candidates, weights, after, answer, written)
-
-    def _heard(self, length: int) -> Row:
-        """A stretch of a real recording, or of several: parts are consecutive, and each has its own text."""
-        limit, texts, heard, room = length * self._fill(length), [], [], float(length)
-        while room > 0:
-            parts = self.random.choice(self.recordings)["parts"]
-            for part in parts[self.random.randrange(len(parts)) :]:
-                room -= 2.2 * len(part["candidates"])
-                if texts and room < length - limit:
-                    room = 0
-                    break
-                texts.append(part["text"])
-                heard.append(part)
-        candidates, weights = (torch.cat([part[name] for part in heard]) for name in ("candidates", "weights"))
-        return self._finish(" ".join(texts), candidates.long(), weights.float())
-
-    def _text(self, words: int) -> str:
-        lines, shuffled = self.random.choice(self.files), self.random.random() < SHUFFLED_SHARE
-        place, found, count = self.random.randrange(len(lines)), [], 0
-        made_up = MADE_UP if self.random.random() < MADE_UP_SHARE else 0.0
-        while count < words or not found:
-            line = self.random.choice(self.random.choice(self.files)) if shuffled else lines[place % len(lines)]
-            line = line if has_case(line) else f"{line[0].upper()}{line[1:]}."
-            if made_up:
-                line = " ".join(self._made_up() if self.random.random() < made_up else word for word in line.split())
-            found.append(line)
-            count, place = count + line.count(" ") + 1, place + 1
-        return " ".join(found)
-
-    def _made_up(self) -> str:
-        kind = self.random.random()
-        if kind < 0.25:
-            digits = str(self.random.randrange(10 ** self.random.randrange(1, 6)))
-            return self.random.choice([digits, f"${digits}", f"{digits}%", f"{digits},", str(1500 + int(digits) % 550)])
-        one, other = (self.random.choice(self.words).strip(".,;:!?\"'") or "a" for _ in range(2))
-        word = (one[: (len(one) + 1) // 2] + other[len(other) // 2 :]).lower()
-        return word.capitalize() if kind < 0.8 else word
-
-    def _misheard(self, text: str) -> str:
-        words = []
-        for word in text.split():
-            chance = self.random.random()
-            if chance < WRONG:
-                words.append(self.random.choice(self.words))
-            elif chance >= WRONG + LOST:
-                words += [word] * (2 if chance < WRONG + LOST + TWICE else 1)
-        return " ".join(words)
-
-    def _positions(self, text: str) -> tuple[Tensor, Tensor]:
-        """The listener's tokens [M, 2] and their weights: here and there, another token takes a share."""
-        ids = self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
-        heard = torch.tensor([[self.places[token]] for token in ids if token in self.places])
-        other = heard[torch.randint(len(heard), (len(heard),))]
-        other = torch.where(torch.rand(len(heard), 1) < 0.3, other, torch.randint(self.stop, other.shape))
-        share = (torch.rand(len(heard), 1) < BLURRED) * torch.rand(len(heard), 1) * BLUR
-        return torch.cat([heard, other], 1), torch.cat([1 - share, share], 1)
+        written = [
+            answer[self.random.integers(len(answer))] if self.random.random() < slips else token for token in answer
+        ]
+        candidates, weights = (torch.cat([part.heard[which] for part in parts]) for which in (0, 1))
+        return Row(before, candidates.long(), weights.float(), after, answer, written)
 
 
 class Batches(IterableDataset):
     """Endless batches of `tokens`, in rows of one of the lengths."""
 
-    def __init__(self, make: Callable[[int], Texts], tokens: int, lengths: list[int], seed: int) -> None:
+    def __init__(self, make: Callable[[int], Rows], tokens: int, lengths: list[int], seed: int) -> None:
         self.make, self.tokens, self.lengths, self.seed = make, tokens, lengths, seed
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        seed = self.seed + (1000 * worker.id if worker else 0)
-        torch.manual_seed(seed)
-        texts = self.make(seed)
+        made = self.make(self.seed + (1000 * worker.id if worker else 0))
         while True:
-            length = texts.random.choice(self.lengths)
+            length = int(made.random.choice(self.lengths))
             rows = []
             while len(rows) < max(1, self.tokens // length):
-                row = texts.row(length)
+                row = made.row(length)
                 if len(row) <= length:
                     rows.append(row)
             yield collate(rows, length)
@@ -248,9 +187,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--tokens", type=int, default=16384, help="of a step")
-    parser.add_argument(
-        "--lengths", nargs="+", type=int, default=[512, 1024, 1024, 2048, 4096, 8192], help="of the rows"
-    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="of the rows")
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--from-layer", type=int, default=0, help="train the LLM's layers from this one on")
     parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
@@ -264,8 +201,11 @@ def main() -> None:
         parser.error("give --model, or --language-model and --projector")
     model, processor = load(arguments.model, device="cpu", dtype="float32") if arguments.model else composed(arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    recordings = torch.load(arguments.heard) if arguments.heard else []
-    make = partial(Texts, arguments.texts, recordings, processor, arguments.whisper)
+    heard = read_heard(arguments.heard) if arguments.heard else []
+    for source in heard:
+        source.weight = len(source.recordings)
+    texts = read_texts(arguments.texts, arguments.whisper, model.listener, {})
+    make = partial(Rows, texts, heard, processor)
     batches = Batches(make, arguments.tokens, arguments.lengths, arguments.seed)
     teach(model, batches, arguments, lambda: save_packed_model(model, processor, arguments.output, BITS))
 

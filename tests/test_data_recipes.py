@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from unique_asr.models import PRETRAINED, SpeechLLMProcessor
+from unique_asr.training.texts import Texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import import_weights
-import listen
 import restore_case
 import synthesize
 import synthesize_kokoro
@@ -82,61 +82,50 @@ def test_recordings_alternate_between_sources_and_keep_lines_together() -> None:
     assert all(lines[-1]["line"] - lines[0]["line"] == 2 for _, lines in made)
 
 
-def test_a_recording_is_cut_where_both_ends_were_heard() -> None:
-    """Parts cover what was heard; a misheard end joins two utterances, and one that was not heard is left out."""
-    segments = [{"text": text} for text in ("the cat sat", "on the mat", "far away now", "zebras hum quietly")]
-    heard = [" The", " cat", " sat", ".", " On", " the", " m", "at", ".", " Far", " away", " how"]
-    parts, matched, words = listen.cut(segments, heard)
-    assert [text for _, _, text in parts] == ["The cat sat.", "On the mat."]
-    assert [heard[start:end] for start, end, _ in parts] == [heard[:4], heard[4:9]]
-    assert (matched, words) == (8, 12)
-
-
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """Made-up recordings of a file of ten lines, their listener's tokens those of the LLM."""
+def rows(tmp_path_factory):
+    """Of a file of ten lines; the listener's tokens are those of the LLM."""
     processor = SpeechLLMProcessor.from_pretrained(PRETRAINED / "default")
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("".join(f"line {word} of the text is read aloud\n" for word in "abcdefghij"))
-    found = object.__new__(teach_reading.Texts)
-    found.random, found.processor, found.recordings = random.Random(0), processor, []
-    found.tokenizer, found.stop = processor.tokenizer, len(processor.tokenizer)
-    found.places = {token: token for token in range(found.stop)}
-    found.files = [file.read_text().splitlines()]
-    found.words = found.files[0][0].split()
-    return found
+
+    def tokens(text: str) -> list[int]:
+        return processor.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+
+    tokens.stop = len(processor.tokenizer)
+    return teach_reading.Rows([Texts(file, tokens, weight=1.0)], [], processor, seed=0)
 
 
-def test_rows_are_texts_that_were_heard_nearly_as_they_are(texts) -> None:
-    decode, same, count = texts.processor.tokenizer.decode, 0, 0
+def test_rows_are_texts_that_were_heard_nearly_as_they_are(rows) -> None:
+    decode, same, count = rows.processor.tokenizer.decode, 0, 0
     for _ in range(40):
-        row = texts.row(400)
+        row = rows.row(400)
         answer = decode(row.answer[:-1]).split()
         heard = decode(row.candidates[torch.arange(len(row.weights)), row.weights.argmax(1)]).split()
         matcher = difflib.SequenceMatcher(None, [w.lower().strip(".") for w in answer],
                                           [w.lower().strip(".") for w in heard], False)  # fmt: skip
         same, count = same + sum(block.size for block in matcher.get_matching_blocks()), count + len(answer)
-        assert row.answer[-1] == texts.processor.end_token_id
+        assert row.answer[-1] == rows.processor.end_token_id
         assert row.weights.sum(1).allclose(torch.ones(len(row.weights)))
     assert same / count > 0.85
 
 
-def test_a_batch_holds_positions_and_targets_in_their_places(texts) -> None:
-    rows = [texts.row(300), texts.row(300)]
-    batch = teach_reading.collate(rows, 400)
-    for index, row in enumerate(rows):
+def test_a_batch_holds_positions_and_targets_in_their_places(rows) -> None:
+    made = [rows.row(300), rows.row(300)]
+    batch = teach_reading.collate(made, 400)
+    for index, row in enumerate(made):
         ids = batch.ids[index, : len(row)].tolist()
         first, last = len(row.before), len(row.before) + len(row.candidates)
         assert ids[:first] + ids[last:] == row.before + row.after + row.written
         assert batch.decoded[index].nonzero().flatten().tolist() == list(range(len(row) - len(row.answer), len(row)))
         places = batch.heard[(batch.heard // 400) == index] - 400 * index
         assert places.tolist() == list(range(first, last))
-    assert batch.targets.tolist() == rows[0].answer + rows[1].answer
-    assert batch.ids.flatten()[batch.read + 1].tolist() == rows[0].written + rows[1].written
+    assert batch.targets.tolist() == made[0].answer + made[1].answer
+    assert batch.ids.flatten()[batch.read + 1].tolist() == made[0].written + made[1].written
 
 
-def test_the_llm_reads_slips_of_its_own_and_is_taught_what_is_right(texts) -> None:
-    rows = [texts.row(400) for _ in range(40)]
-    slips = [sum(a != b for a, b in zip(row.written, row.answer, strict=True)) for row in rows]
+def test_the_llm_reads_slips_of_its_own_and_is_taught_what_is_right(rows) -> None:
+    made = [rows.row(400) for _ in range(40)]
+    slips = [sum(a != b for a, b in zip(row.written, row.answer, strict=True)) for row in made]
     assert slips.count(0) >= 10
-    assert 0 < sum(slips) < 0.03 * sum(len(row.answer) for row in rows)
+    assert 0 < sum(slips) < 0.03 * sum(len(row.answer) for row in made)

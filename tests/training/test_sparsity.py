@@ -11,9 +11,9 @@ from test_trainer import CLEAN, ROOT, SEGMENTS, metrics, stage
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
 from unique_asr.models.packing import save_packed_model
-from unique_asr.training import trainer as trainer_module
 from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.speech import Speech
 from unique_asr.training.trainer import StageConfig, Trainer
 
 LONG = {
@@ -29,11 +29,12 @@ SOFT = {"mode": "soft", "budget": 40}
 def make_trainer(speech_llm, write_manifest, tmp_path):
     """Trainers of equal tiny models that differ in nothing but their folder."""
 
-    def make(name="output", segments=LONG, seconds=8.0, **options):
+    def make(name="output", segments=LONG, seconds=8.0, seed=0, **options):
         model, processor = speech_llm()
         sources = read_manifests([write_manifest(segments, seconds=seconds)], {}, model.device)
         options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
-        return Trainer(model, processor, Corpus(sources, seed=0), CLEAN, tmp_path / name, **options)
+        material = Speech(model, processor, Corpus(sources, seed=0), CLEAN, seed)
+        return Trainer(model, material, tmp_path / name, **options)
 
     return make
 
@@ -73,14 +74,14 @@ def test_the_mask_matters_and_only_for_what_is_decoded(make_trainer):
 
 def test_the_last_steps_are_hard(make_trainer, monkeypatch):
     modes = []
-    loss = trainer_module.Trainer._loss
+    loss = Speech.loss
 
     def watch(self, *arguments):
         found = loss(self, *arguments)
         modes.append(self.model.language_model.model.layers[0].self_attn.training_attention.config.mode)
         return found
 
-    monkeypatch.setattr(trainer_module.Trainer, "_loss", watch)
+    monkeypatch.setattr(Speech, "loss", watch)
     make_trainer().run_stage(long_stage(steps=8, attention={**SOFT, "hard_last": 0.25}))
     assert modes == ["soft"] * 6 + ["hard"] * 2
 
@@ -98,7 +99,7 @@ def test_adapters_train_alone_and_vanish_when_saved(make_trainer, tmp_path):
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    save_packed_model(plain, trainer.processor, tmp_path / "saved", {})
+    save_packed_model(plain, trainer.material.processor, tmp_path / "saved", {})
     loaded, _ = load(tmp_path / "saved", device="cpu", dtype="float32")
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.speech import Speech
 from unique_asr.training.trainer import StageConfig, Trainer, _rate
 
 ROOT = Path(__file__).parents[2]
@@ -25,16 +26,8 @@ def trainer(speech_llm, write_manifest, tmp_path):
     """Trains a new tiny model on one utterance."""
     model, processor = speech_llm()
     sources = read_manifests([write_manifest(SEGMENTS)], {}, model.device)
-    return Trainer(
-        model,
-        processor,
-        Corpus(sources, seed=0),
-        CLEAN,
-        tmp_path / "output",
-        dtype=torch.float32,
-        log_every=1,
-        log=lambda line: None,
-    )
+    material = Speech(model, processor, Corpus(sources, seed=0), CLEAN)
+    return Trainer(model, material, tmp_path / "output", dtype=torch.float32, log_every=1, log=lambda line: None)
 
 
 def metrics(trainer, name="loss"):
@@ -146,7 +139,7 @@ def test_a_part_may_be_one_layer_with_its_own_rate(trainer):
 def test_shapes_are_powers_of_two_that_hold_the_items(trainer):
     shapes = set()
     for _ in range(50):
-        items, (rows, length) = trainer._items(stage(seconds=(3.0, 60.0), tokens=512))
+        items, (rows, length) = trainer.material.items(stage(seconds=(3.0, 60.0), tokens=512))
         assert len(items) == rows
         assert rows * length == 512
         shapes.add((rows, length))

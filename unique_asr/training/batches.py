@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,17 +65,21 @@ class Batcher:
             cuts += [(number, *span) for span in spans]
             counts.append(len(spans))
             seconds += samples / SAMPLE_RATE
-        texts = [self._text(item) for item in items] if transcripts else []
-        return Batch(
+        return replace(
+            self.texts(items if transcripts else []),
             features=self._features(items, cuts, drawn),
             spans=torch.tensor([[first, last] for *_, first, last in cuts]),
             windows=torch.tensor(counts),
             ctc_targets=[self._ctc_target(item) for item in items],
-            before=[before for before, _, _ in texts],
-            after=[after for _, after, _ in texts],
-            labels=[labels for _, _, labels in texts],
             seconds=seconds,
         )
+
+    def texts(self, items: Sequence[Item]) -> Batch:
+        """The LLM's side of a batch alone."""
+        found = [self._text(item) for item in items]
+        before, after, labels = map(list, zip(*found, strict=True)) if found else ([], [], [])
+        none = torch.zeros(0, dtype=torch.long)
+        return Batch({}, none.view(0, 2), none, [], before, after, labels, 0.0)
 
     def _features(
         self, items: Sequence[Item], cuts: list[tuple[int, int, int, int, int]], drawn: Perturbation

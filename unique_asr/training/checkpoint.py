@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .distributed import Processes
+
+if TYPE_CHECKING:
+    from .trainer import Material
 
 FILE = "checkpoint.pt"
 
@@ -51,25 +53,21 @@ class Checkpoint:
         return found
 
 
-def random_states(corpus: np.random.Generator, batcher: torch.Generator) -> dict[str, Any]:
+def random_states(material: Material) -> dict[str, Any]:
     """The states of all random numbers of this process."""
     return {
-        "corpus": corpus.bit_generator.state,
-        "batcher": batcher.get_state(),
+        "material": material.random_states(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
-def restore_random(
-    states: list[dict[str, Any]], processes: Processes, corpus: np.random.Generator, batcher: torch.Generator
-) -> None:
+def restore_random(states: list[dict[str, Any]], processes: Processes, material: Material) -> None:
     """Raises ValueError if the run had another number of processes."""
     if len(states) != processes.count:
         raise ValueError(f"the checkpoint is of {len(states)} processes, not {processes.count}: start as many")
     state = states[processes.rank]
-    corpus.bit_generator.state = state["corpus"]
-    batcher.set_state(state["batcher"])
+    material.restore_random(state["material"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

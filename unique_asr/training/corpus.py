@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +26,18 @@ MIN_SAMPLES = SAMPLE_RATE // 20  # of an utterance
 MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it would not fit into the encoder's window
 
 
-@dataclass
+@dataclass(eq=False)
 class Utterance:
-    """Samples [start, end) of its source's audio. `cased`: the text with case and punctuation, None where unknown."""
+    """Samples [start, end) of its source's audio. `cased`: the text with case and punctuation, None where unknown.
+
+    heard: what a listener made of it: the most likely tokens of each position, [M, A], and their weights, [M, A].
+    """
 
     start: int
     end: int
     text: str
     cased: str | None
+    heard: tuple[Tensor, Tensor] | None = None
 
     @property
     def seconds(self) -> float:
@@ -55,6 +60,16 @@ class Source:
     @property
     def hours(self) -> float:
         return sum(utterance.seconds for recording in self.recordings for utterance in recording) / 3600
+
+    def has(self, cased: bool) -> bool:
+        """Whether there is anything to draw, with known case if `cased`."""
+        return bool(self.cased_runs if cased else self.recordings)
+
+    def stretch(self, cased: bool, random: np.random.Generator) -> Iterable[Utterance]:
+        """Consecutive utterances of one recording, from any of them on."""
+        pool = self.cased_runs if cased else self.recordings
+        run = pool[random.integers(len(pool))]
+        return run[random.integers(len(run)) :]
 
 
 @dataclass
@@ -97,14 +112,14 @@ class Corpus:
         cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
         Raises ValueError if there is nothing to draw from.
         """
-        if not any(source.recordings for source in self.sources):
+        if not any(source.has(cased=False) for source in self.sources):
             raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and the filters")
-        cased = self.random.random() < cased_share and any(source.cased_runs for source in self.sources)
+        cased = self.random.random() < cased_share and any(source.has(cased=True) for source in self.sources)
         pieces: list[tuple[Source, Utterance, float]] = []
         total = 0.0
         while True:
-            source, run = self._run(cased)
-            for utterance in run[self.random.integers(len(run)) :]:
+            source = self._source(cased)
+            for utterance in source.stretch(cased, self.random):
                 gap = float(self.random.uniform(0, self.max_gap_seconds)) if pieces else 0.0
                 if pieces and total + gap + utterance.seconds > seconds:
                     return Item(pieces, cased)
@@ -113,12 +128,9 @@ class Corpus:
             if total > 0.7 * seconds:
                 return Item(pieces, cased)
 
-    def _run(self, cased: bool) -> tuple[Source, list[Utterance]]:
-        pools = [source.cased_runs if cased else source.recordings for source in self.sources]
-        weights = np.array([source.weight if pool else 0.0 for source, pool in zip(self.sources, pools, strict=True)])
-        chosen = self.random.choice(len(pools), p=weights / weights.sum())
-        pool = pools[chosen]
-        return self.sources[chosen], pool[self.random.integers(len(pool))]
+    def _source(self, cased: bool) -> Source:
+        weights = np.array([source.weight if source.has(cased) else 0.0 for source in self.sources])
+        return self.sources[self.random.choice(len(weights), p=weights / weights.sum())]
 
 
 def _cased_runs(recording: Iterable[Utterance]) -> Iterator[list[Utterance]]:
@@ -140,6 +152,7 @@ def read_manifests(
     min_match: float = 0.8,
     workers: int = 8,
     missing: str = "error",
+    log: Callable[[str], None] = print,
 ) -> list[Source]:
     """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
 
@@ -147,7 +160,8 @@ def read_manifests(
 
     A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a
     recogniser heard: segments below `min_match` are dropped as misread). weights: by source name; others weigh 1.
-    missing: what to do about audio that is not there: `error`, or `skip`, which prints how many files and the first.
+    missing: what to do about audio that is not there: `error`, or `skip`.
+    log: is told how many files were missing and the first of them, and how many segments were left out and why.
     Raises ValueError naming the file for a missing or empty manifest and for missing audio.
     """
     if missing not in ("error", "skip"):
@@ -173,18 +187,22 @@ def read_manifests(
         message = f"{absent[0]}: missing audio ({len(absent)} of {len(rows)} files of the manifests)"
         if missing == "error" or len(absent) == len(rows):
             raise ValueError(f"{message}; data.missing=skip goes on without")
-        print(f"{message}; skipped", flush=True)
+        log(f"{message}; skipped")
         rows = [(path, row) for path, row in rows if path.is_file()]
     with ThreadPoolExecutor(workers) as pool:
         audio = list(pool.map(_read_int16, [path for path, _ in rows]))
     by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
     for samples, (_, row) in zip(audio, rows, strict=True):
         by_source.setdefault(row.get("source", "manifest"), []).append((samples, row))
-    return [
-        _source(name, entries, weights.get(name, 1.0), device, min_match)
+    left_out: Counter[str] = Counter()
+    sources = [
+        _source(name, entries, weights.get(name, 1.0), device, min_match, left_out)
         for name, entries in by_source.items()
         if weights.get(name, 1.0) > 0
     ]
+    if left_out:
+        log("segments left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    return sources
 
 
 def _folder(folder: Path) -> list[tuple[Path, dict]]:
@@ -218,6 +236,7 @@ def _source(
     weight: float,
     device: torch.device,
     min_match: float,
+    left_out: Counter[str],
 ) -> Source:
     recordings, offset = [], 0
     for samples, row in entries:
@@ -225,10 +244,16 @@ def _source(
         recording = []
         for segment in segments:
             start, end = round(segment["start"] * SAMPLE_RATE), round(segment["end"] * SAMPLE_RATE)
-            long = end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE
-            outside = end > len(samples) + SAMPLE_RATE // 10 or min(end, len(samples)) - start < MIN_SAMPLES
-            misread = segment.get("match") is not None and segment["match"] < min_match
-            if long or outside or misread:
+            if end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE:
+                reason = f"longer than {MAX_UTTERANCE_SECONDS:g} s"
+            elif end > len(samples) + SAMPLE_RATE // 10 or min(end, len(samples)) - start < MIN_SAMPLES:
+                reason = "outside their audio"
+            elif segment.get("match") is not None and segment["match"] < min_match:
+                reason = "misread"
+            else:
+                reason = None
+            if reason:
+                left_out[reason] += 1
                 continue
             cased = segment.get("cased") or (segment["text"] if has_case(segment["text"]) else None)
             recording.append(Utterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))

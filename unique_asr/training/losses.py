@@ -42,13 +42,16 @@ def language_model_loss(
     shape: tuple[int, int] | None = None,
     decoder: Callable[..., Tensor] | None = None,
     mark_decoded: bool = False,
+    slips: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
 
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
-    shape: rows and length that the LLM is given; items that do not fit are left out (one is kept if none does).
+    shape: rows and length that the LLM is given; items that do not fit are left out (the shortest is kept if none
+    does). Raises ValueError if it has more tokens than all rows together.
     decoder: vectors [B, N, hidden] -> states [B, N, hidden], the LLM's by default.
     mark_decoded: tell it which tokens inference decodes one by one: the transcript's; prompt and audio are prefill.
+    slips: share of the tokens that it reads of its own transcript that are others of the transcript, as when it slips.
     """
     device = audio[0].device
     parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
@@ -56,20 +59,31 @@ def language_model_loss(
     rows, longest = shape or (len(parts), max(lengths))
     fitting = [part for part, length in zip(parts, lengths, strict=True) if length <= longest][:rows]
     if not fitting:
-        rows, longest, fitting, decoder = 1, lengths[0], parts[:1], None
+        shortest = min(range(len(parts)), key=lengths.__getitem__)
+        if lengths[shortest] > rows * longest:
+            raise ValueError(
+                f"an item has {lengths[shortest]} tokens, {batch.labels[shortest]} of them its transcript's, more than "
+                f"the {rows * longest} of a step: raise the stage's `tokens`, or lower `seconds`"
+            )
+        rows, longest, fitting, decoder = 1, lengths[shortest], [parts[shortest]], None
     ids = torch.zeros(rows, longest, dtype=torch.long)
-    heard, read = [], []  # places of the positions, and of the tokens before those to predict, in the flat batch
+    heard, read, targets = [], [], []  # places of the positions, and of tokens before those to predict: `targets`
     decoded = torch.zeros(rows, longest, dtype=torch.bool)
     for row, (before, positions, after, labels) in enumerate(fitting):
         first, last = len(before), len(before) + len(positions)
         end = last + len(after)
         ids[row, :first] = torch.tensor(before)
         ids[row, last:end] = torch.tensor(after)
+        answer = ids[row, end - labels : end]
+        targets.append(answer.clone())
+        if slips:
+            slipped = torch.rand(labels) < slips
+            answer[slipped] = targets[-1][torch.randint(labels, (int(slipped.sum()),))]
         heard.append(torch.arange(first, last) + row * longest)
         read.append(torch.arange(end - labels - 1, end - 1) + row * longest)
         decoded[row, end - labels : end] = True
     read_at = torch.cat(read)
-    targets = send(ids.flatten()[read_at + 1], device)
+    targets = send(torch.cat(targets), device)
     embeds = model.get_input_embeddings()(send(ids, device)).flatten(0, 1)
     positions = torch.cat([positions for _, positions, _, _ in fitting]).to(embeds.dtype)
     embeds = embeds.index_copy(0, send(torch.cat(heard), device), positions)

@@ -10,25 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
-from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 
 from .adapters import PART as LORA
-from .augment import AugmentConfig
-from .batches import Batcher
 from .checkpoint import Checkpoint, random_states, restore_random
-from .corpus import Corpus, Item, log_uniform
 from .distributed import Processes
 from .graphs import GraphedDecoder
-from .losses import ctc_loss, language_model_loss
 from .precision import MasterWeights
-
-TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
 
 
 @dataclass
@@ -44,9 +38,11 @@ class StageConfig:
     ctc_weight: float = 1.0
     llm_weight: float = 0.0
     tokens: int = 0  # of a micro-batch of the LLM, in rows of a power of two that fit the items; replaces `windows`
+    length: int = 0  # tokens of a row, where the LLM learns from texts alone
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
     cased_share: float = 0.5  # of the items; the transcripts of the rest are lower case without punctuation
     position_dropout: float = 0.0  # share of the LLM's audio positions that are zeroed
+    slips: float = 0.0  # share of the tokens that are wrong among those that the LLM reads of its own transcript
     warmup: float = 0.05  # share of the stage
     final_rate: float = 0.05  # of the peak learning rate
     minutes: float | None = None  # the stage ends after this time at the latest, its schedule with it
@@ -55,10 +51,34 @@ class StageConfig:
     attention: dict[str, Any] | None = None  # the LLM's: fields of TrainingAttentionConfig and SparseAttentionConfig
     checkpointing: bool = False  # compute the LLM's activations again in the backward pass: less memory, more time
 
+    @property
+    def trains_frames(self) -> bool:
+        """Whether what is heard changes with the steps."""
+        return any(part.startswith(("encoder", "projector")) for part in self.train)
+
     def training_attention(self) -> TrainingAttentionConfig | None:
         """None if every query reads everything."""
         found = None if self.attention is None else TrainingAttentionConfig.from_dict(self.attention)
         return found if found and found.masks else None
+
+
+class Material(Protocol):
+    """What a model learns from: `speech.Speech`, `text.Text`."""
+
+    def loss(
+        self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Of a new micro-batch, and measures of it; mark_decoded: tell the LLM which tokens inference decodes."""
+
+    def random_states(self) -> dict[str, Any]: ...
+
+    def restore_random(self, states: dict[str, Any]) -> None: ...
+
+    def forget(self) -> None:
+        """The losses so far were numbers."""
+
+    def describe(self) -> list[Any]:
+        """What was drawn since `forget`."""
 
 
 @dataclass
@@ -69,12 +89,9 @@ class Trainer:
     people; metrics also go to `output_dir`/metrics.jsonl.
     """
 
-    model: SpeechLLMForConditionalGeneration
-    processor: SpeechLLMProcessor
-    corpus: Corpus
-    augment: AugmentConfig
+    model: PreTrainedModel
+    material: Material
     output_dir: Path
-    seed: int = 0
     dtype: torch.dtype = torch.bfloat16
     cuda_graphs: bool = True  # of the LLM, in stages with `tokens`
     log_every: int = 20
@@ -88,16 +105,13 @@ class Trainer:
     checkpoints: bool = False  # keep one there, every `save_minutes` and at the end of a stage
     processes: Processes = field(default_factory=Processes)
     tensorboard: Any = None  # a SummaryWriter for the same metrics
-    batcher: Batcher = field(init=False)
 
     def __post_init__(self) -> None:
-        # Every process draws items of its own.
-        self.batcher = Batcher(self.model, self.processor, self.augment, self.seed + self.processes.rank)
+        self.language_model = getattr(self.model, "language_model", self.model)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.best: float | None = None
         self._moved: set[str] = set()  # names of all parameters trained so far
         self._steps = 0  # of all stages, for TensorBoard
-        self._recent: list[list[Item]] = []  # of the micro-batches since the last line of the log
         self._stages: list[StageConfig] = []
         self._index = 0  # of the stage that runs
 
@@ -131,7 +145,7 @@ class Trainer:
         trained = [parameter for group in groups for parameter in group["params"]]
         self._moved |= {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         masters = MasterWeights(self.model, self.dtype)
-        handle = TrainingAttention(self.model.language_model, attention) if attention else None
+        handle = TrainingAttention(self.language_model, attention) if attention else None
         decoder = self.model.get_decoder()
         if stage.checkpointing:
             decoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -140,7 +154,6 @@ class Trainer:
             self._run_stage(stage, groups, trained, masters, handle, checkpoint)
         finally:
             masters.close()
-            self.model.projector.eval()
             if handle:
                 handle.restore()
             if stage.checkpointing:
@@ -169,7 +182,8 @@ class Trainer:
             fused=self.model.device.type == "cuda",
         )
         graphs = self.cuda_graphs and self.model.device.type == "cuda" and stage.tokens and stage.micro_batches == 1
-        decoder = GraphedDecoder(self.model.get_decoder()) if graphs and handle is None else None
+        graphs = graphs and not stage.checkpointing  # which saves random states, and a capture cannot
+        decoder = GraphedDecoder(self.model.get_decoder(), handle) if graphs else None
         began = saved = time.monotonic()
         step, done = 0, 0.0
         totals = {"loss": 0.0, "ctc": 0.0, "llm": 0.0, "seconds": 0.0, "tokens": 0.0}
@@ -185,7 +199,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             for _ in range(stage.micro_batches):
-                loss, measures = self._loss(stage, decoder, mark)
+                loss, measures = self.material.loss(stage, decoder, mark)
                 (loss / stage.micro_batches).backward()
                 for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
@@ -233,7 +247,7 @@ class Trainer:
     def _checkpoint(
         self, stage: int, step: int, elapsed: float, totals: dict, optimizer: torch.optim.Optimizer | None
     ) -> None:
-        random = self.processes.gather(random_states(self.corpus.random, self.batcher.random))
+        random = self.processes.gather(random_states(self.material))
         if self.processes.first:
             weights = {name: value.data for name, value in self.model.named_parameters() if name in self._moved}
             totals = {name: float(value) for name, value in totals.items()}
@@ -252,81 +266,21 @@ class Trainer:
         self._moved = set(checkpoint.weights)
         self.best = checkpoint.best
         self._steps = sum(stage.steps for stage in self._stages[: checkpoint.stage]) + checkpoint.step
-        restore_random(checkpoint.random, self.processes, self.corpus.random, self.batcher.random)
+        restore_random(checkpoint.random, self.processes, self.material)
         names = [*(f"stage {stage.name}" for stage in self._stages), "the end"]
         self.log(f"resumed at step {checkpoint.step} of {names[checkpoint.stage]}")
-
-    def _drop(self, audio: Sequence[Tensor], stage: StageConfig) -> list[Tensor]:
-        """The positions of each item, some of them zeroed."""
-        if not stage.position_dropout:
-            return list(audio)
-        return [
-            embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout) for embeds in audio
-        ]
-
-    def _loss(
-        self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        items, shape = self._items(stage)
-        self._recent.append(items)
-        batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
-        frames_train = any(part.startswith(("encoder", "projector")) for part in stage.train)
-        self.model.projector.train(frames_train)  # validation switches its dropout off
-        with torch.set_grad_enabled(frames_train):
-            frames = self.model.encode_windows(batch.features)
-        measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
-        loss = frames.logits.new_zeros((), dtype=torch.float32)
-        if stage.ctc_weight and frames_train and bool((batch.windows == 1).any()):
-            measures["ctc"] = ctc_loss(frames, batch)
-            loss = loss + stage.ctc_weight * measures["ctc"]
-        if stage.llm_weight:
-            with torch.set_grad_enabled(frames_train):
-                positions = self.model.window_positions(frames, batch.spans)
-            del frames
-            embeds = self.model.embed_positions(positions)
-            recording = torch.repeat_interleave(batch.windows)
-            counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
-            audio = self._drop(embeds.split(counts.tolist()), stage)
-            measures["llm"], measures["tokens"] = language_model_loss(
-                self.model, audio, batch, shape, decoder, mark_decoded
-            )
-            loss = loss + stage.llm_weight * measures["llm"]
-        if not loss.requires_grad:
-            raise ValueError(
-                f"stage {stage.name}: nothing to learn from; CTC needs `seconds` below one window and the encoder or"
-                " the projector in `train`, the LLM needs `llm_weight`"
-            )
-        return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
-
-    def _items(self, stage: StageConfig) -> tuple[list[Item], tuple[int, int] | None]:
-        """The items of a micro-batch, and the rows and length that the LLM is given."""
-        low, high = stage.seconds
-        if self.corpus.random.random() < stage.short_share:
-            low, high = min(5.0, low), min(29.0, high)
-        windows = self.processor.window_seconds
-        seconds, shape = log_uniform(self.corpus.random, low, high), None
-        if stage.tokens:
-            length = min(2 ** math.ceil(math.log2(seconds * TOKENS_A_SECOND)), stage.tokens)
-            rows, longest = stage.tokens // length, min(length / TOKENS_A_SECOND, high)
-            lengths = self.corpus.random.uniform(max(longest / 2, low), longest, rows).tolist()
-            shape = rows, length
-        elif high <= windows:
-            lengths = self.corpus.random.uniform(low, high, stage.windows).tolist()
-        else:
-            lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
-        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths], shape
 
     def _parameter_groups(self, stage: StageConfig) -> list[dict]:
         """Groups of an optimiser; everything else is frozen."""
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
-        prefixes = {part: "projector.residual" if part == "residual" else part for part in stage.train}
+        prefixes = {part: self._prefix(part) for part in stage.train}
         groups = {part: {"params": [], "lr": 0.0, "peak": peak} for part, peak in stage.train.items()}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(False)
             # The embedding table stays: the CTC head reads it, and it is stored exactly as it came.
             if id(parameter) in embeddings or "embed_positions" in name:
                 continue
-            found = [part for part, prefix in prefixes.items() if name.startswith(prefix + ".")]
+            found = [part for part, prefix in prefixes.items() if name.startswith(prefix)]
             if ".lora_" in name:
                 found = [part for part in stage.train if part == LORA]
             if name.startswith("projector.residual."):
@@ -343,17 +297,25 @@ class Trainer:
             )
         return list(groups.values())
 
+    def _prefix(self, part: str) -> str:
+        """How the names of a part's weights begin."""
+        if part == "language_model" and self.language_model is self.model:
+            return ""
+        return "projector.residual." if part == "residual" else f"{part}."
+
     def _progress(
         self, stage: StageConfig, step: int, done: float, elapsed: float, rate: float, count: int, totals: dict
     ) -> None:
         means = {name: float(value) / count for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
-            path = self._save_items(stage, step)
+            path = self.output_dir / f"not_a_number_{self.processes.rank}.json"
+            drawn = {"stage": stage.name, "step": step, "items": self.material.describe()}
+            path.write_text(json.dumps(drawn, indent=1) + "\n")
             raise FloatingPointError(
                 f"stage {stage.name}: the loss is {means['loss']} near step {step}; the items of the steps since the "
                 f"last line are in {path}"
             )
-        self._recent.clear()
+        self.material.forget()
         left = elapsed * (1 - done) / max(done, 1e-9)
         if not self.processes.first:
             return
@@ -367,20 +329,6 @@ class Trainer:
     def _speed(self, means: dict, seconds: float) -> str:
         """Tokens that the LLMs of all processes read a second, if they read any."""
         return f"{means['tokens'] * self.processes.count / seconds:.0f} tokens/s  " if means["tokens"] else ""
-
-    def _save_items(self, stage: StageConfig, step: int) -> Path:
-        """What the steps since the last line of the log were given."""
-        path = self.output_dir / f"not_a_number_{self.processes.rank}.json"
-        rows = [
-            [
-                {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}
-                for source, utterance, _ in item.pieces
-            ]
-            for items in self._recent
-            for item in items
-        ]
-        path.write_text(json.dumps({"stage": stage.name, "step": step, "items": rows}, indent=1) + "\n")
-        return path
 
     def _record(self, row: dict) -> None:
         if not self.processes.first:

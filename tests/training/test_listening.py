@@ -1,0 +1,279 @@
+"""What a listener hears of recordings and would hear of texts, and training on it."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from test_sparsity import SOFT, Stopped, rows
+from test_trainer import configuration, metrics, stage
+from transformers import WhisperConfig
+
+from unique_asr.models import load
+from unique_asr.training import listening as listening_module
+from unique_asr.training.augment import AugmentConfig
+from unique_asr.training.batches import Batcher
+from unique_asr.training.corpus import Corpus, Item, Utterance, read_manifests
+from unique_asr.training.listening import CLEAN, can_listen_once, cut, hear, heard_sources, listen, position_texts
+from unique_asr.training.speech import Speech
+from unique_asr.training.texts import ListenerTokens, Texts
+from unique_asr.training.trainer import Trainer
+
+STOP = 50  # ids from 51 on are no text
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def listener(speech_llm):
+    """A tiny model that hears a letter or " the" of noise."""
+    config = WhisperConfig(
+        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
+        decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=STOP, bos_token_id=STOP,
+        eos_token_id=STOP, decoder_start_token_id=51, max_source_positions=300, max_target_positions=40, init_std=0.4,
+    )  # fmt: skip
+    settings = {"prompt": [51, 52], "stop": STOP, "heads": [[0, 1], [1, 0]]}
+    model, processor = speech_llm(encoder=config, merge="decoder", listener=settings)
+    texts = [" the" if token % 2 else LETTERS[token // 2] for token in range(STOP)]
+    for token, text in enumerate(texts):
+        model.listener.pieces[token, 0] = processor.tokenizer(text)["input_ids"][0]
+    return model, processor
+
+
+@pytest.fixture
+def manifest(listener, write_manifest, tmp_path):
+    """Two recordings of noise whose text is what is heard, the first in two utterances."""
+    model, processor = listener
+    path = write_manifest({"a.wav": [{"start": 0, "end": 9, "text": "x"}], "b.wav": None}, seconds=9.0, text="x")
+    (source,) = read_manifests([path], {}, model.device)
+    texts = position_texts(model, processor)
+    items = [Item([(source, utterances[0], 0.0)], cased=False) for utterances in source.recordings]
+    found = hear(model, Batcher(*listener, CLEAN, 0), items)
+    heard = ["".join(texts[token] for token in tokens).strip() for tokens, _, _ in found]
+    words = heard[0].split()
+    half = len(words) // 2
+    segments = {
+        "a.wav": [
+            {"start": 0.0, "end": 4.0, "text": " ".join(words[:half])},
+            {"start": 4.0, "end": 9.0, "text": " ".join(words[half:])},
+        ],
+        "b.wav": [{"start": 0.0, "end": 9.0, "text": heard[1]}],
+    }
+    return write_manifest(segments, seconds=9.0)
+
+
+def test_positions_are_those_of_the_model(listener, manifest, tmp_path):
+    """Expected embeddings of what is heard in a recording of several windows, those that inference gives the LLM."""
+    model, processor = listener
+    (source,) = read_manifests([manifest], {}, model.device)
+    utterances = source.recordings[0]
+    item = Item([(source, Utterance(utterances[0].start, utterances[-1].end, "", None), 0.0)], cased=False)
+    ((_, candidates, weights),) = hear(model, Batcher(*listener, CLEAN, 0), [item], windows=1)
+    samples = soundfile.read(tmp_path / "a.wav", dtype="float32")[0]
+    encoded = model.encode([samples], processor)
+    table = model.get_input_embeddings().weight
+    found = model.listener.expected(weights.float(), candidates, table)
+    assert len(found) > 10
+    torch.testing.assert_close(found, encoded.embeds, atol=2e-3, rtol=1e-3)  # weights were kept in 16 bits
+
+
+def test_parts_have_the_text_that_was_heard(listener, manifest):
+    model, processor = listener
+    sources = read_manifests([manifest], {}, model.device)
+    lines = []
+    ((name, recordings),) = listen(model, processor, sources, log=lines.append).items()
+    assert name == "news"
+    assert [len(recording) for recording in recordings] == [2, 1]
+    texts = position_texts(model, processor)
+    for recording, utterances in zip(recordings, sources[0].recordings, strict=True):
+        for (text, seconds, candidates, weights), utterance in zip(recording, utterances, strict=True):
+            assert text.lower() == utterance.text
+            best = candidates[torch.arange(len(candidates)), weights.float().argmax(1)]
+            assert "".join(texts[token] for token in best.tolist()).strip() == utterance.text
+            assert seconds == pytest.approx(utterance.seconds)
+    assert "100.0% of the words heard" in lines[-1]
+
+
+def test_a_recording_is_cut_where_both_ends_were_heard():
+    """Parts cover what was heard; a misheard end joins two utterances, and one that was not heard is left out."""
+    texts = ("the cat sat", "on the mat", "far away now", "zebras hum quietly")
+    stretch = [Utterance(0, 16000, text, None) for text in texts]
+    heard = [" The", " cat", " sat", ".", " On", " the", " m", "at", ".", " Far", " away", " how"]
+    parts, matched, words = cut(stretch, heard)
+    assert [(part.text, part.first, part.end) for part in parts] == [("The cat sat.", 0, 1), ("On the mat.", 1, 2)]
+    assert [heard[part.start : part.stop] for part in parts] == [heard[:4], heard[4:9]]
+    assert (matched, words) == (8, 12)
+    cased = [Utterance(0, 16000, text, text.upper().capitalize() + "!") for text in texts]
+    assert [part.text for part in cut(cased, heard)[0]] == ["The cat sat!", "On the mat!"]
+
+
+def test_it_listens_once(listener, manifest, tmp_path, monkeypatch):
+    """What was heard is read from its file, until the data or the listener are others."""
+    model, processor = listener
+    reads, augment = [], AugmentConfig(speed=0.1)
+
+    def read():
+        reads.append(1)
+        return read_manifests([manifest], {}, model.device)
+
+    def sources(about="data", **options):
+        path = tmp_path / "kept" / "heard.pt"
+        return heard_sources(model, processor, read, about, path, augment, log=lambda line: None, **options)
+
+    (first,), (second,) = sources(), sources()
+    assert len(reads) == 1
+    assert [[part.text for part in each] for each in first.recordings] == [
+        [part.text for part in each] for each in second.recordings
+    ]
+    (twice,) = sources(readings=2)
+    assert len(reads) == 2
+    assert len(twice.recordings) >= len(first.recordings)
+    sources("other data")
+    with torch.no_grad():
+        model.listener.decoder.layer_norm.weight += 0.1
+    sources("other data")
+    assert len(reads) == 4
+    (tmp_path / "kept" / "heard.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"heard\.pt: not a file of what was heard"):
+        sources()
+
+
+def test_what_trains_decides_whether_once_is_enough(listener, speech_llm):
+    model, _ = listener
+    reads, hears = stage(train={"language_model": 1e-3}), stage(train={"language_model": 1e-3, "projector.down": 1e-3})
+    assert can_listen_once(model, [reads])
+    assert not can_listen_once(model, [reads, hears])
+    assert not can_listen_once(model, [stage(train={"residual": 1e-3})])
+    assert not can_listen_once(speech_llm()[0], [reads])
+    torch.nn.init.ones_(model.projector.residual.bias)
+    assert not can_listen_once(model, [reads])
+
+
+READ = {"train": {"language_model": 3e-3}, "ctc_weight": 0.0, "seconds": (4.0, 9.0), "tokens": 128, "slips": 0.05}
+
+
+def heard_trainer(listener, manifest, output, **options):
+    model, processor = listener
+    sources = heard_sources(
+        model, processor, lambda: read_manifests([manifest], {}, model.device), {}, output / "heard.pt", CLEAN,
+        log=lambda line: None,
+    )  # fmt: skip
+    options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
+    return Trainer(model, Speech(model, processor, Corpus(sources, seed=0), CLEAN), output, **options)
+
+
+@pytest.mark.parametrize("mode", ["dense", "soft"])
+def test_the_llm_learns_from_what_was_heard(listener, manifest, tmp_path, mode):
+    trainer = heard_trainer(listener, manifest, tmp_path / "output")
+    trainer.run_stage(stage(**READ, attention={**SOFT, "mode": mode}))
+    losses = metrics(trainer)
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    with pytest.raises(ValueError, match="trains the LLM alone"):
+        trainer.run_stage(stage(**{**READ, "train": {"projector": 1e-3}}))
+
+
+def test_a_resumed_run_on_what_was_heard_has_the_same_losses(listener, manifest, tmp_path):
+    model, _ = listener
+    begin = {name: value.clone() for name, value in model.state_dict().items()}
+    stages, options = [stage("read", steps=6, **READ)], {"checkpoints": True, "save_minutes": 0.0}
+    torch.manual_seed(5)
+    whole = heard_trainer(listener, manifest, tmp_path / "whole", **options)
+    whole.run(stages)
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        if len(lines) > 3:
+            raise Stopped
+
+    model.load_state_dict(begin)
+    torch.manual_seed(5)
+    with pytest.raises(Stopped):
+        heard_trainer(listener, manifest, tmp_path / "cut", log=log, **options).run(stages)
+    model.load_state_dict(begin)
+    torch.manual_seed(99)
+    resumed = heard_trainer(listener, manifest, tmp_path / "cut", resume=True, **options)
+    resumed.run(stages)
+    again = {row["step"]: row["loss"] for row in rows(resumed)}
+    assert again == {row["step"]: row["loss"] for row in rows(whole)}
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def texts(tmp_path, byte_tokenizer):
+    path = tmp_path / "texts.txt"
+    path.write_text("the cat sat on the mat\nIt was ten o'clock.\n\nthe end\n")
+    tokenizer = byte_tokenizer()
+
+    def tokens(text):
+        return tokenizer(" " + text)["input_ids"]
+
+    tokens.stop = 200
+    return Texts(path, tokens, weight=2.0), tokenizer
+
+
+def test_texts_are_heard_nearly_as_they_are(texts):
+    source, tokenizer = texts
+    assert source.lines == ["The cat sat on the mat.", "It was ten o'clock.", "The end."]
+    random = np.random.default_rng(0)
+    lines = [utterance for _ in range(40) for utterance in source.stretch(cased=False, random=random)]
+    same = 0
+    for line in lines:
+        candidates, weights = line.heard
+        assert line.cased == line.text
+        assert line.seconds == pytest.approx(len(line.text.split()) / 2.7, abs=1e-3)
+        assert weights.sum(1).allclose(torch.ones(len(weights)))
+        best = candidates[torch.arange(len(weights)), weights.argmax(1)]
+        same += tokenizer.decode(best.tolist()).strip() == line.text
+    assert 0.9 < same / len(lines) < 1
+    assert any(line.text not in source.lines for line in lines)  # made-up words
+    first, second, _ = source.lines
+    follow = [after.text == second for before, after in itertools.pairwise(lines) if before.text == first]
+    assert 0.5 < sum(follow) / len(follow) < 1
+
+
+def test_seeds_repeat_the_texts(texts):
+    source, _ = texts
+    items = [Corpus([source], seed=3).item(60, cased_share=1.0) for _ in range(2)]
+    assert items[0].text == items[1].text
+    assert 42 < items[0].seconds <= 60
+
+
+def test_the_tokenizer_has_to_be_the_listeners(listener, tmp_path, byte_tokenizer):
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer is not the listener's, which has 60 tokens"):
+        ListenerTokens(tmp_path, listener[0].listener)
+
+
+def test_the_script_listens_trains_and_saves(listener, manifest, tmp_path, monkeypatch, capsys):
+    """From a listening model on disk to one trained with a soft mask; a second run does not listen again."""
+    import sys
+
+    from test_trainer import ROOT
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import finetune
+
+    model, processor = listener
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    overrides = [
+        *("experiment=sparsity", "training=soft", "training.budget=40", f"init.model={tmp_path}/start", "device=cpu"),
+        *(f"data.manifests=[{manifest}]", f"data.heard={tmp_path}/heard.pt", "recipe.steps=2", "recipe.tokens=128"),
+        *("recipe.seconds=[4,9]", f"output.dir={tmp_path}/run", "log_every=1"),
+    ]
+    finetune.finetune(configuration("finetune", *overrides))
+    assert "listened to 100%" in capsys.readouterr().out
+    monkeypatch.setattr(listening_module, "listen", None)
+    finetune.finetune(configuration("finetune", *overrides, f"output.dir={tmp_path}/again"))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "again")
+    ]
+    assert losses[0] == losses[1]
+    trained, _ = load(tmp_path / "run" / "adapt", device="cpu")
+    assert trained.config.sparse_attention["budget"] == 40
+    with pytest.raises(ValueError, match=r"data\.listener_tokenizer is missing"):
+        finetune.finetune(configuration("finetune", *overrides, f"data.texts=[{manifest}]"))
+    assert "finetune" in sys.modules

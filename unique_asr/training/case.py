@@ -1,0 +1,58 @@
+"""Case and punctuation that a recogniser heard, for the words of a reference that has none."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint"}  # Whisper's spelling: LibriSpeech's
+SIMILAR = (
+    0.6  # from this difflib ratio on a word in the same place is the same word in another spelling ("Lind", "Lynde")
+)
+
+
+def normalise(word: str) -> str:
+    return re.sub(r"[^a-z0-9']", "", word.lower()).strip("'")
+
+
+def heard_words(text: str) -> list[tuple[str, str, str]]:
+    """(normalised word, its surface without punctuation, trailing punctuation) of each word of Whisper's text."""
+    words = []
+    for token in re.split(r"[\s\-–—]+", text.replace("’", "'")):
+        surface = re.sub(r"^[^\w']+|[^\w']+$", "", token)
+        mark = re.search(r"[.,?!;:]", token[token.find(surface) + len(surface) :])
+        word = normalise(surface)
+        if word in TITLES:
+            word, surface, mark = TITLES[word], TITLES[word].capitalize(), None
+        if word:
+            words.append((word, surface.strip("'"), mark.group() if mark else ""))
+    return words
+
+
+def same_case(word: str, like: str) -> str:
+    return word.capitalize() if like[:1].isupper() and like != "I" else word
+
+
+def restore(words: list[str], text: str) -> tuple[list[str], list[bool]]:
+    """The reference words with the case and punctuation of Whisper's `text`, and which of them Whisper heard."""
+    heard = heard_words(text)
+    matcher = difflib.SequenceMatcher(None, [normalise(word) for word in words], [word for word, *_ in heard], False)
+    restored, matched = list(words), [False] * len(words)
+    for kind, i, i_end, j, j_end in matcher.get_opcodes():
+        if kind == "equal":
+            for k in range(i_end - i):
+                _, surface, mark = heard[j + k]
+                exact = surface.lower() == words[i + k].lower()
+                restored[i + k] = (surface if exact else same_case(words[i + k], surface)) + mark
+                matched[i + k] = True
+        elif kind == "replace" and i_end - i == j_end - j:
+            for k in range(i_end - i):
+                word, surface, mark = heard[j + k]
+                if difflib.SequenceMatcher(None, normalise(words[i + k]), word).ratio() >= SIMILAR:
+                    restored[i + k] = same_case(words[i + k], surface) + mark
+    for k, word in enumerate(restored):
+        if re.match(r"i\b", word):
+            restored[k] = "I" + word[1:]
+        elif k == 0 or restored[k - 1][-1] in ".?!":
+            restored[k] = word[:1].upper() + word[1:]
+    return restored, matched

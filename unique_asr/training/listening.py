@@ -1,0 +1,281 @@
+"""What a listener hears in the training recordings: listened to once, and kept in a file.
+
+Whisper's decoder (`merge: decoder`) writes token by token, for which no training step can wait, and it does not train.
+So the recordings are heard before the first step, in windows as at inference, and cut where listener and reference
+agree on the words at either side of an utterance's end: each part has its positions, and the reference in the case that
+was heard. Parts are joined to items of any length afterwards, as utterances of audio are.
+
+Speed, noise and masks on the spectrogram change what is heard, so they need further readings: of `readings`, the first
+hears the recordings as they are, every other hears them augmented.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from unique_asr.models.fingerprint import hearing_fingerprint
+from unique_asr.models.processing import SAMPLE_RATE
+
+from .augment import AugmentConfig
+from .batches import Batcher
+from .case import normalise, restore
+from .corpus import Item, Source, Utterance
+from .distributed import Processes
+
+if TYPE_CHECKING:
+    from .trainer import StageConfig
+
+WINDOWS = 128  # that the listener hears at once
+MAX_PAUSE = 1.0  # seconds between two utterances; what lies in a longer pause may be speech that has no text
+MIN_MATCH = 0.7  # share of the words of a stretch that has to be heard; of less, the text may be another
+MIN_PART = 0.6  # the same of each part
+CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
+
+Stretch = list[Utterance]  # consecutive utterances of a recording
+
+
+@dataclass
+class Part:
+    """Utterances [first, end) of a stretch: their text as it was heard, and the positions [start, stop)."""
+
+    first: int
+    end: int
+    text: str
+    start: int
+    stop: int
+
+
+def can_listen_once(model: SpeechLLMForConditionalGeneration, stages: Sequence[StageConfig]) -> bool:
+    """Whether positions stay as they are: a listener's tokens are all of them, and nothing before the LLM trains."""
+    residual = model.projector.residual
+    silent = model.config.merge == "decoder" and not any(weight.any() for weight in residual.parameters())
+    return silent and not any(stage.trains_frames or "residual" in stage.train for stage in stages)
+
+
+def heard_sources(
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    read: Callable[[], Sequence[Source]],
+    about: dict,
+    path: Path,
+    augment: AugmentConfig,
+    readings: int = 1,
+    processes: Processes | None = None,
+    log: Callable[[str], None] = print,
+) -> list[Source]:
+    """Sources whose utterances are parts that were heard, each of weight 1; what is heard first is kept in `path`.
+
+    read: the sources of audio, called if `path` does not have what is wanted; about: what they depend on.
+    """
+    processes = processes or Processes()
+    about = {"data": about, "augment": asdict(augment) if readings > 1 else None, "readings": readings}
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    wanted = {"listener": hearing_fingerprint(model), "made_of": key}
+    kept = _load(path) if path.is_file() else {}
+    if {name: kept.get(name) for name in wanted} == wanted:
+        return parts_to_sources(kept["sources"])
+    sources = read()
+    hours = sum(source.hours for source in sources)
+    log(f"listening to {hours * readings:.1f} h of speech once, for {path}")
+    found = listen(model, processor, sources, augment, readings, processes, log)
+    if processes.first:
+        save_heard(path, wanted | {"sources": found})
+    processes.wait()
+    return parts_to_sources(found)
+
+
+def save_heard(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(values, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def read_heard(path: Path) -> list[Source]:
+    """Of a file that `heard_sources` or scripts/listen.py wrote."""
+    return parts_to_sources(_load(path)["sources"])
+
+
+def _load(path: Path) -> dict:
+    try:
+        return torch.load(path)
+    except Exception as error:
+        raise ValueError(f"{path}: not a file of what was heard ({str(error).splitlines()[0]}); remove it") from None
+
+
+def parts_to_sources(found: dict[str, list[list[tuple[str, float, Tensor, Tensor]]]]) -> list[Source]:
+    """By name of the source, recordings of parts: text, seconds, candidates [M, A], weights [M, A]."""
+    silence = torch.zeros(0, dtype=torch.int16)
+    return [
+        Source(
+            name,
+            silence,
+            [
+                [
+                    Utterance(0, round(seconds * SAMPLE_RATE), text, text, (candidates, weights))
+                    for text, seconds, candidates, weights in recording
+                ]
+                for recording in recordings
+            ],
+            1.0,
+        )
+        for name, recordings in found.items()
+    ]
+
+
+@torch.no_grad()
+def listen(
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    sources: Sequence[Source],
+    augment: AugmentConfig = CLEAN,
+    readings: int = 1,
+    processes: Processes | None = None,
+    log: Callable[[str], None] = print,
+    windows: int = WINDOWS,
+) -> dict[str, list]:
+    """As `parts_to_sources` takes them. The processes share the work, and all get the result."""
+    processes = processes or Processes()
+    texts = position_texts(model, processor)
+    stretches = [(source, stretch) for source in sources for each in source.recordings for stretch in _stretches(each)]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # words that are nearly as likely
+    heard, words, right = [], 0, 0
+    began = logged = time.monotonic()
+    own = stretches[processes.rank :: processes.count]
+    for reading in range(readings):
+        batcher = Batcher(model, processor, augment if reading else CLEAN, seed=1000 * processes.rank + reading)
+        done = 0
+        for group in _groups(own, windows * (processor.window_seconds - 2 * processor.margin_seconds)):
+            items = [Item([(source, _whole(stretch), 0.0)], cased=False) for source, stretch in group]
+            for (source, stretch), (tokens, candidates, weights) in zip(
+                group, hear(model, batcher, items, windows), strict=True
+            ):
+                parts, matched, count = cut(stretch, [texts[token] for token in tokens.tolist()])
+                words, right = words + count, right + matched
+                if parts and matched >= MIN_MATCH * count:
+                    heard.append((source.name, [_kept(part, stretch, candidates, weights) for part in parts]))
+            done += len(group)
+            seconds, share = time.monotonic() - began, (reading + done / len(own)) / readings
+            if time.monotonic() - logged > 10 or share == 1:
+                logged = time.monotonic()
+                left = seconds * (1 - share) / share
+                log(f"listened to {share:.0%}, {right / max(words, 1):.1%} of the words heard, {seconds:.0f} s, "
+                    f"{left:.0f} s left")  # fmt: skip
+    torch.set_float32_matmul_precision(precision)
+    by_source: dict[str, list] = {}
+    for name, recording in (each for found in processes.gather(heard) for each in found):
+        by_source.setdefault(name, []).append(recording)
+    return by_source
+
+
+def hear(
+    model: SpeechLLMForConditionalGeneration, batcher: Batcher, items: Sequence[Item], windows: int = WINDOWS
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens [M], candidates [M, A] int32 and weights [M, A] half of each item's positions, on the CPU."""
+    batch = batcher.batch(items, transcripts=False)
+    found: list[tuple[Tensor, ...]] = []
+    for features, spans in zip(_chunks(batch.features, windows), batch.spans.split(windows), strict=True):
+        frames = model.encode_windows(features)
+        heard, _, keep = model.listener.hear(frames, spans, model.config.stack_factor)
+        rows = (heard.tokens, heard.candidates.int(), heard.weights.half())
+        found += zip(*([row[kept].cpu() for row, kept in zip(each, keep)] for each in rows), strict=True)
+    first = 0
+    for count in batch.windows.tolist():
+        yield tuple(torch.cat(parts) for parts in zip(*found[first : first + count], strict=True))
+        first += count
+
+
+def position_texts(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> list[str]:
+    """The text of each of the listener's tokens, by its pieces in the LLM's."""
+    return [
+        processor.tokenizer.decode([piece for piece in pieces if piece >= 0])
+        for pieces in model.listener.pieces.long().tolist()
+    ]
+
+
+def cut(stretch: Sequence[Utterance], texts: Sequence[str]) -> tuple[list[Part], int, int]:
+    """Parts of a stretch, its words that were heard, and its words. texts: of each position."""
+    starts = [place for place, text in enumerate(texts) if text.startswith(" ") or place == 0]
+    heard = ["".join(texts[start:end]) for start, end in pairwise([*starts, len(texts)])]
+    cased = all(utterance.cased for utterance in stretch)
+    words, owner = [], []
+    for index, utterance in enumerate(stretch):
+        own = (utterance.cased if cased else utterance.text).split()
+        words, owner = words + own, owner + [index] * len(own)
+    if not words:
+        return [], 0, 0
+    blocks = difflib.SequenceMatcher(
+        None, [normalise(word) for word in words], [normalise(word) for word in heard], False
+    ).get_matching_blocks()
+    if not cased:
+        words, _ = restore(words, "".join(heard))
+    place = {block.a + k: block.b + k for block in blocks for k in range(block.size)}
+    firsts = [0] + [
+        index
+        for index in range(1, len(words))
+        if owner[index] != owner[index - 1] and place.get(index, -1) == place.get(index - 1, -3) + 1
+    ]
+    parts = []
+    for first, last in pairwise([*firsts, len(words)]):
+        begin = 0 if first == 0 else place[first]
+        end = len(heard) if last == len(words) else place[last]
+        inside = sum(index in place for index in range(first, last))
+        if end > begin and inside >= MIN_PART * (last - first):
+            stop = starts[end] if end < len(starts) else len(texts)
+            text = " ".join(words[first:last])
+            parts.append(Part(owner[first], owner[last - 1] + 1, text, starts[begin], stop))
+    return parts, len(place), len(words)
+
+
+def _stretches(recording: Sequence[Utterance]) -> Iterator[Stretch]:
+    """Utterances between which there is no long pause."""
+    found: Stretch = []
+    for utterance in recording:
+        if found and utterance.start - found[-1].end > MAX_PAUSE * SAMPLE_RATE:
+            yield found
+            found = []
+        found.append(utterance)
+    yield found
+
+
+def _groups(stretches: Sequence[tuple[Source, Stretch]], seconds: float) -> Iterator[list[tuple[Source, Stretch]]]:
+    """Of about so many seconds of speech together, one stretch at least."""
+    group: list[tuple[Source, Stretch]] = []
+    total = 0.0
+    for source, stretch in stretches:
+        length = _whole(stretch).seconds
+        if group and total + length > seconds:
+            yield group
+            group, total = [], 0.0
+        group.append((source, stretch))
+        total += length
+    if group:
+        yield group
+
+
+def _whole(stretch: Stretch) -> Utterance:
+    return Utterance(stretch[0].start, stretch[-1].end, "", None)
+
+
+def _kept(part: Part, stretch: Stretch, candidates: Tensor, weights: Tensor) -> tuple[str, float, Tensor, Tensor]:
+    seconds = (stretch[part.end - 1].end - stretch[part.first].start) / SAMPLE_RATE
+    span = slice(part.start, part.stop)
+    return part.text, seconds, candidates[span].clone(), weights[span].clone()
+
+
+def _chunks(features: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    for parts in zip(*(value.split(size) for value in features.values()), strict=True):
+        yield dict(zip(features, parts, strict=True))

@@ -1,0 +1,175 @@
+"""What a speech LLM learns from: recordings joined to items, heard or encoded, and what it should write of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+from .augment import AugmentConfig
+from .batches import Batch, Batcher, send
+from .corpus import Corpus, Item, log_uniform
+from .graphs import GraphedDecoder
+from .losses import ctc_loss, language_model_loss
+
+if TYPE_CHECKING:
+    from .trainer import StageConfig
+
+TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
+
+
+class Speech:
+    """Draws micro-batches of items and computes their losses.
+
+    Utterances that were heard before (`listening.py`) give their positions at once; of all others the audio is
+    augmented and encoded.
+    """
+
+    def __init__(
+        self,
+        model: SpeechLLMForConditionalGeneration,
+        processor: SpeechLLMProcessor,
+        corpus: Corpus,
+        augment: AugmentConfig,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.processor, self.corpus = model, processor, corpus
+        self.batcher = Batcher(model, processor, augment, seed)
+        self.drawn: list[list[Item]] = []  # of the micro-batches since `forget`
+
+    def loss(
+        self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Of a micro-batch, and its parts: ctc, llm; seconds of audio and tokens of the LLM."""
+        items, shape = self.items(stage)
+        self.drawn.append(items)
+        if all(utterance.heard is not None for item in items for _, utterance, _ in item.pieces):
+            return self._heard_loss(stage, items, shape, decoder, mark_decoded)
+        batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
+        frames_train = stage.trains_frames
+        self.model.projector.train(frames_train)
+        with torch.set_grad_enabled(frames_train):
+            frames = self.model.encode_windows(batch.features)
+        self.model.projector.eval()
+        measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
+        loss = frames.logits.new_zeros((), dtype=torch.float32)
+        if stage.ctc_weight and frames_train and bool((batch.windows == 1).any()):
+            measures["ctc"] = ctc_loss(frames, batch)
+            loss = loss + stage.ctc_weight * measures["ctc"]
+        if stage.llm_weight:
+            with torch.set_grad_enabled(frames_train):
+                positions = self.model.window_positions(frames, batch.spans)
+            del frames
+            embeds = self.model.embed_positions(positions)
+            recording = torch.repeat_interleave(batch.windows)
+            counts = torch.zeros_like(batch.windows).index_add_(0, recording, positions.counts.cpu())
+            audio = list(embeds.split(counts.tolist()))
+            measures["llm"], measures["tokens"] = self._llm_loss(stage, audio, batch, shape, decoder, mark_decoded)
+            loss = loss + stage.llm_weight * measures["llm"]
+        if not loss.requires_grad:
+            raise ValueError(
+                f"stage {stage.name}: nothing to learn from; CTC needs `seconds` below one window and the encoder or"
+                " the projector in `train`, the LLM needs `llm_weight`"
+            )
+        return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in measures.items()}
+
+    def _heard_loss(
+        self,
+        stage: StageConfig,
+        items: Sequence[Item],
+        shape: tuple[int, int] | None,
+        decoder: GraphedDecoder | None,
+        mark_decoded: bool,
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        if stage.trains_frames or not stage.llm_weight:
+            raise ValueError(f"stage {stage.name}: what was heard before trains the LLM alone; give it `llm_weight`")
+        loss, tokens = self._llm_loss(
+            stage, self._positions(items), self.batcher.texts(items), shape, decoder, mark_decoded
+        )
+        seconds = sum(item.seconds for item in items)
+        return stage.llm_weight * loss, {"llm": loss.detach(), "tokens": tokens, "seconds": seconds}
+
+    @torch.no_grad()
+    def _positions(self, items: Sequence[Item]) -> list[Tensor]:
+        """[M, hidden] of each item, from what was heard of its utterances."""
+        heard = [[utterance.heard for _, utterance, _ in item.pieces] for item in items]
+        counts = [sum(len(candidates) for candidates, _ in parts) for parts in heard]
+        widest = max(candidates.shape[1] for parts in heard for candidates, _ in parts)
+        candidates, weights = (
+            torch.cat(
+                [
+                    torch.nn.functional.pad(part[which], (0, widest - part[which].shape[1])).to(dtype)
+                    for parts in heard
+                    for part in parts
+                ]
+            )
+            for which, dtype in ((0, torch.long), (1, torch.float32))
+        )
+        table = self.model.get_input_embeddings().weight
+        expected = self.model.listener.expected(
+            send(weights, table.device).to(table.dtype), send(candidates, table.device), table
+        )
+        return list(expected.split(counts))
+
+    def _llm_loss(
+        self,
+        stage: StageConfig,
+        audio: list[Tensor],
+        batch: Batch,
+        shape: tuple[int, int] | None,
+        decoder: GraphedDecoder | None,
+        mark_decoded: bool,
+    ) -> tuple[Tensor, int]:
+        if stage.position_dropout:
+            audio = [
+                embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout)
+                for embeds in audio
+            ]
+        return language_model_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips)
+
+    def items(self, stage: StageConfig) -> tuple[list[Item], tuple[int, int] | None]:
+        """The items of a micro-batch, and the rows and length that the LLM is given."""
+        low, high = stage.seconds
+        if self.corpus.random.random() < stage.short_share:
+            low, high = min(5.0, low), min(29.0, high)
+        windows = self.processor.window_seconds
+        seconds, shape = log_uniform(self.corpus.random, low, high), None
+        if stage.tokens:
+            length = min(2 ** math.ceil(math.log2(seconds * TOKENS_A_SECOND)), stage.tokens)
+            rows, longest = stage.tokens // length, min(length / TOKENS_A_SECOND, high)
+            lengths = self.corpus.random.uniform(max(longest / 2, low), longest, rows).tolist()
+            shape = rows, length
+        elif high <= windows:
+            lengths = self.corpus.random.uniform(low, high, stage.windows).tolist()
+        else:
+            lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
+        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths], shape
+
+    # What a checkpoint keeps, and what is known of a bad loss
+
+    def random_states(self) -> dict[str, Any]:
+        return {"corpus": self.corpus.random.bit_generator.state, "batcher": self.batcher.random.get_state()}
+
+    def restore_random(self, states: dict[str, Any]) -> None:
+        self.corpus.random.bit_generator.state = states["corpus"]
+        self.batcher.random.set_state(states["batcher"])
+
+    def forget(self) -> None:
+        """What was drawn so far was good."""
+        self.drawn.clear()
+
+    def describe(self) -> list[list[dict[str, Any]]]:
+        """The items since `forget`."""
+        return [
+            [
+                {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}
+                for source, utterance, _ in item.pieces
+            ]
+            for items in self.drawn
+            for item in items
+        ]
