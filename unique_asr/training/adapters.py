@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-
-from unique_asr.models import SpeechLLMForConditionalGeneration
+from transformers import PreTrainedModel
 
 PART = "lora"  # its name in a stage's `train`
 
@@ -23,20 +22,20 @@ class AdapterConfig:
     dropout: float = 0.0
 
 
-def add_adapters(model: SpeechLLMForConditionalGeneration, config: AdapterConfig) -> None:
-    """Put adapters that change nothing yet into the LLM; a stage trains them as the part `lora`."""
+def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Put adapters that change nothing yet into the LLM (of a speech LLM, its own); a stage trains them as `lora`."""
     options = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=config.dropout
     )
     try:
-        inject_adapter_in_model(options, model.language_model)
+        inject_adapter_in_model(options, language_model(model))
     except ValueError as error:
         raise ValueError(f"lora.targets is {config.targets}: {str(error).splitlines()[0]}") from None
     model.to(model.device)
 
 
 @torch.no_grad()
-def without_adapters(model: SpeechLLMForConditionalGeneration) -> SpeechLLMForConditionalGeneration:
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself if it has no adapters; else one of the original layout that shares all other weights."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
@@ -50,5 +49,9 @@ def without_adapters(model: SpeechLLMForConditionalGeneration) -> SpeechLLMForCo
         plain = type(model)(model.config)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    plain.language_model.generation_config = model.language_model.generation_config
+    language_model(plain).generation_config = language_model(model).generation_config
     return plain
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    return getattr(model, "language_model", model)

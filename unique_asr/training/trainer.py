@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
 
 from .adapters import PART as LORA
+from .adapters import language_model
 from .checkpoint import Checkpoint, random_states, restore_random
 from .distributed import Processes
 from .graphs import GraphedDecoder
@@ -107,7 +108,7 @@ class Trainer:
     tensorboard: Any = None  # a SummaryWriter for the same metrics
 
     def __post_init__(self) -> None:
-        self.language_model = getattr(self.model, "language_model", self.model)
+        self.language_model = language_model(self.model)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.best: float | None = None
         self._moved: set[str] = set()  # names of all parameters trained so far
