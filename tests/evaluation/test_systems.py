@@ -58,6 +58,42 @@ def test_a_batch_writes_what_single_recordings_do(speech_llm, recordings):
     assert result(BatchedSpeechLLM, 64, batch=2).total("sparse_steps") > 0
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_models_that_hear_the_same_share_a_folder(speech_llm, recordings, tmp_path, monkeypatch, together):
+    """Other weights of the LLM's layers are no reason to encode again; other weights of the projector are."""
+    model, processor = speech_llm
+    encoded = []
+    encode_windows = type(model).encode_windows
+
+    def counted(self, features):
+        encoded.append(len(features["input_features"]))
+        return encode_windows(self, features)
+
+    monkeypatch.setattr(type(model), "encode_windows", counted)
+
+    def results():
+        encoder = Encoder(model, processor, folder=tmp_path)
+        if together:
+            encoder.together(recordings)
+        return [encoder(recording) for recording in recordings]
+
+    first, windows = results(), sum(encoded)
+    weight = model.language_model.model.layers[0].mlp.up_proj.weight
+    monkeypatch.setattr(weight, "data", weight.data + 1)
+    again = results()
+    assert sum(encoded) == windows > 0
+    for (ours, seconds), (theirs, before) in zip(again, first, strict=True):
+        assert seconds == before
+        assert ours.duration == theirs.duration
+        assert all(
+            torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("embeds", "frames", "ctc", "best")
+        )
+    weight = model.projector.down.weight
+    monkeypatch.setattr(weight, "data", weight.data + 1)
+    results()
+    assert sum(encoded) == 2 * windows
+
+
 def test_attention_settings_are_a_grid():
     settings = attention_settings({"budget": [None, 128, 512], "score": ["unique", "mean"], "page_size": 8})
     assert set(settings) == {"dense", "unique-128", "mean-128", "unique-512", "mean-512"}
@@ -171,7 +207,8 @@ def test_encoded_recordings_are_kept_for_other_runs(speech_llm, recordings, tmp_
     assert seconds > 0
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(found, name), value)
-    size = (tmp_path / f"{recording_key(recordings[0])}.pt").stat().st_size
+    (file,) = tmp_path.glob(f"*/{recording_key(recordings[0])}.pt")
+    size = file.stat().st_size
     assert size < 2 * sum(value.nbytes for value in vars(expected).values() if isinstance(value, torch.Tensor)) + 10000
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from ..attention import SparseAttentionConfig
 from ..data import Recording, join, spread
 from ..overrides import conf_folder, run
-from .decodings import Decodings, fingerprint, identity
+from .decodings import Decodings, identity
 from .harness import Hypothesis, Result, System, evaluate
 from .methods import METHODS, RivalConfig, Sliding
 from .readers import read_recordings
@@ -233,7 +233,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
         pair = (adapters.load if pretrained else models.load)(name, config.device, config.dtype)
         if pretrained:
             return pair
-        folder = None if config.encoded is None else Path(config.encoded) / fingerprint([model, str(dtype)])
+        folder = None if config.encoded is None else Path(config.encoded)
         return systems.Encoder(*pair, keep=len(chosen) + config.ctc > 1, folder=folder)
 
     made_of = {"model": model, "dtype": str(dtype), "batch": config.batch, "decoding": decoding}

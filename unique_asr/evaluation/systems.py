@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data import Recording
+from ..models.fingerprint import hearing_fingerprint
 from ..models.modeling import EncodedAudio, concatenate
 from .decodings import recording_key
 from .harness import Hypothesis, System
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class Encoder:
     """Encodes each recording once, and keeps the result for the next system unless `keep` is False.
 
-    folder: keeps it for other runs of the same model too, which may be running now.
+    folder: keeps it for other runs too, which may be running now, of models that hear the same.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class Encoder:
         keep: bool = True,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.processor, self.keep, self.folder = model, processor, keep, folder
+        self.model, self.processor, self.keep = model, processor, keep
+        self.folder = None if folder is None else folder / hearing_fingerprint(model)
         self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
 
     def __call__(self, recording: Recording) -> tuple[EncodedAudio, float]:
