@@ -1,6 +1,7 @@
 """On a GPU: training steps as CUDA graphs. python -m pytest tests/gpu/test_training_gpu.py -m gpu"""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.text import Text
+from unique_asr.training.trainer import StageConfig, Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +51,34 @@ def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
         parameter.data = short
     for mode in ("dense", "soft", "hard", "hard", "soft"):
         step(mode)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", [None, {"mode": "soft", "hard_last": 0.4}, {"mode": "hard", "queries": "all"}])
+def test_stages_as_graphs_have_the_losses_of_plain_ones(byte_tokenizer, tmp_path, attention, checkpointing):
+    """Soft and then hard, with validations and saves on the way, which put the weights into other memory and back."""
+    path, tokenizer, losses = tmp_path / "text.txt", byte_tokenizer(), {}
+    path.write_text("".join(f"the cat number {n} sat on the mat of the cat number {n * n % 97}\n" for n in range(400)))
+    shape = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = LlamaConfig(**shape, num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    if attention:
+        attention = {"budget": 128, **attention}
+    stage = StageConfig("adapt", 10, {"language_model": 1e-3}, tokens=2048, length=1024, attention=attention,
+                        checkpointing=checkpointing)  # fmt: skip
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).cuda().eval()
+        saved = []
+        trainer = Trainer(
+            model, Text(model, tokenizer, [path]), tmp_path / str(graphs), cuda_graphs=graphs, log_every=1,
+            log=lambda line: None, save=saved.append, save_minutes=0.0, validate=lambda stage: {"llm": 1.0},
+            validate_steps=3,
+        )  # fmt: skip
+        trainer.run([stage])
+        assert len(saved) == 11
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+        rows = map(json.loads, (trainer.output_dir / "metrics.jsonl").read_text().splitlines())
+        losses[graphs] = [row["loss"] for row in rows if "loss" in row]
+    print(losses)
+    assert losses[False][-1] < 0.9 * losses[False][0]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
