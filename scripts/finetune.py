@@ -53,6 +53,9 @@ def finetune(config: DictConfig) -> None:
         material = speech(config, stages, model, reader, processes, log)
     torch.manual_seed(config.seed + processes.rank)  # noise and masks differ, weights do not
     output = Path(config.output.dir)
+    if processes.first:
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, output / "config.yaml", resolve=True)
     trainer = Trainer(
         model,
         material,
