@@ -149,11 +149,11 @@ def speech(
 
 
 def digest(path: Path) -> str:
-    """Of a manifest; of a folder, of the names and sizes of its files."""
+    """Of a manifest; of a folder, of the names and sizes of its files; of what is neither, its name."""
     if path.is_dir():
         files = sorted(path.iterdir())
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
 
 
 def validation(

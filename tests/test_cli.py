@@ -200,6 +200,24 @@ def test_what_is_there_is_not_done_again(talk, command):
     assert Path("talk.txt").read_text() != "corrected by hand\n"
 
 
+def test_a_model_is_read_with_the_attention_that_it_was_trained_for(talk, command, tmp_path):
+    """Its folder names the settings; what the command line says comes before them."""
+    saved = {"budget": 256, "sink_pages": 2, "super_page_size": None, "combine": "share"}
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps({"sparse_attention": saved}))
+
+    def attention(*arguments):
+        assert command(f"audio={talk}", "model=tuned", "output.overwrite=true", *arguments)[0] == 0
+        return json.loads(talk.with_suffix(".json").read_text())["info"]["attention"]
+
+    assert saved.items() <= attention().items()
+    assert {**saved, "budget": 128}.items() <= attention("attention.budget=128").items()
+    assert attention("attention=dense")["budget"] is None
+    assert attention("attention=unique")["budget"] == 512
+    (tmp_path / "tuned" / "config.json").write_text("{}")
+    assert attention()["budget"] == 512
+
+
 def test_a_transcript_with_other_settings_is_not_taken_for_this_one(talk, command):
     command("audio=talk.opus")
     code, _, err = command("audio=talk.opus", "attention=dense")

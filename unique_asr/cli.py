@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -67,10 +68,23 @@ def main(arguments: Sequence[str] | None = None, load: Callable[..., Transcriber
         code = transcribe_all(config, load or load_transcriber)
 
     try:
-        run(task, "transcribe", arguments, LITERAL_KEYS, LITERAL_GROUPS)
+        run(task, "transcribe", [*saved_attention(arguments), *arguments], LITERAL_KEYS, LITERAL_GROUPS)
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
+
+
+def saved_attention(arguments: Sequence[str]) -> list[str]:
+    """Options with the attention that the model's folder was fine-tuned for; none if `attention=` chooses another."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    model = given.get("model") or given.get("model.name_or_path")
+    if not model or "attention" in given or not (path := Path(model) / "config.json").is_file():
+        return []
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")).get("sparse_attention") or {}
+    except (ValueError, AttributeError):
+        return []  # loading will say what is wrong
+    return [f"attention.{name}={'null' if value is None else value}" for name, value in saved.items()]
 
 
 def load_transcriber(**settings: Any) -> Transcriber:

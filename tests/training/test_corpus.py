@@ -8,6 +8,9 @@ import pytest
 import soundfile
 import torch
 
+from unique_asr.data import Recording, Span
+from unique_asr.data import Utterance as Spoken
+from unique_asr.training import corpus as corpus_module
 from unique_asr.training.corpus import Corpus, Source, Utterance, read_manifests, read_synthetic
 
 CPU = torch.device("cpu")
@@ -77,8 +80,48 @@ def test_errors_name_the_file(write_manifest, tmp_path):
     (tmp_path / "second.wav").unlink()
     with pytest.raises(ValueError, match=r"second\.wav: missing audio \(1 of 2 files"):
         read_manifests([path], {}, CPU)
-    with pytest.raises(ValueError, match=r"sampled at 8000 Hz; convert training audio to 16000 Hz"):
-        read_manifests([write_manifest(rate=8000)], {}, CPU)
+    path = write_manifest()
+    (tmp_path / "first.wav").write_bytes(b"no audio at all")
+    with pytest.raises(ValueError, match=r"first\.wav"):
+        read_manifests([path], {}, CPU)
+
+
+def test_other_rates_and_channels_are_read_too(write_manifest, tmp_path):
+    path = write_manifest({"a.wav": None}, text="all of it")
+    times = np.arange(4 * 44100) / 44100
+    tone = np.sin(2 * np.pi * 300 * times) / 2
+    soundfile.write(tmp_path / "a.wav", np.stack([tone, 0 * tone], 1), 44100)
+    (source,) = read_manifests([path], {}, CPU)
+    assert len(source.audio) == pytest.approx(64000, abs=200)
+    assert source.audio.abs().max().item() == pytest.approx(32767 / 4, rel=0.02)  # the mean of both
+
+
+def test_hub_data_sets_are_read(write_manifest, tmp_path, monkeypatch):
+    write_manifest({"a.wav": None}, text="x")
+    asked = []
+
+    def read_hub(name):
+        asked.append(name)
+        span = Span(tmp_path / "a.wav", 0.0, 4.0)
+        return [Recording("0", (span,), (Spoken(0.0, 4.0, "from the hub"),), source=name)]
+
+    monkeypatch.setattr(corpus_module, "read_hub", read_hub)
+    sources = read_manifests(["owner/data:clean", "owner/data:clean:dev"], {}, CPU)
+    assert asked == ["owner/data:clean:train", "owner/data:clean:dev"]
+    assert [source.name for source in sources] == ["owner/data:clean", "owner/data:clean:dev"]
+    assert texts(sources[0]) == [["from the hub"]]
+
+
+def test_what_is_left_out_is_counted(write_manifest):
+    segments = [
+        {"start": 0, "end": 1, "text": "misread", "match": 0.1},
+        {"start": 1, "end": 2, "text": "kept"},
+        {"start": 2, "end": 30.5, "text": "long"},
+        {"start": 29, "end": 33, "text": "beyond"},
+    ]
+    lines = []
+    read_manifests([write_manifest({"a.wav": segments}, seconds=31)], {}, CPU, log=lines.append)
+    assert lines == ["segments left out: 1 misread, 1 longer than 28 s, 1 outside their audio"]
 
 
 def test_synthetic_speakers_are_recordings(tmp_path):

@@ -88,3 +88,46 @@ def test_the_llms_loss_is_that_of_forward(tiny, prompt):
     expected = model(input_ids=ids, attention_mask=mask, labels=labels, **inputs).loss
     torch.testing.assert_close(loss, expected)
     assert tokens == 2 * max(len(a) + len(before) + len(b) for a, b in zip(audio, joined.after, strict=True))
+
+
+def test_an_item_longer_than_a_step_is_named(tiny):
+    model, processor = tiny
+    before, after = processor.prompt(None)
+    joined = batch([], [], [])
+    joined.before, joined.after, joined.labels = [before] * 2, [[*after, *[5] * 60], [*after, *[5] * 90]], [60, 90]
+    audio = [torch.zeros(8, 32)] * 2
+    length = len(before) + 8 + len(joined.after[0])
+    with pytest.raises(
+        ValueError, match=rf"an item has {length} tokens, 60 of them its transcript's, more than the 64"
+    ):
+        language_model_loss(model, audio, joined, (1, 64))
+    _, tokens = language_model_loss(model, audio, joined, (2, 64))  # the shorter one alone
+    assert tokens == length
+
+
+def test_slips_are_read_and_not_written(tiny, monkeypatch):
+    """The LLM reads another token of the transcript here and there; what it is to write stays."""
+    model, processor = tiny
+    before, after = processor.prompt(None)
+    transcript = list(range(5, 45))
+    joined = batch([], [], [])
+    joined.before, joined.after, joined.labels = [before], [after + transcript], [len(transcript)]
+    seen = {}
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def decoder(embeds):
+        seen["embeds"] = embeds[0, -len(transcript) :]
+        return embeds
+
+    def watched(logits, targets):
+        seen["targets"] = targets
+        return cross_entropy(logits, targets)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+    torch.manual_seed(0)
+    language_model_loss(model, [torch.zeros(3, 32)], joined, decoder=decoder, slips=0.2)
+    table = model.get_input_embeddings().weight
+    read = [(table == vector).all(1).nonzero()[0].item() for vector in seen["embeds"]]
+    assert seen["targets"].tolist() == transcript
+    assert 1 <= sum(a != b for a, b in zip(read, transcript, strict=True)) <= 16
+    assert set(read) <= set(transcript)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unique_asr.audio import load_audio
+from unique_asr.evaluation.readers import HUB_NAME, read_hub
 from unique_asr.models.ctc import ctc_text
 from unique_asr.models.processing import SAMPLE_RATE
 
@@ -156,7 +158,8 @@ def read_manifests(
 ) -> list[Source]:
     """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
 
-    A folder in place of a manifest stands for its audio files with a text beside them: x.wav and x.txt.
+    A folder in place of a manifest stands for its audio files with a text beside them: x.wav and x.txt. OWNER/DATA,
+    OWNER/DATA:CONFIG or OWNER/DATA:CONFIG:SPLIT is a data set of the Hugging Face hub, its split `train` unless named.
 
     A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a
     recogniser heard: segments below `min_match` are dropped as misread). weights: by source name; others weigh 1.
@@ -168,6 +171,9 @@ def read_manifests(
         raise ValueError(f"data.missing is {missing!r}: choose one of error, skip")
     rows = []
     for path in map(Path, paths):
+        if HUB_NAME.fullmatch(str(path)) and path.suffix not in (".jsonl", ".json") and not path.parent.is_dir():
+            rows += _hub(str(path))
+            continue
         if path.is_dir():
             rows += _folder(path)
             continue
@@ -182,6 +188,7 @@ def read_manifests(
         if not found:
             raise ValueError(f"{path}: the manifest is empty")
         rows += [(path.parent / row["audio_filepath"], row) for row in found]
+    rows = [(path, row) for path, row in rows if weights.get(_source_name(row), 1.0) > 0]
     absent = [str(path) for path, _ in rows if not path.is_file()]
     if absent:
         message = f"{absent[0]}: missing audio ({len(absent)} of {len(rows)} files of the manifests)"
@@ -193,16 +200,27 @@ def read_manifests(
         audio = list(pool.map(_read_int16, [path for path, _ in rows]))
     by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
     for samples, (_, row) in zip(audio, rows, strict=True):
-        by_source.setdefault(row.get("source", "manifest"), []).append((samples, row))
+        by_source.setdefault(_source_name(row), []).append((samples, row))
     left_out: Counter[str] = Counter()
     sources = [
         _source(name, entries, weights.get(name, 1.0), device, min_match, left_out)
         for name, entries in by_source.items()
-        if weights.get(name, 1.0) > 0
     ]
     if left_out:
         log("segments left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
     return sources
+
+
+def _source_name(row: dict) -> str:
+    return row.get("source", "manifest")
+
+
+def _hub(name: str) -> list[tuple[Path, dict]]:
+    repository, config, split = (*name.split(":"), "", "")[:3]
+    return [
+        (recording.spans[0].path, {"text": recording.text, "source": name})
+        for recording in read_hub(f"{repository}:{config}:{split or 'train'}")
+    ]
 
 
 def _folder(folder: Path) -> list[tuple[Path, dict]]:
@@ -219,15 +237,16 @@ def _folder(folder: Path) -> list[tuple[Path, dict]]:
 
 
 def _read_int16(path: Path) -> np.ndarray:
+    """Samples at 16 kHz; what has another rate or many channels, or is not for libsndfile, goes through FFmpeg."""
     import soundfile
 
     try:
-        samples, rate = soundfile.read(path, dtype="int16", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: not readable as audio ({error})") from None
-    if rate != SAMPLE_RATE:
-        raise ValueError(f"{path}: sampled at {rate} Hz; convert training audio to {SAMPLE_RATE} Hz")
-    return samples[:, 0]
+        with soundfile.SoundFile(path) as file:
+            if file.samplerate == SAMPLE_RATE and file.channels == 1:
+                return file.read(dtype="int16")
+    except soundfile.LibsndfileError:
+        pass
+    return (load_audio(path).clip(-1, 1) * 32767).astype(np.int16)
 
 
 def _source(
