@@ -6,7 +6,7 @@ its keys, so that the scores of a tile come from its logits; the maximum over th
 registers. The backward pass computes all of it again, in a kernel by queries and one by keys. The gradient of log g,
 summed over the group and the tokens of a page, goes back to the products of the head that had the maximum, and to the
 page's spread. Nothing of the size of queries times keys is ever stored, nor of queries times pages but for the slices
-of `_row_scores`.
+of soft_mask_thresholds.py.
 
 No tile is skipped. With tau 0.5 and Gaussian scores the faintest page has log g about -13, which float32 still counts;
 of a hard mask, 64 queries that choose each for itself leave no tile without a chosen page. Deterministic: no atomics.
@@ -22,217 +22,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
-
-SCRATCH = 1 << 24  # scores of a slice of queries: 64 MB of float32
-LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _log2(x):
-    """By one instruction; `tl.log2` is a polynomial of 20. The interpreter knows no libdevice."""
-    return tl.log2(x) if INTERPRETED else libdevice.fast_log2f(x)
-
-
-@triton.jit
-def _page_statistics(
-    keys, starts, means, stds,
-    tokens, heads, pages, key_batch, key_head, key_token, starts_batch,
-    D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Mean and spread of BP pages of one KV head, over the document of each page's last token."""
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
-    page = tl.program_id(0) * BP + tl.arange(0, BP)
-    d = tl.arange(0, D_PAD)
-    last = tl.minimum(page * S + S - 1, tokens - 1)
-    document = tl.load(starts + batch * starts_batch + last)
-    base = keys + batch * key_batch + head * key_head + d[None, :]
-    count = tl.zeros((BP,), tl.float32)
-    total = tl.zeros((BP, D_PAD), tl.float32)
-    for slot in range(S):
-        token = page * S + slot
-        inside = token < tokens
-        own = inside & (tl.load(starts + batch * starts_batch + token, mask=inside, other=-1) == document)
-        x = tl.load(base + token[:, None].to(tl.int64) * key_token, mask=own[:, None] & (d < D)[None, :], other=0.0)
-        total += x.to(tl.float32)
-        count += own.to(tl.float32)
-    mean = total / tl.maximum(count, 1.0)[:, None]
-    square = tl.zeros((BP,), tl.float32)
-    for slot in range(S):
-        token = page * S + slot
-        inside = token < tokens
-        own = inside & (tl.load(starts + batch * starts_batch + token, mask=inside, other=-1) == document)
-        real = own[:, None] & (d < D)[None, :]
-        x = tl.load(base + token[:, None].to(tl.int64) * key_token, mask=real, other=0.0).to(tl.float32)
-        x = tl.where(real, x - mean, 0.0)
-        square += tl.sum(x * x, axis=1)
-    std = tl.sqrt(square / tl.maximum(count, 1.0))
-    place = row * pages + page
-    tl.store(means + place[:, None] * D + d[None, :], mean, mask=(page < pages)[:, None] & (d < D)[None, :])
-    tl.store(stds + place, std, mask=page < pages)
-
-
-@triton.jit
-def _load_rows(base, offset, real, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Vectors [rows, D_PAD] at base + offset."""
-    d = tl.arange(0, D_PAD)
-    return tl.load(base + offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _row_scores(
-    query, means, stds, starts, masked, scores,
-    begin, tokens, heads, pages, width, scale,
-    query_batch, query_head, query_token, starts_batch, masked_batch, slice_tokens,
-    G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
-    SINK: tl.constexpr, RECENT: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores [B K, slice, width] of queries from `begin` on: inf for forced pages, -inf for what is no candidate."""
-    row = tl.program_id(2).to(tl.int64)
-    batch, head = row // heads, row % heads
-    row0 = begin + tl.program_id(0) * BM
-    token = row0 + tl.arange(0, BM)
-    inside = token < tl.minimum(tokens, begin + slice_tokens)
-    wanted = tl.load(masked + batch * masked_batch + token, mask=inside, other=0)
-    page = tl.program_id(1) * BP + tl.arange(0, BP)
-    if tl.max(wanted.to(tl.int32)) > 0:
-        mean = _load_rows(means + row * pages * D, page * D, page < pages, D, D_PAD)
-        std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
-        r = tl.arange(0, BM * G_PAD)
-        real = (row0 + r // G_PAD < tokens) & (r % G_PAD < G)
-        offset = (row0 + r // G_PAD).to(tl.int64) * query_token + (r % G_PAD).to(tl.int64) * query_head
-        q = _load_rows(query + batch * query_batch + head * G * query_head, offset, real, D, D_PAD)
-        norm = scale * tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
-        near = mean.to(q.dtype)
-        score = tl.dot(q, tl.trans(near), input_precision=PRECISION) + norm[:, None] * std[None, :]
-        if q.dtype != tl.float32:
-            score = tl.dot(q, tl.trans((mean - near).to(q.dtype)), score, input_precision=PRECISION)
-        score = tl.where((r % G_PAD < G)[:, None], score, -float("inf"))
-        best = tl.max(tl.reshape(score, (BM, G_PAD, BP)), axis=1)
-        newest = token // S
-        first = tl.load(starts + batch * starts_batch + token, mask=inside, other=0) // S
-        forced = (page[None, :] < first[:, None] + SINK) | (page[None, :] > newest[:, None] - RECENT)
-        candidate = (page[None, :] >= first[:, None]) & (page[None, :] < newest[:, None])
-        best = tl.where(candidate, tl.where(forced, float("inf"), best), -float("inf"))
-        out = scores + (row * slice_tokens + token[:, None] - begin) * width + page[None, :]
-        tl.store(out, best, mask=inside[:, None] & (page < width)[None, :])
-
-
-@triton.jit
-def _row_thresholds(
-    scores, masked, thetas, sharpnesses,
-    begin, tokens, heads, width, masked_batch, slice_tokens, inverse_tau,
-    COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH_PAD: tl.constexpr,
-):  # fmt: skip
-    """theta and 1 / temperature of ROWS rows; COUNT complete pages are read beside a query's own."""
-    row = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = place < slice_tokens
-    wanted = tl.load(masked + row // heads * masked_batch + begin + place, mask=inside, other=0) != 0
-    theta = tl.full((ROWS,), -float("inf"), tl.float32)
-    sharpness = tl.full((ROWS,), 1.0, tl.float32)
-    if tl.max(wanted.to(tl.int32)) > 0:
-        page = tl.arange(0, WIDTH_PAD)
-        score = tl.load(
-            scores + (row * slice_tokens + place[:, None]) * width + page[None, :],
-            mask=wanted[:, None] & (page < width)[None, :], other=-float("inf"),
-        )  # fmt: skip
-        count = tl.sum((score > -float("inf")).to(tl.int32), axis=1)
-        more = count > COUNT
-        low = tl.min(tl.where(score > -float("inf"), score, float("inf")), axis=1)
-        low = tl.where(more, low, 0.0)  # COUNT scores reach it
-        high = tl.where(more, tl.max(tl.where(score < float("inf"), score, -float("inf")), axis=1), 0.0)
-        high += high - low  # fewer than COUNT reach it
-        going = more
-        while tl.max(going.to(tl.int32)) > 0:
-            middle = 0.5 * low + 0.5 * high
-            reach = tl.sum((score >= middle[:, None]).to(tl.int32), axis=1)
-            going &= (middle > low) & (middle < high)
-            high = tl.where(going & (reach < COUNT), middle, high)
-            low = tl.where(going & (reach >= COUNT), middle, low)
-            count = tl.where(going & (reach >= COUNT), reach, count)
-            going &= count > COUNT
-        chosen = tl.min(tl.where(score >= low[:, None], score, float("inf")), axis=1)  # the last one
-        following = tl.max(tl.where(score < low[:, None], score, -float("inf")), axis=1)
-        following = tl.where(count > COUNT, chosen, following)
-        theta = tl.where(more, 0.5 * (chosen + following), theta)
-        competing = (score > -float("inf")) & (score < float("inf"))
-        number = tl.maximum(tl.sum(competing.to(tl.float32), axis=1), 1.0)
-        level = tl.sum(tl.where(competing, score, 0.0), axis=1) / number
-        away = tl.where(competing, score - level[:, None], 0.0)
-        spread = tl.sqrt(tl.sum(away * away, axis=1) / number)
-        sharpness = tl.where(more, inverse_tau / tl.maximum(spread, 1e-19), sharpness)
-    tl.store(thetas + row * tokens + begin + place, theta, mask=inside)
-    tl.store(sharpnesses + row * tokens + begin + place, sharpness, mask=inside)
-
-
-# Attention. A tile of queries is BM tokens times the G_PAD heads of a group: row m * G_PAD + g. A tile of keys is BP
-# pages with the tokens of a page outermost: column s * BP + p. The tensor cores leave columns that are equal modulo 8
-# in one thread, so that summing over the tokens of a page, and spreading a gate over them, move nothing.
-#
-# Tiles at the edges, where some row does not see all of the keys, or reads some of the pages without a gate, come
-# first, in a loop of their own (EDGE), so that the others need no masks.
-
-
-@triton.jit
-def _over_group(values, MAX: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, BP: tl.constexpr):
-    """Maximum or sum [ROWS, BP] over the heads of a group, for each of them."""
-    if G_PAD == 1:
-        return values
-    parts = tl.reshape(values, (ROWS // G_PAD, G_PAD, BP))
-    whole = tl.max(parts, axis=1) if MAX else tl.sum(parts, axis=1)
-    return tl.reshape(tl.broadcast_to(whole[:, None, :], (ROWS // G_PAD, G_PAD, BP)), (ROWS, BP))
-
-
-@triton.jit
-def _key_order(S: tl.constexpr, BP: tl.constexpr):
-    """Tokens of a tile of keys in its order, from its first."""
-    c = tl.arange(0, S * BP)
-    return c % BP * S + c // BP
-
-
-@triton.jit
-def _seen(begin, token, start, S: tl.constexpr, BP: tl.constexpr):
-    """Which keys [S, BP] each row sees."""
-    j = begin + tl.arange(0, BP)[None, None, :] * S + tl.arange(0, S)[None, :, None]
-    return (j <= token[:, None, None]) & (j >= start[:, None, None])
-
-
-@triton.jit
-def _gates(
-    product, norm, std, theta, sharpness, begin, token, start, EDGE: tl.constexpr,
-    G: tl.constexpr, G_PAD: tl.constexpr, S: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    HARD: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """log2 g [ROWS, BP], and the derivative of log g by the products [ROWS, S, BP] of queries and keys."""
-    share = tl.full((ROWS, BP), 1 / S, tl.float32)
-    level = tl.sum(product, axis=1) * share
-    page = begin // S + tl.arange(0, BP)
-    if EDGE:
-        seen = _seen(begin, token, start, S, BP)
-        share = 1.0 / tl.maximum(tl.sum(seen.to(tl.float32), axis=1), 1.0)
-        level = tl.sum(tl.where(seen, product, 0.0), axis=1) * share
-    score = level + norm[:, None] * std[None, :]
-    if G < G_PAD:
-        score = tl.where((tl.arange(0, ROWS) % G_PAD < G)[:, None], score, -float("inf"))
-    best = _over_group(score, True, ROWS, G_PAD, BP)
-    away = best - theta[:, None]
-    if HARD:
-        gate = tl.where(away >= 0, 0.0, -float("inf"))
-        slope = tl.zeros_like(gate)
-    else:
-        gate = -_log2(1.0 + tl.exp2(tl.minimum(away * (sharpness * -LOG2E)[:, None], 126.0)))
-        slope = (1.0 - tl.exp2(gate)) * sharpness[:, None] * share
-        if G > 1:
-            winner = (score == best).to(tl.float32)
-            slope *= winner * tl.exp2(-_log2(_over_group(winner, False, ROWS, G_PAD, BP)))
-    if EDGE:
-        gated = (page[None, :] >= (start // S + SINK)[:, None]) & (page[None, :] <= (token // S - RECENT)[:, None])
-        gate = tl.where(gated, gate, 0.0)
-        slope = tl.where(gated, slope, 0.0)
-    return gate, slope
+from unique_asr.kernels.soft_mask_thresholds import page_thresholds
+from unique_asr.kernels.soft_mask_tiles import (
+    LOG2E,
+    gates,
+    key_order,
+    load_rows,
+    over_group,
+    row_stride,
+    sizes,
+    visible,
+)
 
 
 @triton.jit
@@ -272,7 +72,7 @@ def _query_rows(
     inside = token < tokens
     real = inside & (g < G)
     query += batch * query_batch + head * G * query_head + tl.cast(row0, tl.int64) * query_token
-    q = _load_rows(query, m * query_token + g.to(tl.int64) * query_head, real, D, D_PAD)
+    q = load_rows(query, m * query_token + g.to(tl.int64) * query_head, real, D, D_PAD)
     norm = scale * tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
     theta = tl.load(thetas + row * tokens + token, mask=inside, other=-float("inf"))
     sharpness = tl.load(sharpnesses + row * tokens + token, mask=inside, other=1.0)
@@ -306,7 +106,7 @@ def _forward(
     gated = tl.max(theta) > -float("inf")
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
-    j = _key_order(S, BP)
+    j = key_order(S, BP)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS, BP), tl.float32)
     result = tl.zeros((ROWS, D_PAD), tl.float32)
@@ -314,19 +114,19 @@ def _forward(
         for at in tl.range(low if inner else first, high if inner else end - (high - low), BN, num_stages=STAGES):
             begin = _place(at, low, high, inner == 0)
             far, real_key = tl.cast(begin, tl.int64), begin + j < tokens
-            k = _load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
-            v = _load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
+            k = load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
+            v = load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
             page = begin // S + tl.arange(0, BP)
             std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
             product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), (ROWS, S, BP))
             gate = tl.zeros((ROWS, BP), tl.float32)
             if gated:
-                gate, _ = _gates(
+                gate, _ = gates(
                     product, norm, std, theta, sharpness, begin, token, start, inner == 0,
                     G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
                 )  # fmt: skip
             if inner == 0:
-                product = tl.where(_seen(begin, token, start, S, BP), product, -float("inf"))
+                product = tl.where(visible(begin, token, start, S, BP), product, -float("inf"))
             highest = tl.maximum(peak, tl.max(tl.max(product, axis=1) * (scaling * LOG2E) + gate, axis=1))
             base = tl.where(highest > -float("inf"), highest, 0.0)
             weight = tl.exp2(product * (scaling * LOG2E) + (gate - base[:, None])[:, None, :])
@@ -356,12 +156,12 @@ def _tile_gradients(
     gate = tl.zeros((ROWS, BP), tl.float32)
     slope = tl.zeros((ROWS, BP), tl.float32)
     if gated:
-        gate, slope = _gates(
+        gate, slope = gates(
             product, norm, std, theta, sharpness, begin, token, start, EDGE,
             G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
         )  # fmt: skip
     if EDGE:
-        product = tl.where(_seen(begin, token, start, S, BP), product, -float("inf"))
+        product = tl.where(visible(begin, token, start, S, BP), product, -float("inf"))
     weight = tl.exp2(product * (scaling * LOG2E) + (gate - peak[:, None])[:, None, :])
     dweight = tl.reshape(tl.dot(do, tl.trans(v), input_precision=PRECISION), (ROWS, S, BP))
     dlogit = weight * (dweight - delta[:, None, None])
@@ -369,10 +169,10 @@ def _tile_gradients(
         dscore = slope
         dproduct = dlogit * scaling
     else:
-        dscore = _over_group(tl.sum(dlogit, axis=1), False, ROWS, G_PAD, BP) * slope
+        dscore = over_group(tl.sum(dlogit, axis=1), False, ROWS, G_PAD, BP) * slope
         dproduct = dlogit * scaling + dscore[:, None, :]
         if EDGE:
-            dproduct = tl.where(_seen(begin, token, start, S, BP), dproduct, 0.0)
+            dproduct = tl.where(visible(begin, token, start, S, BP), dproduct, 0.0)
     weight = tl.reshape(weight.to(v.dtype), (ROWS, S * BP))
     return weight, tl.reshape(dproduct.to(k.dtype), (ROWS, S * BP)), dscore
 
@@ -401,9 +201,9 @@ def _backward_queries(
     gated = tl.max(theta) > -float("inf")
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
-    j = _key_order(S, BP)
-    do = _load_rows(gradient, by_token * D, real, D, D_PAD)
-    delta = tl.sum(do.to(tl.float32) * _load_rows(out, by_token * D, real, D, D_PAD).to(tl.float32), axis=1)
+    j = key_order(S, BP)
+    do = load_rows(gradient, by_token * D, real, D, D_PAD)
+    delta = tl.sum(do.to(tl.float32) * load_rows(out, by_token * D, real, D, D_PAD).to(tl.float32), axis=1)
     tl.store(deltas + by_head, delta, mask=real)
     tl.store(norms + by_head, norm, mask=real)
     peak = tl.load(peaks + by_head, mask=real, other=0.0)
@@ -412,8 +212,8 @@ def _backward_queries(
         for at in tl.range(low if inner else first, high if inner else end - (high - low), BN, num_stages=STAGES):
             begin = _place(at, low, high, inner == 0)
             far, real_key = tl.cast(begin, tl.int64), begin + j < tokens
-            k = _load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
-            v = _load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
+            k = load_rows(keys + far * key_token, j * key_token, real_key, D, D_PAD)
+            v = load_rows(values + far * value_token, j * value_token, real_key, D, D_PAD)
             page = begin // S + tl.arange(0, BP)
             std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
             _, dproduct, _ = _tile_gradients(
@@ -442,12 +242,12 @@ def _backward_keys(
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     begin = tl.program_id(0) * BN
-    j = begin + _key_order(S, BP)
+    j = begin + key_order(S, BP)
     page = begin // S + tl.arange(0, BP)
     place = j.to(tl.int64)
     keys += batch * key_batch + head * key_head
-    k = _load_rows(keys, place * key_token, j < tokens, D, D_PAD)
-    v = _load_rows(values + batch * value_batch + head * value_head, place * value_token, j < tokens, D, D_PAD)
+    k = load_rows(keys, place * key_token, j < tokens, D, D_PAD)
+    v = load_rows(values + batch * value_batch + head * value_head, place * value_token, j < tokens, D, D_PAD)
     std = tl.load(stds + row * pages + page, mask=page < pages, other=0.0)
     starts += batch * starts_batch
     reach += (tl.where(starts_batch > 0, batch, 0) * tl.num_programs(0) + tl.program_id(0)) * 2
@@ -467,9 +267,9 @@ def _backward_keys(
             token = row0 + m
             inside = token < tokens
             real = inside & (g < G)
-            q = _load_rows(query + tl.cast(row0, tl.int64) * query_token, query_offset, real, D, D_PAD)
+            q = load_rows(query + tl.cast(row0, tl.int64) * query_token, query_offset, real, D, D_PAD)
             by_token = ((batch * tokens + row0) * heads + head) * G * D
-            do = _load_rows(gradient + by_token, gradient_offset, real, D, D_PAD)
+            do = load_rows(gradient + by_token, gradient_offset, real, D, D_PAD)
             by_head = (row * G + g) * tokens + token
             peak = tl.load(peaks + by_head, mask=real, other=0.0)
             delta = tl.load(deltas + by_head, mask=real, other=0.0)
@@ -493,8 +293,8 @@ def _backward_keys(
         steep = tl.reshape(tl.broadcast_to(steep[None, :], (S, BP)), (BN,))
         last = tl.minimum(j // S * S + S - 1, tokens - 1)
         own = tl.load(starts + j, mask=j < tokens, other=-1) == tl.load(starts + last)
-        k = _load_rows(keys, place * key_token, j < tokens, D, D_PAD)
-        mean = _load_rows(means + row * pages * D, j // S * D, j < tokens, D, D_PAD)
+        k = load_rows(keys, place * key_token, j < tokens, D, D_PAD)
+        mean = load_rows(means + row * pages * D, j // S * D, j < tokens, D, D_PAD)
         dk += tl.where(own, steep, 0.0)[:, None] * (k.to(tl.float32) - mean)
     d = tl.arange(0, D_PAD)
     into = ((batch * tokens + place) * heads + head)[:, None] * D + d[None, :]
@@ -504,15 +304,6 @@ def _backward_keys(
 
 
 # Launches
-
-
-def _sizes(query: Tensor, key: Tensor, page_size: int) -> dict[str, int | str]:
-    """The compile-time sizes that all kernels share."""
-    dim, group = query.shape[-1], query.shape[1] // key.shape[1]
-    return {
-        "G": group, "G_PAD": triton.next_power_of_2(group), "D": dim, "D_PAD": max(16, triton.next_power_of_2(dim)),
-        "S": page_size, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
 
 
 PAGE_BYTES = 4096  # of the keys of a page: more do not fit
@@ -553,10 +344,10 @@ def _vector_bytes(key: Tensor) -> int:
 def _constants(
     tiles: Tiles, query: Tensor, key: Tensor, page_size: int, sink: int, recent: int, hard: bool
 ) -> dict[str, int | str]:
-    sizes = _sizes(query, key, page_size)
-    return sizes | {
+    shared = sizes(query, key, page_size)
+    return shared | {
         "SINK": sink, "RECENT": recent, "HARD": hard,
-        "BM": max(1, tiles.rows // sizes["G_PAD"]), "BP": tiles.keys // page_size,
+        "BM": max(1, tiles.rows // shared["G_PAD"]), "BP": tiles.keys // page_size,
         "STAGES": tiles.stages, "num_warps": tiles.warps, "maxnreg": tiles.registers,
     }  # fmt: skip
 
@@ -565,54 +356,6 @@ def supports(key: Tensor, combine: str, page_size: int) -> bool:
     """Whether these kernels do this; if not, `soft_mask.attention` does."""
     known = combine == "max" and page_size in (8, 16) and key.dtype != torch.float64
     return known and _vector_bytes(key) * page_size <= PAGE_BYTES
-
-
-@torch.library.custom_op("unique_asr::page_thresholds", mutates_args=())
-def page_thresholds(
-    query: Tensor, key: Tensor, starts: Tensor, masked: Tensor, page_size: int, count: int, scale: float, sink: int,
-    recent: int, tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Means [B, K, P, D] and spreads [B, K, P] of the pages; theta and 1 / temperature [B, K, N] of the rows.
-
-    `count` complete pages are read beside a query's own. `starts` int32 and `masked` uint8 are [B or 1, N].
-    """
-    batch, heads, tokens, dim = key.shape
-    pages = triton.cdiv(tokens, page_size)
-    mean = key.new_empty(batch, heads, pages, dim, dtype=torch.float32)
-    std = key.new_empty(batch, heads, pages, dtype=torch.float32)
-    theta, sharpness = (key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
-    sizes = _sizes(query, key, page_size)
-    shape = {name: sizes[name] for name in ("D", "D_PAD", "S")}
-    starts_batch, masked_batch = _row_stride(starts), _row_stride(masked)
-    _page_statistics[(triton.cdiv(pages, 32), batch * heads)](
-        key, starts, mean, std, tokens, heads, pages, *key.stride()[:3], starts_batch, **shape, BP=32
-    )
-    bm = max(1, 64 // sizes["G_PAD"])
-    step = max(bm, SCRATCH // (batch * heads * pages) // bm * bm)
-    scratch = key.new_empty(batch * heads * min(step, tokens) * pages, dtype=torch.float32)
-    for begin in range(0, tokens, step):
-        size = min(step, tokens - begin)
-        width = triton.cdiv(begin + size, page_size)
-        _row_scores[(triton.cdiv(size, bm), triton.cdiv(width, 64), batch * heads)](
-            query, mean, std, starts, masked, scratch, begin, tokens, heads, pages, width, scale,
-            *query.stride()[:3], starts_batch, masked_batch, size, SINK=sink, RECENT=recent, BM=bm, BP=64, **sizes,
-        )  # fmt: skip
-        padded = triton.next_power_of_2(width)
-        together = max(1, 2048 // padded)
-        _row_thresholds[(triton.cdiv(size, together), batch * heads)](
-            scratch, masked, theta, sharpness, begin, tokens, heads, width, masked_batch, size, 1 / tau,
-            COUNT=count, ROWS=together, WIDTH_PAD=padded, num_warps=min(16, max(4, padded // 512)),
-        )  # fmt: skip
-    return mean, std, theta, sharpness
-
-
-@page_thresholds.register_fake
-def _(query, key, starts, masked, page_size, count, scale, sink, recent, tau):
-    batch, heads, tokens, dim = key.shape
-    pages = -(-tokens // page_size)
-    rows = [key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2)]
-    std = key.new_empty(batch, heads, pages, dtype=torch.float32)
-    return key.new_empty(batch, heads, pages, dim, dtype=torch.float32), std, *rows
 
 
 @torch.library.custom_op("unique_asr::soft_mask_attention", mutates_args=())
@@ -628,7 +371,7 @@ def masked_attention(
     constants = _constants(mask_tiles(_vector_bytes(key)).forward, query, key, page_size, sink, recent, hard)
     _forward[(triton.cdiv(tokens, constants["BM"]), batch * heads)](
         query, key, value, std, starts, theta, sharpness, out, peaks,
-        tokens, heads, mean.shape[2], scaling, scale, _row_stride(starts),
+        tokens, heads, mean.shape[2], scaling, scale, row_stride(starts),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants,
     )  # fmt: skip
     return out, peaks
@@ -653,7 +396,7 @@ def masked_attention_backward(
     into = [each.new_empty(batch, tokens, each.shape[1], each.shape[3]) for each in (query, key, value)]
     deltas, norms = torch.empty_like(peaks), torch.empty_like(peaks)
     tiles = mask_tiles(_vector_bytes(key))
-    strides = _row_stride(starts), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
+    strides = row_stride(starts), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
     rows = query, key, value, std, starts, theta, sharpness
 
     constants = _constants(tiles.backward_queries, query, key, page_size, sink, recent, hard)
@@ -697,11 +440,6 @@ def _backward(ctx, gradient, _):
 
 
 masked_attention.register_autograd(_backward, setup_context=_setup)
-
-
-def _row_stride(rows: Tensor) -> int:
-    """From one sequence to the next in [B, N], or 0 where all share one."""
-    return 0 if len(rows) == 1 else rows.stride(0)
 
 
 def training_attention(query, key, value, config, starts=None, masked=None, scaling=None) -> Tensor:

@@ -76,13 +76,13 @@ def test_equal_scores_share_the_gradient():
 
 
 def test_slices_of_rows_change_nothing(monkeypatch):
-    from unique_asr.kernels import soft_mask_attention
+    from unique_asr.kernels import soft_mask_thresholds
 
     (query, key, _), config, _, _ = make(*CASES["odd"])
     ones = torch.ones(1, 143, dtype=torch.uint8)
     numbers = 8, config.sparse.pages - 1, 0.5, 1, 2, 0.7
     whole = page_thresholds(query, key, torch.zeros(1, 143, dtype=torch.int32), ones, *numbers)
-    monkeypatch.setattr(soft_mask_attention, "SCRATCH", 2 * 21 * 32)
+    monkeypatch.setattr(soft_mask_thresholds, "SCRATCH", 2 * 21 * 32)
     parts = page_thresholds(query, key, torch.zeros(1, 143, dtype=torch.int32), ones, *numbers)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts))
 
