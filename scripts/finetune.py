@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, spread
-from unique_asr.evaluation.text import load_language_model
+from unique_asr.generation import load_text_model
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load, resolve_device
 from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
@@ -96,7 +96,7 @@ def start(config: DictConfig, device: torch.device) -> tuple[torch.nn.Module, ob
     """The model that training begins with, in float32, and its processor or tokenizer."""
     init = config.init
     if config.text.model:
-        return load_language_model(config.text.model, str(device), "float32")
+        return load_text_model(config.text.model, str(device), "float32")
     if init.model:
         return load(init.model, device=str(device), dtype="float32")
     if not (init.encoder and init.language_model):
