@@ -9,7 +9,6 @@ import soundfile
 import torch
 from test_sparsity import SOFT, Stopped, rows
 from test_trainer import configuration, metrics, stage
-from transformers import WhisperConfig
 
 from unique_asr.models import load
 from unique_asr.training import listening as listening_module
@@ -20,47 +19,6 @@ from unique_asr.training.listening import CLEAN, can_listen_once, cut, hear, hea
 from unique_asr.training.speech import Speech
 from unique_asr.training.texts import ListenerTokens, Texts
 from unique_asr.training.trainer import Trainer
-
-STOP = 50  # ids from 51 on are no text
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@pytest.fixture
-def listener(speech_llm):
-    """A tiny model that hears a letter or " the" of noise."""
-    config = WhisperConfig(
-        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
-        decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=STOP, bos_token_id=STOP,
-        eos_token_id=STOP, decoder_start_token_id=51, max_source_positions=300, max_target_positions=40, init_std=0.4,
-    )  # fmt: skip
-    settings = {"prompt": [51, 52], "stop": STOP, "heads": [[0, 1], [1, 0]]}
-    model, processor = speech_llm(encoder=config, merge="decoder", listener=settings)
-    texts = [" the" if token % 2 else LETTERS[token // 2] for token in range(STOP)]
-    for token, text in enumerate(texts):
-        model.listener.pieces[token, 0] = processor.tokenizer(text)["input_ids"][0]
-    return model, processor
-
-
-@pytest.fixture
-def manifest(listener, write_manifest, tmp_path):
-    """Two recordings of noise whose text is what is heard, the first in two utterances."""
-    model, processor = listener
-    path = write_manifest({"a.wav": [{"start": 0, "end": 9, "text": "x"}], "b.wav": None}, seconds=9.0, text="x")
-    (source,) = read_manifests([path], {}, model.device)
-    texts = position_texts(model, processor)
-    items = [Item([(source, utterances[0], 0.0)], cased=False) for utterances in source.recordings]
-    found = hear(model, Batcher(*listener, CLEAN, 0), items)
-    heard = ["".join(texts[token] for token in tokens).strip() for tokens, _, _ in found]
-    words = heard[0].split()
-    half = len(words) // 2
-    segments = {
-        "a.wav": [
-            {"start": 0.0, "end": 4.0, "text": " ".join(words[:half])},
-            {"start": 4.0, "end": 9.0, "text": " ".join(words[half:])},
-        ],
-        "b.wav": [{"start": 0.0, "end": 9.0, "text": heard[1]}],
-    }
-    return write_manifest(segments, seconds=9.0)
 
 
 def test_positions_are_those_of_the_model(listener, manifest, tmp_path):
