@@ -1,0 +1,58 @@
+"""The jobs of benchmarks/evaluation.md, the most important first.
+
+    python benchmarks/jobs/long_form.py eval.jsonl | python scripts/run_jobs.py --gpus 0,1,2,3
+
+Dense comes first at every length, with what is heard, which the others share. Six or seven of them at a time keep an
+H100 busy; together they take hours of it. The table of what is there, at any time:
+
+    python scripts/evaluate.py study=long_form data.manifest=eval.jsonl decode=false
+"""
+
+import json
+import sys
+
+RIVALS = ["quest", "second_moment", "mean", "infllm", "h2o", "streaming_llm", "murmur", "sliding"]
+LENGTHS = ["60", "20", "10", "2", "0.5"]  # minutes, the longest first, for they take longest
+
+
+def job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *more: str) -> None:
+    name = "-".join([*methods, *map(str, budgets)]) + f"@{minutes}" + ("-default_passes" if more else "")
+    chosen = ",".join(dict.fromkeys(["dense", *methods]))
+    command = [
+        sys.executable, "scripts/evaluate.py", "study=long_form", f"data.manifest={manifest}", f"methods=[{chosen}]",
+        f"data.join_minutes=[{minutes}]", "threads=2", *more,
+    ]  # fmt: skip
+    if budgets:
+        command.append(f"attention.budget={budgets}")
+    after = [] if methods == ["dense"] else [f"dense@{minutes}"]
+    print(json.dumps({"name": name, "command": command, "after": after}))
+
+
+def main(manifest: str) -> None:
+    for minutes in LENGTHS:
+        job(manifest, ["dense"], [], minutes)
+    for minutes in ["10", "60", "20", "2", "0.5"]:
+        job(manifest, ["unique"], [512], minutes)
+    for method in RIVALS:
+        job(manifest, [method], [512], "10")
+    for budget in (256, 1024, 128, 2048):
+        job(manifest, ["unique"], [budget], "10")
+    for minutes in ["20", "60"]:  # as users run it: passes of two minutes
+        job(manifest, ["unique"], [512], minutes, "decoding.max_pass_seconds=null")
+    for minutes in ["2", "20", "60"]:
+        for method in RIVALS:
+            job(manifest, [method], [512], minutes)
+    for minutes in ["0.5", "2"]:
+        for method in ["unique", *RIVALS[:-1]]:
+            job(manifest, [method], [128, 256], minutes)
+    for method in RIVALS[:-1]:
+        job(manifest, [method], [128, 256, 1024, 2048], "10")
+    for minutes in ["20", "60"]:
+        for method in ["unique", *RIVALS[:-1]]:
+            job(manifest, [method], [128, 256, 1024, 2048], minutes)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} MANIFEST")
+    main(sys.argv[1])
