@@ -3,7 +3,7 @@
     python benchmarks/jobs/long_form.py eval.jsonl | python scripts/run_jobs.py --gpus 0,1,2,3 --output outputs/jobs
 
 A job is a line of JSON on standard input: `name`, `command` (a list), and, if need be, `after` (names of jobs that have
-to be done before) and `gigabytes` (of GPU memory that it may take). It sees one GPU; OUTPUT/NAME.log has what it prints.
+to be done before) and `gigabytes` (of GPU memory that it may take). It sees one GPU; OUTPUT/NAME.log is what it prints.
 One that fails stops those that need it and no other. Ctrl-C or SIGTERM ends all; a second call goes on, as OUTPUT/done
 names what was done. Exit code 0 if every job is done.
 """
