@@ -30,10 +30,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unique_asr.attention.soft_mask import training_attention
-from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
+from unique_asr.models import PRETRAINED, SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.compose import compose
 from unique_asr.models.ctc import ctc_text
-from unique_asr.models.packing import bits_of, rounded, save_packed_model
+from unique_asr.models.packing import INDEX, bits_of, rounded, save_packed_changes, save_packed_model
 from unique_asr.training.corpus import LOWER_CASE, Source, Utterance
 from unique_asr.training.graphs import Decoder, GraphedDecoder
 from unique_asr.training.listening import read_heard
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--from-layer", type=int, default=0, help="train the LLM's layers from this one on")
     parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
     parser.add_argument("--masked", type=float, default=0.0, help="share of the steps through UNIQUE's mask")
+    parser.add_argument("--budget", type=int, default=256, help="of the mask, tokens")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4))
     parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--max-pass-seconds", type=float, default=120.0)
@@ -207,7 +208,16 @@ def main() -> None:
     texts = read_texts(arguments.texts, arguments.whisper, model.listener, {})
     make = partial(Rows, texts, heard, processor)
     batches = Batches(make, arguments.tokens, arguments.lengths, arguments.seed)
-    teach(model, batches, arguments, lambda: save_packed_model(model, processor, arguments.output, BITS))
+    source = PRETRAINED / arguments.model if arguments.model == "default" else Path(arguments.model or "")
+
+    def save(trained: list[str]) -> None:
+        if arguments.model and (source / INDEX).is_file():  # packing it all again would round it all again
+            state = model.state_dict()
+            save_packed_changes({name: state[name] for name in trained}, source, arguments.output)
+        else:
+            save_packed_model(model, processor, arguments.output, BITS)
+
+    teach(model, batches, arguments, save)
 
 
 def composed(arguments: argparse.Namespace) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
@@ -234,9 +244,9 @@ def teach(
     model: SpeechLLMForConditionalGeneration,
     batches: Batches,
     arguments: argparse.Namespace,
-    save: Callable[[], None],
+    save: Callable[[list[str]], None],
 ) -> None:
-    """Trains the LLM but for its embeddings; the loss is that of the answers' tokens."""
+    """Trains the LLM but for its embeddings; the loss is that of the answers' tokens. save: takes the trained names."""
     model.requires_grad_(False)
     decoder, cuda = model.get_decoder(), model.device.type == "cuda"
     trained = {f"layers.{index}": layer for index, layer in enumerate(decoder.layers) if index >= arguments.from_layer}
@@ -249,7 +259,7 @@ def teach(
         parameter.requires_grad_(True)
     masters = MasterWeights(model, torch.bfloat16 if cuda else torch.float32)
     optimizer = torch.optim.AdamW(masters.of(list(names)), betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
-    attention = training_attention(model, mode="dense")
+    attention = training_attention(model, mode="dense", budget=arguments.budget)
     masks = [replace(attention.config, mode=mode) for mode in ("soft", "hard")]
     table = model.get_input_embeddings().weight
     run = GraphedDecoder(decoder, attention) if cuda else Decoder(decoder)
@@ -287,7 +297,7 @@ def teach(
             total, lines = torch.zeros_like(total), 0
         if elapsed > saved + 60 * arguments.save_minutes or done >= 1:
             with masters.restored():
-                save()
+                save(list(names.values()))
             saved = elapsed
         if done >= 1:
             break

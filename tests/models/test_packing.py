@@ -17,6 +17,7 @@ from unique_asr.models.packing import (
     quantize,
     rounded,
     save_packed,
+    save_packed_changes,
     save_packed_model,
 )
 
@@ -137,6 +138,17 @@ def test_a_loaded_model_packs_to_the_same_bytes(packed, tmp_path):
     assert again.keys() == once.keys()
     for name, value in once.items():
         torch.testing.assert_close(again[name], value, rtol=1e-3, atol=0, msg=name)
+
+
+def test_changed_weights_alone_are_packed_again(packed, tmp_path):
+    folder, model, _ = packed
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    save_packed_changes({name: 2 * model.state_dict()[name]}, folder, tmp_path)
+    before, after = load_packed(folder, torch.float32), load_packed(tmp_path, torch.float32)
+    assert before.keys() == after.keys()
+    torch.testing.assert_close(after.pop(name), 2 * before.pop(name))
+    assert all(torch.equal(value, before[other]) for other, value in after.items())
+    assert load(tmp_path, device="cpu")[1].prompt() == load(folder, device="cpu")[1].prompt()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -8,12 +8,13 @@ weights.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -99,17 +100,14 @@ def save_packed(
     size = 0
     for name, value in state.items():
         width = bits_of(name, bits)
-        if width is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0:
-            packed, scale = quantize(value, width)
-            parts, entry = {name + ".packed": packed, name + ".scale": scale}, {"bits": width}
-        else:
-            parts, entry = {name: value.half() if value.is_floating_point() else value}, {}
+        entry = {"bits": width} if width is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0 else {}
+        parts = _stored(name, value, **entry)
         added = sum(part.numel() * part.element_size() for part in parts.values())
         if size + added > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
         size += added
-        shards[-1].update({key: part.contiguous() for key, part in parts.items()})
+        shards[-1].update(parts)
         index[name] = {"file": len(shards), **entry}
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -118,6 +116,26 @@ def save_packed(
     for entry in index.values():
         entry["file"] = files[entry["file"] - 1]
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _stored(name: str, value: Tensor, bits: int | None = None) -> dict[str, Tensor]:
+    """A weight as it lies in a file."""
+    if bits is None:
+        return {name: (value.half() if value.is_floating_point() else value).contiguous()}
+    packed, scale = quantize(value, bits)
+    return {name + ".packed": packed.contiguous(), name + ".scale": scale.contiguous()}
+
+
+def save_packed_changes(changed: Mapping[str, Tensor], source: Path, folder: Path) -> None:
+    """The packed model in `source` with some of its weights changed: all else stays, byte for byte."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    index = json.loads((source / INDEX).read_text())
+    for file in sorted({index[name]["file"] for name in changed}):
+        shard = load_file(source / file)
+        for name, value in changed.items():
+            if index[name]["file"] == file:
+                shard |= _stored(name, value.cpu(), index[name].get("bits"))
+        save_file(shard, folder / file)
 
 
 def save_packed_model(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, bits: Mapping[str, int]) -> None:
