@@ -48,12 +48,14 @@ class StepTile(NamedTuple):
     second_tiles: int = 1
 
 
-def step_tile(rows: int, candidates: int, key_bytes: int, bytes_each: int) -> StepTile:
+def step_tile(rows: int, candidates: int, key_bytes: int, bytes_each: int, widest: int = 0) -> StepTile:
     """The fastest of those tried on an H100, by rows, candidates and bytes of a statistic: benchmarks/h100.md.
+
+    widest: pages that the second level chooses from, if there is one.
 
     Keys of more than 256 bytes have not been tried: without pipelines, they need no more than other keys do.
     """
-    warps = 4 if candidates <= STEP_PAGES // 2 else 8
+    warps = 4 if max(candidates, widest) <= STEP_PAGES // 2 else 8
     tiles = min(16 if bytes_each == 1 else 8, triton.cdiv(candidates, 64))
     programs = 512 if rows >= 32 else 1024 // warps  # that score, at least
     while tiles > 1 and rows * triton.cdiv(candidates, 64 * tiles) < programs:
@@ -225,7 +227,7 @@ def sparse_step(
     most = max(candidates, widest)
     if most > STEP_PAGES:
         raise ValueError(f"{most} pages to choose from: sparse_step takes at most {STEP_PAGES}")
-    tile = tile or step_tile(rows, candidates, dim * keys.element_size(), statistics[0].element_size())
+    tile = tile or step_tile(rows, candidates, dim * keys.element_size(), statistics[0].element_size(), widest)
     scorers = triton.cdiv(candidates, tile.pages * tile.tiles)
     second_scorers = triton.cdiv(widest, tile.pages * tile.second_tiles)
     readers = triton.cdiv((count + 1) * size, tile.tokens * tile.token_tiles)

@@ -96,7 +96,7 @@ def start(config: DictConfig, device: torch.device) -> tuple[torch.nn.Module, ob
     """The model that training begins with, in float32, and its processor or tokenizer."""
     init = config.init
     if config.text.model:
-        return load_text_model(config.text.model, str(device), "float32")
+        return load_text_model(config.text.model, str(device), "float32", option="text.model")
     if init.model:
         return load(init.model, device=str(device), dtype="float32")
     if not (init.encoder and init.language_model):

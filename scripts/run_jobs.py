@@ -81,11 +81,16 @@ class Schedule:
         return gpu if not taken[gpu] or taken[gpu] + job.gigabytes <= self.room else None
 
     def start(self, job: Job, gpu: str) -> None:
-        with open(self.output / f"{job.name}.log", "a") as log:
-            process = subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
-            )  # fmt: skip
+        try:
+            with open(self.output / f"{job.name}.log", "a") as log:
+                process = subprocess.Popen(
+                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+                )  # fmt: skip
+        except (OSError, ValueError, IndexError) as error:
+            self.failed.add(job.name)
+            say(f"FAILED {job.name}, cannot be started: {error}")
+            return
         self.running[job] = Running(process, gpu, time.monotonic())
         say(f"started {job.name} on GPU {gpu}")
 
@@ -99,6 +104,8 @@ def read_job(line: str) -> Job:
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError(f"{line.strip()} is no job")
+    if "/" in str(fields.get("name")):
+        raise ValueError(f"name {fields['name']!r}: it names a file, so leave out the /")
     return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 

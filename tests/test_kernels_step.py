@@ -108,3 +108,9 @@ def test_counters_stay_where_captured_graphs_know_them():
 def test_keys_of_many_bytes_are_not_pipelined():
     assert step_tile(64, 4096, 2 * 128, 1).stages == 3
     assert step_tile(64, 4096, 4 * 128, 4).stages == 1
+
+
+def test_either_level_of_many_pages_gets_more_warps() -> None:
+    assert step_tile(8, STEP_PAGES, 128, 1).warps == 8
+    assert step_tile(8, 512, 128, 1, widest=STEP_PAGES // 2 + 1).warps == 8
+    assert step_tile(8, 512, 128, 1, widest=STEP_PAGES // 2).warps == 4

@@ -55,6 +55,19 @@ def test_a_failure_leaves_out_what_needs_it_alone(tmp_path):
     assert "why" in (tmp_path / "jobs" / "bad.log").read_text()
 
 
+def test_a_command_that_does_not_start_is_a_failure(tmp_path):
+    jobs = [
+        {"name": "bad", "command": [str(tmp_path / "missing")]},
+        {"name": "needs", "command": note(tmp_path, "needs"), "after": ["bad"]},
+        {"name": "other", "command": note(tmp_path, "other")},
+    ]
+    result = run(tmp_path, jobs)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "FAILED bad, cannot be started: " in result.stdout
+    assert "left out needs" in result.stdout
+    assert notes(tmp_path) == ["other"]
+
+
 def test_room_of_a_gpu(tmp_path):
     """Two jobs of 40 GB share no GPU of 72; on two GPUs they run together."""
     script = (

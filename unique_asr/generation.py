@@ -175,19 +175,32 @@ class TextGenerator:
         )
 
 
-def load_text_model(name_or_path: str | PathLike[str], device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """A causal LM and its tokenizer."""
+def load_text_model(
+    name_or_path: str | PathLike[str], device: str = "auto", dtype: str = "auto", option: str = "model"
+) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer, from a folder, the hub or a .gguf file; `option` is what errors call it."""
     chosen = resolve_device(device)
-    path, options = Path(name_or_path).expanduser(), {}
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model={name_or_path}: no such file")
-        path, options = path.parent, {"gguf_file": path.name}
-    source = str(path) if path.is_dir() else str(name_or_path)
-    with loading(name_or_path, "text LLM"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = load_text_tokenizer(name_or_path, option)
+    source, options = _text_source(name_or_path, option)
+    with loading(name_or_path, "text LLM", option=option):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
     return model.to(chosen).eval(), tokenizer
+
+
+def load_text_tokenizer(name_or_path: str | PathLike[str], option: str = "model") -> Any:
+    source, options = _text_source(name_or_path, option)
+    with loading(name_or_path, "text LLM", option=option):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _text_source(name_or_path: str | PathLike[str], option: str) -> tuple[str, dict[str, str]]:
+    """What transformers loads, and the options that it needs for it."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix.lower() != ".gguf":
+        return str(path) if path.is_dir() else str(name_or_path), {}
+    if not path.is_file():
+        raise ModelError(f"{option}={name_or_path}: no such file")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -134,7 +134,7 @@ def test_a_report_of_several_budgets(folder, tmp_path, capsys):
         (["task=perplexity", "text.file=null"], "text.file is missing"),
         (["task=ruler", "text.tasks=[needle]"], "text.tasks names 'needle'"),
         (["task=counting", "text.tasks=[single]"], "give common_words or frequent_words"),
-        (["task=ruler", "text.model=none.gguf"], "text.model=none.gguf: cannot be loaded"),
+        (["task=ruler", "text.model=none.gguf"], "text.model=none.gguf: no such file"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message, capsys, tmp_path):

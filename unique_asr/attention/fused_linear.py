@@ -1,7 +1,7 @@
 """Linear layers that read the same vectors, as one matrix product: a decode step waits for launches and for weights.
 
-Queries, keys and values of a layer become one product, and so do the gate and the rise of its MLP. Names and values of
-the weights stay: they become views of the matrix that is multiplied.
+Queries, keys and values of a layer become one product, and so do the gate and up projections of its MLP. Names and
+values of the weights stay: they become views of the matrix that is multiplied.
 """
 
 from __future__ import annotations

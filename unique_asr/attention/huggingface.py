@@ -74,7 +74,7 @@ def unique_mask(
     """None for plain causal attention, [B, 1, 1, N] for causal attention with padding; otherwise as `sdpa`.
 
     The causal part is never built for the whole prefill: `dense_attention` adds it. A mask of padding that is all on
-    the left carries the number of padded tokens of each row as `starts`.
+    the left carries the number of padded tokens of each row as `starts`, on the host too as `padding`.
     """
     if mask_function is not causal_mask_function or kv_offset:
         arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
@@ -85,7 +85,7 @@ def unique_mask(
     mask = attention_mask[:, None, None, :kv_length]
     starts = tokens.int().argmax(dim=1)
     if torch.equal(tokens, torch.arange(tokens.shape[1], device=tokens.device) >= starts.unsqueeze(1)):
-        mask.starts = starts
+        mask.starts, mask.padding = starts, starts.tolist() if q_length > 1 else None
     return mask
 
 
@@ -103,11 +103,11 @@ def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
     if not causal or (mask is not None and mask.shape[2] == queries):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    starts = getattr(mask, "starts", None)
-    if starts is None or tokens <= BATCHED_TOKENS or not flash_takes(query, key, value):
+    padding = getattr(mask, "padding", None)
+    if padding is None or tokens <= BATCHED_TOKENS or not flash_takes(query, key, value):
         return causal_attention(module, query, key, value, mask, **kwargs), None
     output = query.new_zeros(len(query), queries, query.shape[1], value.shape[-1])
-    for row, start in enumerate(starts.tolist()):
+    for row, start in enumerate(padding):
         first = max(0, start - (tokens - queries))  # queries before it are padding: their zeros are masked everywhere
         if first < queries:
             tensors = query[row, None, :, first:], key[row, None, :, start:], value[row, None, :, start:]

@@ -62,15 +62,15 @@ def load(
 
 
 @contextmanager
-def loading(name_or_path: str | Path, kind: str, remedy: str = "") -> Iterator[None]:
-    """Without progress bars; what goes wrong is a ModelError of one line."""
+def loading(name_or_path: str | Path, kind: str, remedy: str = "", option: str = "model") -> Iterator[None]:
+    """Without progress bars; what goes wrong is a ModelError of one line, which names the option."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model={name_or_path}: cannot be loaded as a {kind} ({reason}){remedy}") from error
+        raise ModelError(f"{option}={name_or_path}: cannot be loaded as a {kind} ({reason}){remedy}") from error
     finally:
         if bars:
             logging.enable_progress_bar()

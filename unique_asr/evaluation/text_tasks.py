@@ -1,0 +1,229 @@
+"""The tasks of texts for one model: RULER's, counting, perplexity. Samples come in, values and pages read come out.
+
+Prefill is dense; what is measured is reading the context while writing the answer, or while reading on token by token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ..attention import PagedCache, SparseAttentionConfig
+from ..attention.huggingface import NAME, set_attention
+from ..batch import interleave
+from ..batch_decoding import BatchDecoder
+from ..generation import load_text_model, load_text_tokenizer
+from ..longform import PENDING
+from .methods import RivalConfig
+from .ruler import Item, Sources, listed, make_item, sentences
+
+PREFILL_CHUNK = 2048  # tokens
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer; the model is loaded when there is something to decode."""
+
+    def __init__(self, name: str, device: str, dtype: str) -> None:
+        self.name, self.device, self.dtype = name, device, dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_text_tokenizer(self.name, option="text.model")
+
+    @cached_property
+    def model(self) -> Any:
+        return load_text_model(self.name, self.device, self.dtype, option="text.model")[0]
+
+
+class RulerRun:
+    """RULER's tasks for one model."""
+
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
+        self.language_model, self.tokenizer, self.options = language_model, language_model.tokenizer, options
+        text = Path(options.file).read_text(encoding="utf-8") if options.file else ""
+        questions = Path(options.qa).read_text(encoding="utf-8").splitlines() if options.qa else []
+        self.sources = Sources(sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
+        self.tasks = [task for task in options.tasks if task != "qa" or questions]
+        self._items: dict[tuple[str, int, int], Item] = {}  # every method gets the same
+        self._last: tuple[SparseAttentionConfig, BatchDecoder] | None = None
+
+    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Item]]]]:
+        """Task, length, and by their keys what makes the samples."""
+        options = self.options
+        for length in options.lengths:
+            for task in self.tasks:
+                seeds = range(options.seed, options.seed + options.samples)
+                yield (
+                    task,
+                    length,
+                    {f"{task} {length} {seed}": partial(self._item, task, length, seed) for seed in seeds},
+                )
+
+    def _item(self, task: str, length: int, seed: int) -> Item:
+        place = task, length, seed
+        if place not in self._items:
+            self._items[place] = make_item(task, length, self.count, seed, self.sources)
+        return self._items[place]
+
+    def count(self, text: str) -> int:
+        return len(self.tokenizer(self._chat(text, ""), add_special_tokens=False).input_ids)
+
+    def _chat(self, prompt: str, begin: str) -> str:
+        if self.tokenizer.chat_template is None:
+            return prompt + begin
+        messages = [{"role": "user", "content": prompt}]
+        asked = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return asked + begin.lstrip()
+
+    def _ids(self, item: Item) -> Tensor:
+        """[1, N]: what the model is asked, up to where its answer begins."""
+        text, special = self._chat(item.prompt, item.begin), self.tokenizer.chat_template is None
+        return self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+
+    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Answers side by side."""
+        decoder = self._decoder(attention)
+        answers = dict(interleave((self._answer(item, decoder) for item in items), len(items), decoder.step))
+        return [answers[index] for index in range(len(items))]
+
+    def _answer(self, item: Item, decoder: BatchDecoder) -> Generator[None, None, dict[str, Any]]:
+        """Yields where the batch has to make a step."""
+        model = self.language_model.model
+        ids = self._ids(item).to(model.device)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        row, tokens = decoder.row(), []
+        try:
+            row.prefill(model.get_input_embeddings()(ids))
+            for token in row.tokens(item.answer_tokens, ends):
+                if token == PENDING:
+                    yield
+                else:
+                    tokens.append(token)
+        finally:
+            decoder.remove(row)
+        output = self.tokenizer.decode(tokens)
+        return {
+            "value": item.score(output),
+            "output": output,
+            "answers": item.answers,
+            "pages_read": row.statistics.pages_read,
+            "pages_total": row.statistics.pages_total,
+        }
+
+    def _decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
+        """The last one, if it is for the same method: its memory and CUDA graphs are kept."""
+        if self._last is None or self._last[0] is not attention:
+            static = False if isinstance(attention, RivalConfig) else None
+            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK, static)
+        return self._last[1]
+
+
+class CountingRun(RulerRun):
+    """RULER's counting tasks for models that cannot write the answer down: they read it, and a wrong one beside it."""
+
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
+        super().__init__(language_model, options)
+        self.tasks = [task for task in self.tasks if task in ("common_words", "frequent_words")]
+        if not self.tasks:
+            raise ValueError("text.tasks has no task with words to count: give common_words or frequent_words")
+
+    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Mean loss of an answer's tokens, each read with its own decode step: the wrong one's less the right one's."""
+        model = self.language_model.model
+        prompts = [self._ids(item)[0] for item in items for _ in range(2)]
+        answers = [
+            self.tokenizer(f" {listed(item.task, words)}", add_special_tokens=False, return_tensors="pt").input_ids[0]
+            for item in items
+            for words in (item.answers, item.others)
+        ]
+        longest, steps = max(map(len, prompts)), max(map(len, answers))
+        ids = torch.zeros(len(prompts), longest + steps, dtype=torch.long)
+        starts = torch.tensor([longest - len(prompt) for prompt in prompts])
+        for row, start, prompt, answer in zip(ids, starts, prompts, answers, strict=True):
+            row[start:longest], row[longest : longest + len(answer)] = prompt, answer
+        ids, place = ids.to(model.device), (torch.arange(longest + steps) - starts[:, None]).to(model.device)
+        read = torch.arange(steps) < torch.tensor([len(answer) for answer in answers])[:, None]
+        set_attention(model, NAME)
+        cache = PagedCache(model.config, attention, longest + steps)
+
+        def logits(start: int, end: int) -> Tensor:
+            return model(
+                ids[:, start:end],
+                attention_mask=(place[:, :end] >= 0).long(),
+                position_ids=place[:, start:end].clamp(min=0),
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+        spans = [(start, min(longest, start + PREFILL_CHUNK)) for start in range(0, longest, PREFILL_CHUNK)]
+        losses = []
+        for start, end in (*spans, *((token, token + 1) for token in range(longest, longest + steps - 1))):
+            likely = logits(start, end).float().log_softmax(dim=-1)
+            if end >= longest:
+                losses.append(-likely.gather(1, ids[:, end : end + 1]))
+        losses = torch.cat(losses, dim=1).cpu().where(read, 0).sum(dim=1) / read.sum(dim=1)
+        right, wrong = losses.unflatten(0, (-1, 2)).unbind(dim=1)
+        counted = {key: value // len(ids) for key, value in vars(cache.statistics).items() if key.startswith("pages")}
+        return [
+            {"value": float(more - less), "right": float(less), "wrong": float(more), **counted}
+            for less, more in zip(right, wrong, strict=True)
+        ]
+
+
+class PerplexityRun:
+    """Stretches of a text, evenly spaced over it; the last tokens of each are read one by one."""
+
+    def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
+        if options.file is None:
+            raise ValueError("text.file is missing: task=perplexity reads a text, text.file=FILE")
+        self.language_model, self.options = language_model, options
+        self.ids = language_model.tokenizer(
+            Path(options.file).read_text(encoding="utf-8"), return_tensors="pt"
+        ).input_ids[0]
+
+    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Tensor]]]]:
+        for length in self.options.lengths:
+            spare = len(self.ids) - length
+            if spare < 0 or length <= self.options.score_tokens:
+                raise ValueError(
+                    f"text.lengths has {length} tokens: give more than text.score_tokens, {self.options.score_tokens}, "
+                    f"and at most the {len(self.ids)} of {self.options.file}"
+                )
+            count = min(self.options.samples, 1 + spare // self.options.score_tokens)
+            starts = [index * spare // max(count - 1, 1) for index in range(count)]
+            key = f"perplexity {length} {self.options.score_tokens}"
+            yield "perplexity", length, {f"{key} {start}": partial(self._stretch, start, length) for start in starts}
+
+    def _stretch(self, start: int, length: int) -> Tensor:
+        return self.ids[start : start + length]
+
+    def run(self, stretches: Sequence[Tensor], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Mean loss, in nats, of the last tokens of each, read side by side and each with its own decode step."""
+        model = self.language_model.model
+        ids = torch.stack(list(stretches)).to(model.device)
+        length, first = ids.shape[1], ids.shape[1] - self.options.score_tokens
+        set_attention(model, NAME)
+        cache = PagedCache(model.config, attention, length)
+        losses = []
+        for start in range(0, first, PREFILL_CHUNK):
+            chunk = ids[:, start : min(first, start + PREFILL_CHUNK)]
+            logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
+        for index in range(first, length):
+            likely = logits[:, -1].float().log_softmax(dim=-1)
+            losses.append(-likely.gather(1, ids[:, index : index + 1]))
+            if index + 1 < length:
+                logits = model(ids[:, index : index + 1], past_key_values=cache).logits
+        counters, rows = cache.statistics, len(ids)
+        read = {"pages_read": counters.pages_read // rows, "pages_total": counters.pages_total // rows}
+        return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]
+
+
+RUNS = {"ruler": RulerRun, "counting": CountingRun, "perplexity": PerplexityRun}
