@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models.projector import Frames
 from unique_asr.training.batches import Batch
-from unique_asr.training.losses import ctc_loss, language_model_loss
+from unique_asr.training.graphs import Decoder
+from unique_asr.training.losses import ctc_loss, language_model_loss, pack
 
 
 def frames(windows, length, classes=5):
@@ -131,3 +133,84 @@ def test_slips_are_read_and_not_written(tiny, monkeypatch):
     assert seen["targets"].tolist() == transcript
     assert 1 <= sum(a != b for a, b in zip(read, transcript, strict=True)) <= 16
     assert set(read) <= set(transcript)
+
+
+# Items that share a row
+
+
+def several(processor, transcripts=(23, 9, 61, 40, 3), positions=(33, 70, 12, 57, 1)):
+    """Positions of random items of odd lengths, and the LLM's side of their batch."""
+    random = np.random.default_rng(0)
+    before, after = processor.prompt(None)
+    joined = batch([], [], [])
+    joined.before = [before] * len(transcripts)
+    joined.after = [after + random.integers(5, 200, count).tolist() for count in transcripts]
+    joined.labels = list(transcripts)
+    return [torch.tensor(random.normal(0, 0.3, (count, 32))) for count in positions], joined
+
+
+@pytest.fixture
+def double(speech_llm):
+    """Two query heads a KV head, in float64."""
+    model, processor = speech_llm()
+    return model.double(), processor
+
+
+MASKS = [
+    {"mode": "dense"},
+    *({"mode": mode, "queries": queries} for mode in ("soft", "hard") for queries in ("decoded", "all")),
+]
+
+
+@pytest.mark.parametrize("attention", MASKS, ids=lambda values: "-".join(values.values()))
+def test_items_that_share_rows_have_their_losses_and_gradients(double, attention):
+    """Against one item a row, in dense stages with transformers' own attention."""
+    model, processor = double
+    audio, joined = several(processor)
+    found = {}
+    for page_size, shape in ((None, None), (8, (2, 301)), (8, (1, 533))):
+        model.zero_grad()
+        heard = [positions.clone().requires_grad_() for positions in audio]
+        handle = training_attention(model.language_model, budget=40, **attention)
+        if page_size is None and attention["mode"] == "dense":
+            handle.restore()
+        with handle:
+            loss, tokens = language_model_loss(model, heard, joined, shape, mark_decoded=True, page_size=page_size)
+            loss.backward()
+        assert shape is None or tokens == shape[0] * shape[1]
+        weights = [parameter.grad for parameter in model.language_model.model.layers.parameters()]
+        found[shape] = [loss.detach(), *weights, *(positions.grad for positions in heard)]
+    alone, *packed = found.values()
+    assert all(gradient.abs().sum() > 0 for gradient in alone)
+    for each in packed:
+        torch.testing.assert_close(each, alone, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
+def test_an_item_sees_nothing_of_the_others_in_its_row(double, mode):
+    """The states of each, bit by bit, whatever the text and the positions of one of them are."""
+    model, processor = double
+    audio, joined = several(processor)
+    decoder, states = Decoder(model.get_decoder()), []
+
+    def watched(*inputs):
+        states.append(decoder(*inputs))
+        return states[-1]
+
+    lengths = [len(a) + len(b) + len(c) for a, b, c in zip(joined.before, audio, joined.after, strict=True)]
+    places = pack(lengths, 1, 533, 8)
+    assert len(places) == len(audio)
+    with training_attention(model.language_model, mode=mode, budget=40, queries="all"), torch.no_grad():
+        language_model_loss(model, audio, joined, (1, 533), watched, page_size=8)
+        audio[2] = audio[2] + 1
+        joined.after[2] = [*joined.after[2][:-5], *[7] * 5]
+        language_model_loss(model, audio, joined, (1, 533), watched, page_size=8)
+    for item, (row, begin) in places.items():
+        before, after = (each[row, begin : begin + lengths[item]] for each in states)
+        assert torch.equal(before, after) == (item != 2)
+
+
+def test_packing_takes_the_first_row_with_room():
+    assert pack([9, 20, 7, 30, 8], 2, 32, 8) == {0: (0, 0), 1: (1, 0), 2: (0, 16), 4: (0, 24)}
+    assert pack([9, 20, 7], 2, 32, 32) == {0: (0, 0), 1: (1, 0)}
+    assert pack([33], 1, 32, 8) == {}

@@ -22,9 +22,12 @@ class Decoder(nn.Module):
         self.decoder = decoder
         self.train(decoder.training)
 
-    def forward(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
-        """decoded: bool [B, N], for the attention of sparsity-aware training."""
+    def forward(self, embeds: Tensor, decoded: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """For `TrainingAttention`: decoded, bool [B, N], and starts, int [B, N], the first token of each one's item."""
         more = {} if decoded is None else {"decoded": decoded}
+        if starts is not None:
+            position = torch.arange(starts.shape[1], device=starts.device)
+            more |= {"position_ids": position - starts, "attention_mask": starts[:, None, None]}
         return self.decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
 
 
@@ -40,13 +43,12 @@ class GraphedDecoder:
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[tuple, nn.Module] = {}
 
-    def __call__(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
+    def __call__(self, embeds: Tensor, *more: Tensor) -> Tensor:
         """As `Decoder`."""
-        inputs = (embeds if embeds.requires_grad else embeds.detach().requires_grad_(),)
-        inputs += () if decoded is None else (decoded,)
+        inputs = (embeds if embeds.requires_grad else embeds.detach().requires_grad_(), *more)
         kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
         if kind not in self.graphs:
-            samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in inputs[1:]))
+            samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
             self.graphs[kind] = torch.cuda.make_graphed_callables(
                 Decoder(self.decoder),
                 samples,

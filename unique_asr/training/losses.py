@@ -43,36 +43,42 @@ def language_model_loss(
     decoder: Callable[..., Tensor] | None = None,
     mark_decoded: bool = False,
     slips: float = 0.0,
+    page_size: int | None = None,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
 
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
     shape: rows and length that the LLM is given; items that do not fit are left out (the shortest is kept if none
     does). Raises ValueError if it has more tokens than all rows together.
-    decoder: vectors [B, N, hidden] -> states [B, N, hidden], the LLM's by default.
+    decoder: as `Decoder`, the LLM's own by default.
     mark_decoded: tell it which tokens inference decodes one by one: the transcript's; prompt and audio are prefill.
     slips: share of the tokens that it reads of its own transcript that are others of the transcript, as when it slips.
+    page_size: items share rows, and each begins with a page, so that its pages are those that inference gives it; the
+    model has to read with `TrainingAttention`. None: one item a row.
     """
     device = audio[0].device
     parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
     lengths = [len(before) + len(positions) + len(after) for before, positions, after, _ in parts]
     rows, longest = shape or (len(parts), max(lengths))
-    fitting = [part for part, length in zip(parts, lengths, strict=True) if length <= longest][:rows]
-    if not fitting:
+    places = pack(lengths, rows, longest, page_size or longest)
+    if not places:
         shortest = min(range(len(parts)), key=lengths.__getitem__)
         if lengths[shortest] > rows * longest:
             raise ValueError(
                 f"an item has {lengths[shortest]} tokens, {batch.labels[shortest]} of them its transcript's, more than "
                 f"the {rows * longest} of a step: raise the stage's `tokens`, or lower `seconds`"
             )
-        rows, longest, fitting, decoder = 1, lengths[shortest], [parts[shortest]], None
+        rows, longest, places, decoder = 1, lengths[shortest], {shortest: (0, 0)}, None
     ids = torch.zeros(rows, longest, dtype=torch.long)
     heard, read, targets = [], [], []  # places of the positions, and of tokens before those to predict: `targets`
     decoded = torch.zeros(rows, longest, dtype=torch.bool)
-    for row, (before, positions, after, labels) in enumerate(fitting):
-        first, last = len(before), len(before) + len(positions)
+    starts = torch.zeros(rows, longest, dtype=torch.int)
+    for item, (row, begin) in places.items():
+        before, positions, after, labels = parts[item]
+        first = begin + len(before)
+        last = first + len(positions)
         end = last + len(after)
-        ids[row, :first] = torch.tensor(before)
+        ids[row, begin:first] = torch.tensor(before)
         ids[row, last:end] = torch.tensor(after)
         answer = ids[row, end - labels : end]
         targets.append(answer.clone())
@@ -82,13 +88,25 @@ def language_model_loss(
         heard.append(torch.arange(first, last) + row * longest)
         read.append(torch.arange(end - labels - 1, end - 1) + row * longest)
         decoded[row, end - labels : end] = True
+        starts[row, begin:] = begin
     read_at = torch.cat(read)
     targets = send(torch.cat(targets), device)
     embeds = model.get_input_embeddings()(send(ids, device)).flatten(0, 1)
-    positions = torch.cat([positions for _, positions, _, _ in fitting]).to(embeds.dtype)
+    positions = torch.cat([parts[item][1] for item in places]).to(embeds.dtype)
     embeds = embeds.index_copy(0, send(torch.cat(heard), device), positions)
     decoder = decoder or Decoder(model.get_decoder())
-    embeds = embeds.unflatten(0, (rows, longest))
-    states = decoder(embeds, decoded=send(decoded, device)) if mark_decoded else decoder(embeds)
+    inputs = [decoded, starts] if page_size else [decoded] if mark_decoded else []
+    states = decoder(embeds.unflatten(0, (rows, longest)), *(send(values, device) for values in inputs))
     logits = model.get_output_embeddings()(states.flatten(0, 1)[send(read_at, device)])
     return nn.functional.cross_entropy(logits.float(), targets), rows * longest
+
+
+def pack(lengths: Sequence[int], rows: int, length: int, step: int) -> dict[int, tuple[int, int]]:
+    """Row and first token, a multiple of `step`, of every item that fits: in the first row that has room."""
+    ends, places = [0] * rows, {}
+    for item, tokens in enumerate(lengths):
+        row = next((row for row, end in enumerate(ends) if end + tokens <= length), None)
+        if row is not None:
+            places[item] = row, ends[row]
+            ends[row] += -(-tokens // step) * step
+    return places
