@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class Checkpoint:
             found = cls(**torch.load(path, map_location="cpu", weights_only=False))
         except Exception as error:
             raise ValueError(f"{path}: not a checkpoint ({error}); remove it or give another output.dir") from None
-        if found.stages != [asdict(stage) for stage in stages]:
+        defaults = {each.name: each.default for stage in stages for each in fields(stage)}  # of options that came later
+        if [{**defaults, **stage} for stage in found.stages] != [asdict(stage) for stage in stages]:
             raise ValueError(f"{path}: made with other stages; give the same, another output.dir, or resume=false")
         return found
 
