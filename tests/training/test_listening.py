@@ -12,6 +12,8 @@ from test_trainer import configuration, metrics, stage
 
 from unique_asr.models import load
 from unique_asr.training import listening as listening_module
+from unique_asr.training import losses as losses_module
+from unique_asr.training import speech as speech_module
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.batches import Batcher
 from unique_asr.training.corpus import Corpus, Item, Utterance, read_manifests
@@ -121,20 +123,24 @@ def heard_trainer(listener, manifest, output, **options):
     return Trainer(model, Speech(model, processor, Corpus(sources, seed=0), CLEAN), output, **options)
 
 
-@pytest.mark.parametrize("mode", ["dense", "soft"])
-def test_the_llm_learns_from_what_was_heard(listener, manifest, tmp_path, mode):
+PACKED = {**READ, "tokens": 512, "pack": True}
+
+
+@pytest.mark.parametrize(("mode", "read"), [("dense", READ), ("soft", READ), ("dense", PACKED), ("soft", PACKED)])
+def test_the_llm_learns_from_what_was_heard(listener, manifest, tmp_path, mode, read):
     trainer = heard_trainer(listener, manifest, tmp_path / "output")
-    trainer.run_stage(stage(**READ, attention={**SOFT, "mode": mode}))
+    trainer.run_stage(stage(**read, attention={**SOFT, "mode": mode}))
     losses = metrics(trainer)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     with pytest.raises(ValueError, match="trains the LLM alone"):
         trainer.run_stage(stage(**{**READ, "train": {"projector": 1e-3}}))
 
 
-def test_a_resumed_run_on_what_was_heard_has_the_same_losses(listener, manifest, tmp_path):
+@pytest.mark.parametrize("read", [READ, PACKED], ids=["padded", "packed"])
+def test_a_resumed_run_on_what_was_heard_has_the_same_losses(listener, manifest, tmp_path, read):
     model, _ = listener
     begin = {name: value.clone() for name, value in model.state_dict().items()}
-    stages, options = [stage("read", steps=6, **READ)], {"checkpoints": True, "save_minutes": 0.0}
+    stages, options = [stage("read", steps=6, **read)], {"checkpoints": True, "save_minutes": 0.0}
     torch.manual_seed(5)
     whole = heard_trainer(listener, manifest, tmp_path / "whole", **options)
     whole.run(stages)
@@ -190,6 +196,24 @@ def test_texts_are_heard_nearly_as_they_are(texts):
     first, second, _ = source.lines
     follow = [after.text == second for before, after in itertools.pairwise(lines) if before.text == first]
     assert 0.5 < sum(follow) / len(follow) < 1
+
+
+def test_packed_rows_have_little_padding(listener, texts, monkeypatch):
+    """Half of the tokens are padding with an item a row; the tokenizer of bytes has three times as many as others."""
+    monkeypatch.setattr(speech_module, "TOKENS_A_SECOND", 40)
+    shares = {}
+    for pack in (False, True):
+        speech = Speech(*listener, Corpus([texts[0]], seed=0), CLEAN)
+        real = total = 0
+        for _ in range(20):
+            items, (rows, length) = speech.items(stage(seconds=(3.0, 100.0), tokens=4096, pack=pack))
+            lengths = [speech.tokens(item) for item in items]
+            assert rows * length == 4096
+            real += sum(lengths[item] for item in losses_module.pack(lengths, rows, length, 8 if pack else length))
+            total += rows * length
+        shares[pack] = real / total
+    assert shares[False] < 0.6
+    assert shares[True] > 0.95
 
 
 def test_seeds_repeat_the_texts(texts):

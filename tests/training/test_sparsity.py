@@ -44,11 +44,12 @@ def long_stage(name="stage", **options):
     return stage(name, **options)
 
 
+@pytest.mark.parametrize("shape", [{}, {"tokens": 512, "pack": True}], ids=["padded", "packed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
-def test_a_stage_learns_through_a_mask(make_trainer, mode, checkpointing):
+def test_a_stage_learns_through_a_mask(make_trainer, mode, checkpointing, shape):
     trainer = make_trainer()
-    trainer.run_stage(long_stage(steps=8, attention={**SOFT, "mode": mode}, checkpointing=checkpointing))
+    trainer.run_stage(long_stage(steps=8, attention={**SOFT, "mode": mode}, checkpointing=checkpointing, **shape))
     losses = metrics(trainer)
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     assert trainer.model.language_model.config._attn_implementation == "sdpa"
@@ -119,13 +120,17 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [2, 4, 7], ids=["in the first stage", "at its end", "in the second"])
-def test_a_resumed_run_has_the_same_losses(make_trainer, stop):
+@pytest.mark.parametrize(
+    ("stop", "shape"),
+    [(2, {}), (4, {}), (7, {}), (7, {"tokens": 512, "pack": True})],
+    ids=["in the first stage", "at its end", "in the second", "among packed rows"],
+)
+def test_a_resumed_run_has_the_same_losses(make_trainer, stop, shape):
     """Two stages with augmentation noise and position dropout, cut after `stop` steps and gone on with."""
     stages = [
         long_stage("one", steps=4, train={"projector": 1e-3, "encoder": 1e-3}, ctc_weight=0.3, llm_weight=0.0,
                    seconds=(2.0, 5.0)),
-        long_stage("two", steps=4, attention={**SOFT, "hard_last": 0.4}, position_dropout=0.2),
+        long_stage("two", steps=4, attention={**SOFT, "hard_last": 0.4}, position_dropout=0.2, **shape),
     ]  # fmt: skip
     options = {"checkpoints": True, "save_minutes": 0.0, "seed": 3}
     torch.manual_seed(5)
@@ -150,6 +155,18 @@ def test_a_resumed_run_has_the_same_losses(make_trainer, stop):
     assert steps == [(*key, row["loss"], row["rate"]) for key, row in again.items()]
     for ours, theirs in zip(resumed.model.state_dict().values(), whole.model.state_dict().values()):
         assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_may_lack_options_that_came_later(make_trainer, tmp_path):
+    trainer = make_trainer(checkpoints=True)
+    trainer.run([long_stage(steps=1)])
+    path = trainer.output_dir / "checkpoint.pt"
+    state = torch.load(path, weights_only=False)
+    del state["stages"][0]["pack"]
+    torch.save(state, path)
+    make_trainer(resume=True).run([long_stage(steps=1)])
+    with pytest.raises(ValueError, match="made with other stages"):
+        make_trainer(resume=True).run([long_stage(steps=1, tokens=512, pack=True)])
 
 
 def rows(trainer):

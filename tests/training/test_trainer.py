@@ -47,6 +47,7 @@ STAGES = {
     "joint": stage(ctc_weight=0.3),
     "long": stage(seconds=(9.0, 10.0), windows=4),  # two windows of 6 s an item: no CTC
     "shaped": stage(seconds=(5.0, 7.0), tokens=128),
+    "packed": stage(seconds=(5.0, 7.0), tokens=256, pack=True),
     "short": stage(train={"language_model": 1e-2}, ctc_weight=0.0),
 }
 PARTS = {
@@ -65,7 +66,7 @@ def test_a_stage_reduces_the_loss_of_one_item(trainer, kind):
     losses = metrics(trainer)
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert (sum(metrics(trainer, "ctc")) > 0) == (kind in ("align", "hear", "joint", "shaped"))
+    assert (sum(metrics(trainer, "ctc")) > 0) == (kind in ("align", "hear", "joint", "shaped", "packed"))
     assert (sum(metrics(trainer, "llm")) > 0) == (kind not in ("align", "hear"))
 
     moved = set()
@@ -145,6 +146,17 @@ def test_shapes_are_powers_of_two_that_hold_the_items(trainer):
         shapes.add((rows, length))
         assert all(item.seconds <= max(length / 9.0, 3.0) + 2.0 for item in items)
     assert shapes == {(16, 32), (8, 64), (4, 128), (2, 256), (1, 512)}
+
+
+def test_a_packed_row_is_full(trainer):
+    """Of items that were not heard before, each counted as fast speech; the last may be an utterance that is longer."""
+    for _ in range(20):
+        items, shape = trainer.material.items(stage(seconds=(3.0, 60.0), tokens=512, pack=True))
+        assert shape == (1, 512)
+        counts = [trainer.material.tokens(item) for item in items]
+        assert 512 - 3.0 * 9 < sum(counts) < 512 + 3.0 * 9
+    with pytest.raises(ValueError, match="stage odd: pack needs `tokens`"):
+        stage("odd", pack=True)
 
 
 @pytest.mark.parametrize("kind", ["hear", "joint"])

@@ -130,7 +130,8 @@ class Speech:
                 embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout)
                 for embeds in audio
             ]
-        return language_model_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips)
+        page_size = stage.attention_config().sparse.page_size if stage.pack else None
+        return language_model_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips, page_size)
 
     def items(self, stage: StageConfig) -> tuple[list[Item], tuple[int, int] | None]:
         """The items of a micro-batch, and the rows and length that the LLM is given."""
@@ -141,6 +142,8 @@ class Speech:
         seconds, shape = log_uniform(self.corpus.random, low, high), None
         if stage.tokens:
             length = min(2 ** math.ceil(math.log2(seconds * TOKENS_A_SECOND)), stage.tokens)
+            if stage.pack:
+                return self._row(stage, low, min(length / TOKENS_A_SECOND, high)), (1, stage.tokens)
             rows, longest = stage.tokens // length, min(length / TOKENS_A_SECOND, high)
             lengths = self.corpus.random.uniform(max(longest / 2, low), longest, rows).tolist()
             shape = rows, length
@@ -149,6 +152,25 @@ class Speech:
         else:
             lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
         return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths], shape
+
+    def _row(self, stage: StageConfig, low: float, high: float) -> list[Item]:
+        """Items of `low` .. `high` seconds that fill a row together, those for its end ever shorter."""
+        items: list[Item] = []
+        room = stage.tokens
+        while not items or room >= low * TOKENS_A_SECOND:
+            longest = min(room / TOKENS_A_SECOND, high)
+            seconds = self.corpus.random.uniform(max(longest / 2, low), longest)
+            items.append(self.corpus.item(seconds, stage.cased_share))
+            room -= self.tokens(items[-1])
+        return items
+
+    def tokens(self, item: Item) -> int:
+        """That the LLM reads of it; of what was not heard before, as many as fast speech has."""
+        heard = [utterance.heard for _, utterance, _ in item.pieces]
+        if any(found is None for found in heard):
+            return math.ceil(item.seconds * TOKENS_A_SECOND)
+        text = self.batcher.texts([item])
+        return len(text.before[0]) + sum(len(candidates) for candidates, _ in heard) + len(text.after[0])
 
     # What a checkpoint keeps, and what is known of a bad loss
 

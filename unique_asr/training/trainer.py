@@ -39,6 +39,7 @@ class StageConfig:
     ctc_weight: float = 1.0
     llm_weight: float = 0.0
     tokens: int = 0  # of a micro-batch of the LLM, in rows of a power of two that fit the items; replaces `windows`
+    pack: bool = False  # with `tokens`: one row of them all, items one after the other, each seeing only itself
     length: int = 0  # tokens of a row, where the LLM learns from texts alone
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
     cased_share: float = 0.5  # of the items; the transcripts of the rest are lower case without punctuation
@@ -52,6 +53,10 @@ class StageConfig:
     attention: dict[str, Any] | None = None  # the LLM's: fields of TrainingAttentionConfig and SparseAttentionConfig
     checkpointing: bool = False  # compute the LLM's activations again in the backward pass: less memory, more time
 
+    def __post_init__(self) -> None:
+        if self.pack and not self.tokens:
+            raise ValueError(f"stage {self.name}: pack needs `tokens`, the length of the row that items share")
+
     @property
     def trains_frames(self) -> bool:
         """Whether what is heard changes with the steps."""
@@ -59,8 +64,11 @@ class StageConfig:
 
     def training_attention(self) -> TrainingAttentionConfig | None:
         """None if every query reads everything."""
-        found = None if self.attention is None else TrainingAttentionConfig.from_dict(self.attention)
-        return found if found and found.masks else None
+        found = self.attention_config()
+        return found if found.masks else None
+
+    def attention_config(self) -> TrainingAttentionConfig:
+        return TrainingAttentionConfig.from_dict({"mode": "dense"} if self.attention is None else self.attention)
 
 
 class Material(Protocol):
@@ -141,7 +149,8 @@ class Trainer:
 
     def run_stage(self, stage: StageConfig, checkpoint: Checkpoint | None = None) -> None:
         """Raises FloatingPointError if the loss is no longer a number."""
-        attention = stage.training_attention()
+        # Dense items that share a row need it as well: it keeps them apart without a mask of N x N.
+        attention = stage.attention_config() if stage.pack else stage.training_attention()
         groups = self._parameter_groups(stage)
         trained = [parameter for group in groups for parameter in group["params"]]
         self._moved |= {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
