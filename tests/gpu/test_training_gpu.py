@@ -9,7 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.attention.soft_mask import training_attention
+from unique_asr.training.corpus import Corpus, Source, Utterance
 from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.listening import CLEAN
+from unique_asr.training.speech import Speech
 from unique_asr.training.text import Text
 from unique_asr.training.trainer import StageConfig, Trainer
 
@@ -20,7 +23,10 @@ pytestmark = [
 
 
 def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
-    """Dense and soft at once; hard, captured after the weights were in other memory and back, as when a stage saves."""
+    """Dense and soft at once; hard, captured after the weights were in other memory and back, as when a stage saves.
+
+    And of packed rows: one graph, whatever begins where.
+    """
     torch.manual_seed(0)
     shape = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3}
     config = LlamaConfig(**shape, num_key_value_heads=1, vocab_size=64)
@@ -30,7 +36,7 @@ def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
     graphed, eager = GraphedDecoder(model.get_decoder(), handles[0]), Decoder(plain.get_decoder())
     decoded = torch.arange(600, device="cuda").expand(2, -1) >= 300
 
-    def step(mode):
+    def step(mode, *starts):
         embeds = torch.randn(2, 600, 192, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn_like(embeds)
         for handle in handles:
@@ -38,7 +44,7 @@ def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
         gradients = []
         for run, llm in ((graphed, model), (eager, plain)):
             llm.zero_grad(set_to_none=True)
-            (run(embeds, decoded) * weight).sum().backward()
+            (run(embeds, decoded, *starts) * weight).sum().backward()
             gradients.append([parameter.grad.float() for parameter in llm.model.layers.parameters()])
         for ours, theirs in zip(*gradients, strict=True):
             assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
@@ -51,6 +57,11 @@ def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
         parameter.data = short
     for mode in ("dense", "soft", "hard", "hard", "soft"):
         step(mode)
+    token, before = torch.arange(600, device="cuda"), len(graphed.graphs)
+    for mode in ("dense", "soft", "hard"):
+        for length in (200, 344, 600):
+            step(mode, (token // length * length).int().expand(2, -1).contiguous())
+    assert len(graphed.graphs) == before + 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -79,6 +90,35 @@ def test_stages_as_graphs_have_the_losses_of_plain_ones(byte_tokenizer, tmp_path
         assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
         rows = map(json.loads, (trainer.output_dir / "metrics.jsonl").read_text().splitlines())
         losses[graphs] = [row["loss"] for row in rows if "loss" in row]
+    print(losses)
+    assert losses[False][-1] < 0.9 * losses[False][0]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+@pytest.mark.parametrize("attention", [None, {"mode": "soft", "hard_last": 0.4}, {"mode": "hard", "queries": "all"}])
+def test_packed_stages_as_graphs_have_the_losses_of_plain_ones(speech_llm, tmp_path, attention):
+    """Rows that hold other items at every step, by one graph a mode."""
+    attention = attention and {"budget": 40, **attention}
+    stage = StageConfig("adapt", 10, {"language_model": 3e-3}, (2.0, 9.0), ctc_weight=0.0, llm_weight=1.0, tokens=1024,
+                        pack=True, warmup=0.0, attention=attention)  # fmt: skip
+    losses = {}
+    for graphs in (False, True):
+        model, processor = speech_llm()
+        model.cuda()
+        torch.manual_seed(0)
+        audio = torch.randint(-3000, 3000, (60 * 16000,), dtype=torch.int16).cuda()
+        utterances = [
+            Utterance(second * 16000, (second + 1) * 16000, f"the cat number {second}", f"The cat number {second}.")
+            for second in range(60)
+        ]
+        corpus = Corpus([Source("noise", audio, [utterances], 1.0)], seed=0)
+        trainer = Trainer(
+            model, Speech(model, processor, corpus, CLEAN), tmp_path / str(graphs), cuda_graphs=graphs, log_every=1,
+            log=lambda line: None,
+        )  # fmt: skip
+        trainer.run([stage])
+        rows = map(json.loads, (trainer.output_dir / "metrics.jsonl").read_text().splitlines())
+        losses[graphs] = [row["loss"] for row in rows]
     print(losses)
     assert losses[False][-1] < 0.9 * losses[False][0]
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
