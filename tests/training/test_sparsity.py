@@ -218,8 +218,10 @@ def test_the_arms_differ_in_the_mode_alone(experiment):
     assert arms["dense"] == arms["soft"] == arms["hard"]
 
 
-@pytest.mark.parametrize(("experiment", "mode"), [("sparsity", "soft"), ("sparsity_lora", "hard")])
-def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, monkeypatch, experiment, mode):
+@pytest.mark.parametrize(
+    ("experiment", "mode", "pack"), [("sparsity", "soft", "false"), ("sparsity_lora", "hard", "true")]
+)
+def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, monkeypatch, experiment, mode, pack):
     """From a model to one that says how it is to be decoded, and the best one beside it."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import finetune
@@ -230,7 +232,8 @@ def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, monkeypatch, e
     manifest = write_manifest(LONG, seconds=8.0)
     overrides = [
         *(f"experiment={experiment}", f"training={mode}", "training.budget=40", f"init.model={tmp_path}/start"),
-        *("recipe.steps=2", "recipe.tokens=256", "recipe.seconds=[6,8]", "validation.limit=1", "validation.every=1"),
+        *("recipe.steps=2", "recipe.tokens=256", "recipe.seconds=[6,8]", f"recipe.pack={pack}"),
+        *("validation.limit=1", "validation.every=1"),
         *(
             f"data.manifests=[{manifest}]",
             f"validation.manifest={manifest}",
