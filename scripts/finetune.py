@@ -1,6 +1,7 @@
 """Train a speech LLM, or a language model alone on texts; conf/finetune.yaml has the options.
 
 python scripts/finetune.py experiment=sparsity init.model=default data.manifests=[train.jsonl]
+python scripts/finetune.py experiment=speech_llm init.model=qwen3_asr_0.6b data.manifests=[train.jsonl]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, spread
 from unique_asr.generation import load_text_model
-from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load, resolve_device
+from unique_asr.models import adapters, load, resolve_device
 from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
 from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
@@ -26,21 +27,27 @@ from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
 from unique_asr.training.distributed import Processes
 from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
+from unique_asr.training.precision import rounded
+from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.speech import Speech
 from unique_asr.training.text import Text
 from unique_asr.training.texts import read_texts
 from unique_asr.training.trainer import Material, StageConfig, Trainer
-from unique_asr.training.validation import validate
+from unique_asr.training.validation import validate, validate_pretrained
+
+MODELS = Path(__file__).parents[1] / "conf" / "model"
 
 
 def finetune(config: DictConfig) -> None:
     torch.manual_seed(config.seed)
     processes = Processes.start(resolve_device(config.device))
     device = processes.device
+    dtype = torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else torch.float32
     log = partial(print, flush=True) if processes.first else lambda line: None
     stages = read_stages(config)
     torch.set_float32_matmul_precision("high")
-    model, reader = start(config, device)
+    model, reader = start(config, device, dtype)
+    pretrained = adapters.find(model) is not None
     # Dropout stays off: the augmentation regularises, and frozen parts must give what they give at inference.
     model.eval()
     if config.lora:
@@ -60,7 +67,7 @@ def finetune(config: DictConfig) -> None:
         model,
         material,
         output,
-        dtype=torch.bfloat16 if config.bfloat16 == "always" or device.type == "cuda" else torch.float32,
+        dtype=dtype,
         cuda_graphs=config.cuda_graphs,
         log_every=config.log_every,
         save_minutes=config.output.save_minutes,
@@ -79,6 +86,11 @@ def finetune(config: DictConfig) -> None:
         if config.text.model:
             without_adapters(model).save_pretrained(folder)
             reader.save_pretrained(folder)
+        elif pretrained:
+            plain = without_adapters(model)
+            with rounded(plain, dtype):
+                plain.save_pretrained(folder)
+            reader.save_pretrained(folder)
         else:
             bits = OmegaConf.to_container(config.output.bits) if config.output.bits else {}
             save_packed_model(without_adapters(model), reader, folder, bits)
@@ -92,13 +104,22 @@ def finetune(config: DictConfig) -> None:
     trainer.run(stages)
 
 
-def start(config: DictConfig, device: torch.device) -> tuple[torch.nn.Module, object]:
-    """The model that training begins with, in float32, and its processor or tokenizer."""
+def start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, object]:
+    """The model that training begins with, and its processor or tokenizer.
+
+    In float32; pretrained speech LLMs in `dtype`, for most of their weights seldom train.
+    """
     init = config.init
     if config.text.model:
         return load_text_model(config.text.model, str(device), "float32", option="text.model")
     if init.model:
-        return load(init.model, device=str(device), dtype="float32")
+        listed = MODELS / f"{init.model}.yaml"
+        name = OmegaConf.load(listed).name_or_path if listed.is_file() else init.model
+        if adapters.find(name) is None:
+            return load(name, device=str(device), dtype="float32")
+        model, processor = adapters.load(name, str(device), str(dtype).removeprefix("torch."))
+        adapters.merge_lora(model)
+        return model, processor
     if not (init.encoder and init.language_model):
         raise ValueError(
             "nothing to start from: give init.model, or init.encoder and init.language_model, or text.model"
@@ -112,11 +133,11 @@ def start(config: DictConfig, device: torch.device) -> tuple[torch.nn.Module, ob
 def speech(
     config: DictConfig,
     stages: Sequence[StageConfig],
-    model: SpeechLLMForConditionalGeneration,
-    processor: SpeechLLMProcessor,
+    model: torch.nn.Module,
+    processor: object,
     processes: Processes,
     log: Callable[[str], None],
-) -> Speech:
+) -> Speech | PretrainedSpeech:
     """What the recordings and texts of `data` give."""
     data, augment = config.data, AugmentConfig(**OmegaConf.to_container(config.augment))
     weights = OmegaConf.to_container(data.weights)
@@ -125,7 +146,8 @@ def speech(
         found = read_manifests(data.manifests, weights, processes.device, data.min_match, missing=data.missing, log=log)
         return found + [source for path in data.synthetic for source in read_synthetic(path, weights, processes.device)]
 
-    once = can_listen_once(model, stages)
+    pretrained = adapters.find(model) is not None
+    once = not pretrained and can_listen_once(model, stages)
     if data.texts and not once:
         raise ValueError("data.texts is for models that listen (merge: decoder), while their LLM alone trains")
     if once and data.heard and not (data.manifests or data.synthetic):
@@ -145,7 +167,8 @@ def speech(
     for source in sources:
         log(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
     corpus = Corpus(sources, config.seed + processes.rank, data.max_gap_seconds)
-    return Speech(model, processor, corpus, augment, config.seed + processes.rank)
+    material = PretrainedSpeech if pretrained else Speech
+    return material(model, processor, corpus, augment, config.seed + processes.rank)
 
 
 def digest(path: Path) -> str:
@@ -157,7 +180,7 @@ def digest(path: Path) -> str:
 
 
 def validation(
-    config: DictConfig, model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, dtype: torch.dtype
+    config: DictConfig, model: torch.nn.Module, processor: object, dtype: torch.dtype
 ) -> Callable[[StageConfig], dict[str, float]]:
     """Word error rates on recordings of `validation`."""
     options = config.validation
@@ -169,6 +192,8 @@ def validation(
         sparse = attention.sparse if attention else None
         if options.attention:
             sparse = SparseAttentionConfig(**OmegaConf.to_container(options.attention, resolve=True))
+        if adapters.find(model):
+            return validate_pretrained(model, processor, recordings, dtype, sparse)
         with_llm = stage.llm_weight > 0
         return validate(model, processor, recordings, dtype, options.batch, with_llm=with_llm, sparse=sparse)
 

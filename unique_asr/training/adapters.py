@@ -9,6 +9,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from unique_asr.models.adapters import find
+
 PART = "lora"  # its name in a stage's `train`
 
 
@@ -25,7 +27,11 @@ class AdapterConfig:
 def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Put adapters that change nothing yet into the LLM (of a speech LLM, its own); a stage trains them as `lora`."""
     options = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, lora_dropout=config.dropout
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets,
+        lora_dropout=config.dropout,
+        exclude_modules=r"embed_tokens_extend\..*",  # Phi-4's encoders of audio and images lie in its decoder
     )
     try:
         inject_adapter_in_model(options, language_model(model))
@@ -44,14 +50,28 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
     }
     for name, layer in layers.items():
-        state[f"{name}.weight"] = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        weight = layer.get_base_layer().weight
+        state[f"{name}.weight"] = (weight + layer.get_delta_weight("default")).to(weight.dtype)
     with torch.device("meta"):
         plain = type(model)(model.config)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    language_model(plain).generation_config = language_model(model).generation_config
+    for ours, theirs in ((plain, model), (language_model(plain), language_model(model))):
+        if theirs.can_generate():
+            ours.generation_config = theirs.generation_config
     return plain
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    return getattr(model, "language_model", model)
+    """The LLM of a speech LLM (its decoder, where an adapter knows the model), or the model itself."""
+    return model.get_decoder() if find(model) else getattr(model, "language_model", model)
+
+
+def parts(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """How the names of the weights begin of each part that a stage's `train` may name."""
+    if adapter := find(model):
+        return adapter.parts
+    if language_model(model) is model:
+        return {"language_model": ("",)}
+    named = {part: (f"{part}.",) for part in ("encoder", "projector", "residual", "language_model")}
+    return named | {"residual": ("projector.residual.",)}

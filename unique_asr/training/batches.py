@@ -60,7 +60,7 @@ class Batcher:
         drawn = Perturbation.draw(len(items), self.augment, self.random)
         cuts, counts, seconds = [], [], 0.0
         for number, (item, speed) in enumerate(zip(items, drawn.speed.tolist(), strict=True)):
-            samples = int(sum(source_samples for _, _, source_samples in _timeline(item)) / speed)
+            samples = int(sum(source_samples for _, _, source_samples in timeline(item)) / speed)
             spans = self.processor.window_spans(samples)
             cuts += [(number, *span) for span in spans]
             counts.append(len(spans))
@@ -86,34 +86,11 @@ class Batcher:
     ) -> dict[str, Tensor]:
         lengths = torch.tensor([end - start for _, start, end, _, _ in cuts])
         size = round(self.processor.window_seconds * SAMPLE_RATE) if self.on_device else int(lengths.max())
-        windows = torch.zeros(len(cuts), size, device=self.device)
-        for source, pieces in self._pieces(items, cuts, drawn.speed.tolist(), size).items():
-            _play(source.audio, pieces, windows)
-        rows = [item for item, *_ in cuts]
-        parameters = [lengths, *(values[rows] for values in (drawn.gain, drawn.noise, drawn.low))]
-        windows = add_noise(windows, *(send(values, self.device) for values in parameters))
+        windows = waveforms(items, [(item, start, end) for item, start, end, *_ in cuts], drawn, size, self.device)
         if not self.on_device:
             parts = zip(windows.cpu().numpy(), lengths.tolist(), strict=True)
             return self.processor.features([window[:length] for window, length in parts])
         return {"input_features": mask_spectrogram(log_mel(windows, self.mel_filters), self.augment)}
-
-    def _pieces(
-        self, items: Sequence[Item], cuts: list[tuple[int, int, int, int, int]], speeds: list[float], size: int
-    ) -> dict[Source, list[tuple[float, ...]]]:
-        """By source, the arguments of `_play` for each utterance (or part) of each window."""
-        pieces: dict[Source, list[tuple[float, ...]]] = {}
-        for row, (number, start, end, _, _) in enumerate(cuts):
-            item, speed = items[number], speeds[number]
-            at = 0
-            for (source, utterance, _), (gap, length, whole) in zip(item.pieces, _timeline(item), strict=True):
-                begin = at + gap
-                first, last = max(math.ceil(begin / speed), start), min(math.ceil((begin + length) / speed), end)
-                if first < last:
-                    place = row * size + first - start
-                    piece = (last - first, utterance.start, length, first * speed - begin, speed, place)
-                    pieces.setdefault(source, []).append(piece)
-                at += whole
-        return pieces
 
     def _ctc_target(self, item: Item) -> list[int]:
         text = " ".join(utterance.text for _, utterance, _ in item.pieces)
@@ -127,12 +104,43 @@ class Batcher:
         return before, after + transcript, len(transcript)
 
 
-def _timeline(item: Item) -> Iterator[tuple[int, int, int]]:
+def timeline(item: Item) -> Iterator[tuple[int, int, int]]:
     """Samples of silence, samples of speech and their sum, for each utterance."""
     for _, utterance, gap in item.pieces:
         silence = int(gap * SAMPLE_RATE)
         speech = utterance.end - utterance.start
         yield silence, speech, silence + speech
+
+
+def waveforms(
+    items: Sequence[Item], cuts: Sequence[tuple[int, int, int]], drawn: Perturbation, size: int, device: torch.device
+) -> Tensor:
+    """[W, size]: what is heard of W cuts, each an item's number and its first and last sample, as it was perturbed."""
+    windows = torch.zeros(len(cuts), size, device=device)
+    for source, pieces in _pieces(items, cuts, drawn.speed.tolist(), size).items():
+        _play(source.audio, pieces, windows)
+    rows, lengths = [item for item, *_ in cuts], torch.tensor([end - start for _, start, end in cuts])
+    parameters = [lengths, *(values[rows] for values in (drawn.gain, drawn.noise, drawn.low))]
+    return add_noise(windows, *(send(values, device) for values in parameters))
+
+
+def _pieces(
+    items: Sequence[Item], cuts: Sequence[tuple[int, int, int]], speeds: list[float], size: int
+) -> dict[Source, list[tuple[float, ...]]]:
+    """By source, the arguments of `_play` for each utterance (or part) of each window."""
+    pieces: dict[Source, list[tuple[float, ...]]] = {}
+    for row, (number, start, end) in enumerate(cuts):
+        item, speed = items[number], speeds[number]
+        at = 0
+        for (source, utterance, _), (gap, length, whole) in zip(item.pieces, timeline(item), strict=True):
+            begin = at + gap
+            first, last = max(math.ceil(begin / speed), start), min(math.ceil((begin + length) / speed), end)
+            if first < last:
+                place = row * size + first - start
+                piece = (last - first, utterance.start, length, first * speed - begin, speed, place)
+                pieces.setdefault(source, []).append(piece)
+            at += whole
+    return pieces
 
 
 def _play(audio: Tensor, pieces: list[tuple[float, ...]], windows: Tensor) -> None:

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """Keeps the float32 weights of a model that computes in `dtype`, until `close` puts them back.
+    """Keeps the float32 weights of what trains while the model computes in `dtype`, until `close` puts them back.
 
-    Unlike autocast this casts each weight once a step, and activations between the layers are short as well.
+    Weights that are frozen are kept as they are. Unlike autocast this casts each weight once a step, and activations
+    between the layers are short as well.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.parameters = list(model.parameters())
-        self.weights = {parameter: parameter.data.float() for parameter in self.parameters}
+        self.weights = {
+            parameter: parameter.data.float() if parameter.requires_grad else parameter.data
+            for parameter in self.parameters
+        }
         self.short = [weight.to(dtype) for weight in self.weights.values()]
         self._shorten()
 
@@ -51,3 +55,13 @@ class MasterWeights:
     def _shorten(self) -> None:
         for parameter, short in zip(self.parameters, self.short, strict=True):
             parameter.data = short  # always the same memory: captured graphs read it
+
+
+@contextmanager
+def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block all weights of a model that does not train are in `dtype`."""
+    masters = MasterWeights(model, dtype)
+    try:
+        yield
+    finally:
+        masters.close()

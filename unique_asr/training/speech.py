@@ -187,11 +187,16 @@ class Speech:
 
     def describe(self) -> list[list[dict[str, Any]]]:
         """The items since `forget`."""
-        return [
-            [
-                {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}
-                for source, utterance, _ in item.pieces
-            ]
-            for items in self.drawn
-            for item in items
+        return described(self.drawn)
+
+
+def described(drawn: Sequence[Sequence[Item]]) -> list[list[dict[str, Any]]]:
+    """The utterances of every item of some micro-batches."""
+    return [
+        [
+            {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}
+            for source, utterance, _ in item.pieces
         ]
+        for items in drawn
+        for item in items
+    ]

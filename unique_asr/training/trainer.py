@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
 
 from .adapters import PART as LORA
-from .adapters import language_model
+from .adapters import language_model, parts
 from .checkpoint import Checkpoint, random_states, restore_random
 from .distributed import Processes
 from .graphs import GraphedDecoder
@@ -72,7 +72,7 @@ class StageConfig:
 
 
 class Material(Protocol):
-    """What a model learns from: `speech.Speech`, `text.Text`."""
+    """What a model learns from: `speech.Speech`, `pretrained.PretrainedSpeech`, `text.Text`."""
 
     def loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool
@@ -116,7 +116,7 @@ class Trainer:
     tensorboard: Any = None  # a SummaryWriter for the same metrics
 
     def __post_init__(self) -> None:
-        self.language_model = language_model(self.model)
+        self.language_model, self._parts = language_model(self.model), parts(self.model)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.best: float | None = None
         self._moved: set[str] = set()  # names of all parameters trained so far
@@ -272,7 +272,7 @@ class Trainer:
         for name, value in checkpoint.weights.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise ValueError(f"the checkpoint has a weight {name} that the model lacks: start from the same model")
-            parameters[name].copy_(value)
+            parameters[name].data = value.to(parameters[name].device)
         self._moved = set(checkpoint.weights)
         self.best = checkpoint.best
         self._steps = sum(stage.steps for stage in self._stages[: checkpoint.stage]) + checkpoint.step
@@ -283,7 +283,7 @@ class Trainer:
     def _parameter_groups(self, stage: StageConfig) -> list[dict]:
         """Groups of an optimiser; everything else is frozen."""
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
-        prefixes = {part: self._prefix(part) for part in stage.train}
+        prefixes = {part: self._prefixes(part) for part in stage.train}
         groups = {part: {"params": [], "lr": 0.0, "peak": peak} for part, peak in stage.train.items()}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(False)
@@ -297,21 +297,19 @@ class Trainer:
                 found = [part for part in found if part == "residual"]
             if found:
                 parameter.requires_grad_(True)
-                groups[max(found, key=lambda part: len(prefixes[part]))]["params"].append(parameter)
+                groups[max(found, key=lambda part: len(prefixes[part][0]))]["params"].append(parameter)
         unknown = [part for part, group in groups.items() if not group["params"]]
         if unknown:
             raise ValueError(
-                f"stage {stage.name}: train has unknown parts {unknown}; give encoder, projector, residual, "
-                "language_model, lora (if `lora` is set), or how the names of some weights begin, such as "
-                "encoder.layers.5"
+                f"stage {stage.name}: train has unknown parts {unknown}; give {', '.join(self._parts)}, lora (if `lora` "
+                "is set), or how the names of some weights begin, such as language_model.layers.5"
             )
         return list(groups.values())
 
-    def _prefix(self, part: str) -> str:
-        """How the names of a part's weights begin."""
-        if part == "language_model" and self.language_model is self.model:
-            return ""
-        return "projector.residual." if part == "residual" else f"{part}."
+    def _prefixes(self, part: str) -> tuple[str, ...]:
+        """How the names of a part's weights begin; encoder.layers.5 are layers of what the model calls otherwise."""
+        head, _, rest = part.partition(".")
+        return tuple(f"{begin}{rest}." if rest else begin for begin in self._parts.get(head, (f"{head}.",)))
 
     def _progress(
         self, stage: StageConfig, step: int, done: float, elapsed: float, rate: float, count: int, totals: dict

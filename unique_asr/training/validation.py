@@ -1,16 +1,28 @@
-"""Word error rates while training: of the CTC head's best path and of the LLM, on recordings of one window."""
+"""Word error rates while training, of greedy decoding on recordings of one window or pass.
+
+Of this package's own models: of the CTC head's best path and of the LLM. Of pretrained speech LLMs: of the LLM.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
+from unique_asr.attention.huggingface import set_attention, text_decoder
 from unique_asr.data import Recording
+from unique_asr.decoding import GreedyDecoder
 from unique_asr.evaluation.scoring import Score
+from unique_asr.generation import stop_ids
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from unique_asr.models.adapters import find
+from unique_asr.models.adapters.memory import text_tokens
+from unique_asr.models.adapters.prompting import prompt_embeds
+
+from .precision import rounded
 
 TOKENS_A_SECOND = 9.0  # of fast speech
 
@@ -61,6 +73,38 @@ def validate(
         measures["llm"] = 100 * llm.wer
     if with_llm and sparse:
         measures |= {"sparse": 100 * selected.wer, "sparse_steps": sparse_steps / max(steps, 1)}
+    return measures
+
+
+@torch.no_grad()
+def validate_pretrained(
+    model: Any,
+    processor: Any,
+    recordings: Sequence[Recording],
+    dtype: torch.dtype = torch.bfloat16,
+    sparse: SparseAttentionConfig | None = None,
+) -> dict[str, float]:
+    """As `validate`, for a model that has an adapter: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
+    adapter, dense = find(model), SparseAttentionConfig(budget=None)
+    stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
+    scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
+    with rounded(model, dtype):
+        for name, (attention, score) in scores.items():
+            # One chunk and steps that are not captured: weights move while training.
+            decoder = GreedyDecoder(model, attention, prefill_chunk=1 << 30, static=False)
+            for recording in recordings:
+                embeds = prompt_embeds(adapter, model, processor, recording.audio())
+                decoder.reset()
+                decoder.prefill(embeds)
+                tokens = list(decoder.tokens(text_tokens(adapter, recording.duration), stops))
+                parser = adapter.parser()
+                text = processor.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                score.add(recording.text, " ".join(found.text for found in (*parser.push(text), *parser.close())))
+            measures[name] = 100 * score.wer
+            counted = decoder.statistics
+    set_attention(model, former)
+    if sparse:
+        measures["sparse_steps"] = counted.sparse_steps / max(counted.steps, 1)
     return measures
 
 

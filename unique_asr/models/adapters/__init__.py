@@ -2,8 +2,8 @@
 
     segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
 
-`formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time, `memory.py`
-says what a recording takes, and `transcriber.py` puts them together.
+`formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time,
+`prompting.py` puts it into a request, `memory.py` says what a recording takes, and `transcriber.py` puts all together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoProcessor, PreTrainedConfig
 
@@ -21,6 +22,8 @@ from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, r
 from .catalogue import ADAPTERS, Adapter, Checkpoint
 from .formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
 from .memory import Memory, estimate
+
+MERGED = "lora_merged"  # in the configuration of a model whose LoRA weights for speech are in its own
 
 __all__ = [
     "ADAPTERS",
@@ -38,6 +41,7 @@ __all__ = [
     "find",
     "load",
     "make_transcriber",
+    "merge_lora",
 ]
 
 
@@ -94,7 +98,7 @@ def load(name_or_path: str | Path, device: str = "auto", dtype: str = "auto") ->
     with loading(name_or_path, "speech LLM", "; try model=default"):
         processor = AutoProcessor.from_pretrained(source, **options)
         model = kind.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
-        if adapter.lora:
+        if adapter.lora and not getattr(model.config, MERGED, False):
             load_lora(model, adapter.lora, source, **options)
     return model.to(chosen).eval(), processor
 
@@ -105,6 +109,20 @@ def located(name_or_path: str | Path) -> tuple[str, dict[str, str]]:
     if not revision or Path(name_or_path).exists():
         return str(name_or_path), {}
     return name, {"revision": revision}
+
+
+@torch.no_grad()
+def merge_lora(model: Any) -> None:
+    """Make LoRA weights that came with a model part of its own; saved, it is loaded without them."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    if layers:
+        model._hf_peft_config_loaded = False
+        setattr(model.config, MERGED, True)
 
 
 def load_lora(model: Any, folder: str, source: str, **options: str) -> None:

@@ -7,7 +7,7 @@ those of the configurations and processors in transformers. A comment says where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,14 @@ from .formats import BracketParser, JsonParser, Parser, PlainParser
 
 SAMPLE_RATE = 16000  # Hz
 TRANSCRIBE = "Transcribe the input speech."  # for models that are asked in words
+
+# How the names of the weights begin of each part that can be fine-tuned.
+Parts = dict[str, tuple[str, ...]]
+PARTS: Parts = {
+    "encoder": ("model.audio_tower.",),
+    "projector": ("model.multi_modal_projector.",),
+    "language_model": ("model.language_model.",),
+}
 
 # processor, samples, prompt, code of the language, and `keywords` where hotwords="keywords" -> tensors of one recording
 Request = Callable[..., Any]
@@ -49,6 +57,8 @@ class Adapter:
     text_tokens_a_second: float = 10.0  # of the answer: the token limit of a pass
     languages: tuple[str, ...] = ()  # codes of those that the request can name; the others are heard without being told
     hotwords: Literal["keywords", "prompt"] | None = None  # where the request has them, if it can
+    opening: str = ""  # what an answer begins with, before its transcript
+    parts: Parts = field(default_factory=lambda: PARTS)
 
 
 def transcription(
@@ -117,6 +127,7 @@ ADAPTERS = {
             "MIT", 7.5, 3600, vibevoice, encoding.VibeVoicePiece(), JsonParser,
             (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 28, 4, 128, 3584, 18944),), 65536,
             sample_rate=24000, carries_text=True, hotwords="prompt",
+            parts={part: PARTS[part] for part in ("projector", "language_model")},  # its encoders give no gradients
         ),
         # The card: 30 minutes for transcription, 32 K tokens. Audio is padded to whole windows of 30 s.
         Adapter(
@@ -137,6 +148,7 @@ ADAPTERS = {
                 Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
             ),
             65536, carries_text=True, languages=tuple(LANGUAGES), hotwords="prompt",
+            opening="language None<asr_text>",  # its authors' for a transcript in a language that is not told
         ),
         # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
         Adapter(
@@ -155,6 +167,7 @@ ADAPTERS = {
             "granite_speech", "GraniteSpeechForConditionalGeneration",
             "Apache-2.0", 10.0, 120, granite, encoding.GranitePiece(), PlainParser,
             (Checkpoint("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 32, 8, 64, 2048, 8192),), 131072,
+            parts=PARTS | {"encoder": ("model.encoder.",), "projector": ("model.projector.",)},
         ),
         # The card gives no limit, and its authors cut at 30 s by voice activity; this one is a guess.
         Adapter(
@@ -176,6 +189,13 @@ ADAPTERS = {
             (Checkpoint("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 24, 8, 128, 3072, 8192),), 131072,
             # LongRoPE chooses its frequencies by the length of what it is given at once.
             lora="speech-lora", static=False, chunked=False,
+            parts={
+                "encoder": ("model.embed_tokens_extend.audio_embed.encoder.",),
+                "projector": tuple(
+                    f"model.embed_tokens_extend.audio_embed.{layer}_proj_for_speech." for layer in ("up", "down")
+                ),
+                "language_model": ("model.layers.", "model.norm."),
+            },
         ),
     )
 }  # fmt: skip

@@ -121,7 +121,6 @@ class Phi4Piece(AudioEncoding):
         return config.audio_config.audio_token_id
 
 
-@torch.no_grad()
 def encode(encoding: AudioEncoding, model: Any, inputs: Inputs, windows: int) -> Iterator[tuple[Tensor, int, int]]:
     """Audio embeddings [N, hidden] of one piece after the other, with the pieces done and their number."""
     pieces = encoding.pieces(model, inputs, windows)
@@ -133,7 +132,6 @@ def encode(encoding: AudioEncoding, model: Any, inputs: Inputs, windows: int) ->
         yield encoding.features(model, moved), done, len(pieces)
 
 
-@torch.no_grad()
 def insert(encoding: AudioEncoding, model: Any, input_ids: Tensor, features: list[Tensor]) -> Tensor:
     """[1, N, hidden]: the prompt's embeddings with the audio's in the places of its placeholders."""
     ids = input_ids.to(model.device)

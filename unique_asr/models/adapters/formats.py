@@ -1,4 +1,4 @@
-"""What speech LLMs write, read as it is written: pieces of text in, complete utterances out.
+"""What speech LLMs write, read as it is written: pieces of text in, complete utterances out; and written, to train on.
 
 A parser is fed the text of each token and gives out an utterance as soon as it is complete, so that whatever follows (a
 cut, a loop, a malformed tail) cannot take it back. What is not complete stays in `tail`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ class Parser(ABC):
         """The utterances left at the end of a whole answer; after a cut, leave them."""
         return []
 
+    @staticmethod
+    @abstractmethod
+    def write(utterances: Sequence[Utterance]) -> str:
+        """The answer that is read as these utterances."""
+
     @abstractmethod
     def _read(self) -> Iterator[Utterance | None]:
         """Take complete utterances off the beginning of `tail`."""
@@ -83,6 +88,10 @@ class BracketParser(Parser):
     """
 
     _MARK = re.compile(r"\[\s*(?:(?P<time>\d+(?:[:.]\d+)*)|S(?P<speaker>\d+))\s*\]")
+
+    @staticmethod
+    def write(utterances: Sequence[Utterance]) -> str:
+        return "".join(f"[{each.start:.2f}][{each.speaker or 'S01'}]{each.text}[{each.end:.2f}]" for each in utterances)
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,6 +140,19 @@ class JsonParser(Parser):
     _END = re.compile(r'["\d\]el]\s*\}')  # after a string, a number, true or null
     _CONTENT = re.compile(r'"Content"\s*:\s*"(.*)"\s*(?:\}|,\s*"(?:Start|End|Speaker)")', re.DOTALL)
     _SOUND = re.compile(r"\[[^\[\]]*\]")
+
+    @staticmethod
+    def write(utterances: Sequence[Utterance]) -> str:
+        fields = [
+            {
+                "Start": round(each.start, 2),
+                "End": round(each.end, 2),
+                "Speaker": int((each.speaker or "S00")[1:]),
+                "Content": each.text,
+            }
+            for each in utterances
+        ]
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
     def _read(self) -> Iterator[Utterance | None]:
         while begin := self._BEGIN.search(self.tail):
@@ -186,6 +208,10 @@ class PlainParser(Parser):
         re.IGNORECASE,
     )
     _LONGEST_FRAME = 60  # characters
+
+    @staticmethod
+    def write(utterances: Sequence[Utterance]) -> str:
+        return " ".join(each.text for each in utterances)
 
     def __init__(self) -> None:
         super().__init__()

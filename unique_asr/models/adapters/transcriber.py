@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
 
 from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
 from unique_asr.audio import spooled
@@ -32,9 +31,8 @@ from unique_asr.pipeline import Audio, LoadedModel, PipelineError, open_audio
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
 from . import find, load
-from .catalogue import SAMPLE_RATE
-from .encoding import encode, insert
 from .memory import estimate, text_tokens
+from .prompting import prompt_embeds
 from .recording import Pass, PassConfig, Recording
 
 
@@ -216,6 +214,7 @@ class AdapterTranscriber(LoadedModel):
         self._check_memory(prompt + budget, seconds, info, decoder)
         return budget
 
+    @torch.no_grad()
     def prompt_embeds(
         self,
         samples: np.ndarray,
@@ -225,17 +224,8 @@ class AdapterTranscriber(LoadedModel):
         keywords: Sequence[str] = (),
     ) -> Tensor:
         """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
-        adapter = self.adapter
-        if adapter.sample_rate != SAMPLE_RATE:
-            samples = resample(torch.from_numpy(samples), SAMPLE_RATE, adapter.sample_rate).numpy()
-        told = {"keywords": keywords} if keywords else {}
-        inputs = adapter.request(self.processor, samples, prompt, language, **told)
-        features = []
-        for piece, done, total in encode(adapter.encoding, self.model, inputs, self.passes.encode_windows):
-            features.append(piece)
-            if progress:
-                progress(done, total)
-        return insert(adapter.encoding, self.model, torch.as_tensor(inputs["input_ids"]), features)
+        told = prompt, language, keywords, self.passes.encode_windows, progress
+        return prompt_embeds(self.adapter, self.model, self.processor, samples, *told)
 
     def prefill(self, embeds: Tensor, capacity: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Begin a sequence of `capacity` tokens with [1, N, hidden].

@@ -1,0 +1,143 @@
+"""What a pretrained speech LLM of transformers learns from: recordings joined to items, and answers in its own format.
+
+The model reads an item as it does when it transcribes: its processor's request, with the audio's positions in place. The
+answer follows as its parser would read it, with times where the model gives them, and the token that ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unique_asr.generation import stop_ids
+from unique_asr.models.adapters import Utterance, find
+from unique_asr.models.adapters.prompting import prompt_embeds
+from unique_asr.models.processing import SAMPLE_RATE
+
+from .augment import AugmentConfig, Perturbation
+from .batches import Batch, timeline, waveforms
+from .corpus import Corpus, Item, log_uniform
+from .graphs import Decoder, GraphedDecoder
+from .losses import language_model_loss
+from .speech import described
+
+if TYPE_CHECKING:
+    from .trainer import StageConfig
+
+TEXT_TOKENS_A_SECOND = 5.0  # of speech
+PROMPT_TOKENS = 32  # of the request beside the audio
+WINDOW_SECONDS = 30.0  # what a stage's `windows` count
+
+
+class PretrainedSpeech:
+    """Draws micro-batches of items and computes the loss of their answers' tokens.
+
+    Of the augmentation it takes what changes waveforms: tempo, level and noise. Transcripts are the manifests' own.
+    Raises ValueError for a model without an adapter.
+    """
+
+    def __init__(self, model: Any, processor: Any, corpus: Corpus, augment: AugmentConfig, seed: int = 0) -> None:
+        adapter = find(model)
+        if adapter is None:
+            raise ValueError(f"{type(model).__name__} has no adapter; fine-tune a model of conf/model, or text.model")
+        self.model, self.processor, self.adapter = model, processor, adapter
+        self.corpus, self.augment = corpus, augment
+        self.random = torch.Generator().manual_seed(seed)
+        self.end = end_token(model, processor.tokenizer)
+        self.logits_scaling = getattr(model.config.get_text_config(decoder=True), "logits_scaling", 1.0)
+        self.drawn: list[list[Item]] = []  # of the micro-batches since `forget`
+
+    def loss(
+        self, stage: StageConfig, decoder: GraphedDecoder | None = None, mark_decoded: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Of a micro-batch, and its parts: llm; seconds of audio and tokens of the LLM. There are no CUDA graphs."""
+        items = self.items(stage)
+        self.drawn.append(items)
+        heard, answers = self._heard(items)
+        with torch.set_grad_enabled(self._audio_trains()):
+            prompts = [prompt_embeds(self.adapter, self.model, self.processor, samples)[0] for samples in heard]
+        none, seconds = torch.zeros(0, dtype=torch.long), sum(map(len, heard)) / SAMPLE_RATE
+        batch = Batch({}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds)
+        loss, tokens = language_model_loss(
+            self.model, prompts, batch, None, self._states, mark_decoded, slips=stage.slips
+        )
+        return loss, {"llm": loss.detach(), "seconds": seconds, "tokens": tokens}
+
+    def items(self, stage: StageConfig) -> list[Item]:
+        """Of one length: so many that the LLM reads about `tokens`, or that the audio fills `windows` of 30 s."""
+        low, high = stage.seconds
+        if high > self.adapter.pass_seconds:
+            raise ValueError(
+                f"stage {stage.name}: seconds reaches {high:g} and {self.adapter.model_type} hears "
+                f"{self.adapter.pass_seconds:g} in one pass: lower `seconds`"
+            )
+        if stage.position_dropout:
+            raise ValueError(f"stage {stage.name}: position_dropout is for this package's own models; leave it out")
+        if self.corpus.random.random() < stage.short_share:
+            low, high = min(5.0, low), min(29.0, high)
+        seconds = log_uniform(self.corpus.random, low, high)
+        count = stage.windows * WINDOW_SECONDS / max(seconds, WINDOW_SECONDS)
+        if stage.tokens:
+            a_second = self.adapter.tokens_a_second + self.adapter.marker_tokens_a_second + TEXT_TOKENS_A_SECOND
+            seconds = min(seconds, (stage.tokens - PROMPT_TOKENS) / a_second)
+            count = stage.tokens / (PROMPT_TOKENS + a_second * seconds)
+        return [self.corpus.item(seconds, stage.cased_share) for _ in range(max(1, int(count)))]
+
+    def answer(self, item: Item, speed: float = 1.0) -> list[int]:
+        """Token ids of what the model should write of an item that is played at this speed."""
+        utterances, at = [], 0
+        for (_, utterance, _), (gap, length, whole) in zip(item.pieces, timeline(item), strict=True):
+            start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
+            utterances.append(Utterance(utterance.cased or utterance.text, start, end))
+            at += whole
+        text = self.adapter.opening + self.adapter.parser.write(utterances)
+        return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+
+    def _heard(self, items: Sequence[Item]) -> tuple[list[np.ndarray], list[list[int]]]:
+        """Samples [S] at 16 kHz and the answer of each item."""
+        drawn = Perturbation.draw(len(items), self.augment, self.random)
+        whole = torch.tensor([sum(samples for *_, samples in timeline(item)) for item in items])
+        # What would take longer than a pass is played faster.
+        drawn.speed = drawn.speed.maximum(whole / (self.adapter.pass_seconds * SAMPLE_RATE))
+        lengths = (whole / drawn.speed).int().tolist()
+        cuts = [(number, 0, length) for number, length in enumerate(lengths)]
+        rows = waveforms(items, cuts, drawn, max(lengths), self.model.device).cpu().numpy()
+        answers = [self.answer(item, speed) for item, speed in zip(items, drawn.speed.tolist(), strict=True)]
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)], answers
+
+    def _states(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
+        """Last hidden states, divided as Granite's LLM divides its logits."""
+        states = Decoder(self.model.get_decoder())(embeds, decoded)
+        return states if self.logits_scaling == 1 else states / self.logits_scaling
+
+    def _audio_trains(self) -> bool:
+        places = self.adapter.parts.get("encoder", ()) + self.adapter.parts["projector"]
+        return any(weight.requires_grad for name, weight in self.model.named_parameters() if name.startswith(places))
+
+    # What a checkpoint keeps, and what is known of a bad loss
+
+    def random_states(self) -> dict[str, Any]:
+        return {"corpus": self.corpus.random.bit_generator.state, "augment": self.random.get_state()}
+
+    def restore_random(self, states: dict[str, Any]) -> None:
+        self.corpus.random.bit_generator.state = states["corpus"]
+        self.random.set_state(states["augment"])
+
+    def forget(self) -> None:
+        self.drawn.clear()
+
+    def describe(self) -> list[list[dict[str, Any]]]:
+        """The items since `forget`."""
+        return described(self.drawn)
+
+
+def end_token(model: Any, tokenizer: Any) -> int:
+    """The token that ends an answer: the tokenizer's, or else one of those that end decoding."""
+    found = stop_ids(model, tokenizer)
+    if not found:
+        raise ValueError(f"{type(model).__name__} names no token that ends an answer: set generation_config.eos_token_id")
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in found else min(found)
