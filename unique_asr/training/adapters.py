@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from unique_asr.models.adapters import find
 
+EXTENSION = "embed_tokens_extend"  # of Phi-4's decoder: its encoders of audio and images
 PART = "lora"  # its name in a stage's `train`
 
 
@@ -31,7 +32,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
         lora_alpha=config.alpha,
         target_modules=config.targets,
         lora_dropout=config.dropout,
-        exclude_modules=r"embed_tokens_extend\..*",  # Phi-4's encoders of audio and images lie in its decoder
+        exclude_modules=rf"{EXTENSION}\..*" if hasattr(language_model(model), EXTENSION) else None,
     )
     try:
         inject_adapter_in_model(options, language_model(model))

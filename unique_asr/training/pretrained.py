@@ -1,7 +1,7 @@
 """What a pretrained speech LLM of transformers learns from: recordings joined to items, and answers in its own format.
 
-The model reads an item as it does when it transcribes: its processor's request, with the audio's positions in place. The
-answer follows as its parser would read it, with times where the model gives them, and the token that ends it.
+The model reads an item as when it transcribes: its processor's request, with the audio's positions in place. The answer
+follows as its parser would read it, with times where the model gives them, and the token that ends it.
 """
 
 from __future__ import annotations
@@ -139,5 +139,5 @@ def end_token(model: Any, tokenizer: Any) -> int:
     """The token that ends an answer: the tokenizer's, or else one of those that end decoding."""
     found = stop_ids(model, tokenizer)
     if not found:
-        raise ValueError(f"{type(model).__name__} names no token that ends an answer: set generation_config.eos_token_id")
+        raise ValueError(f"{type(model).__name__} has no token that ends an answer: set eos_token_id of its tokenizer")
     return tokenizer.eos_token_id if tokenizer.eos_token_id in found else min(found)

@@ -301,8 +301,8 @@ class Trainer:
         unknown = [part for part, group in groups.items() if not group["params"]]
         if unknown:
             raise ValueError(
-                f"stage {stage.name}: train has unknown parts {unknown}; give {', '.join(self._parts)}, lora (if `lora` "
-                "is set), or how the names of some weights begin, such as language_model.layers.5"
+                f"stage {stage.name}: train has unknown parts {unknown}; give {', '.join(self._parts)}, lora (if "
+                "`lora` is set), or how the names of some weights begin, such as language_model.layers.5"
             )
         return list(groups.values())
 

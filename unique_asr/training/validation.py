@@ -43,8 +43,7 @@ def validate(
     """
     ctc, llm, selected = Score(), Score(), Score()
     steps = sparse_steps = 0
-    was_training = model.training
-    model.eval()
+    training = set_training(model, False)
     for first in range(0, len(recordings), batch):
         group = recordings[first : first + batch]
         inputs = processor.apply_transcription_request([recording.audio() for recording in group]).to(model.device)
@@ -67,7 +66,7 @@ def validate(
                 if switch:
                     steps += switch.statistics.steps
                     sparse_steps += switch.statistics.sparse_steps
-    model.train(was_training)
+    set_training(model, training)
     measures = {"ctc": 100 * ctc.wer}
     if with_llm:
         measures["llm"] = 100 * llm.wer
@@ -88,6 +87,7 @@ def validate_pretrained(
     adapter, dense = find(model), SparseAttentionConfig(budget=None)
     stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
+    training = set_training(model, False)
     with rounded(model, dtype):
         for name, (attention, score) in scores.items():
             # One chunk and steps that are not captured: weights move while training.
@@ -103,9 +103,17 @@ def validate_pretrained(
             measures[name] = 100 * score.wer
             counted = decoder.statistics
     set_attention(model, former)
+    set_training(model, training)
     if sparse:
         measures["sparse_steps"] = counted.sparse_steps / max(counted.steps, 1)
     return measures
+
+
+def set_training(model: Any, training: bool) -> bool:
+    """Of the LLM, which has no cache while it trains with `checkpointing`; returns what it was before."""
+    former = model.get_decoder().training
+    model.get_decoder().train(training)
+    return former
 
 
 def greedy_text(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor) -> str:

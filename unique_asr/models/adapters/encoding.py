@@ -143,5 +143,4 @@ def insert(encoding: AudioEncoding, model: Any, input_ids: Tensor, features: lis
             f"the prompt has {int(places.sum())} places for audio and the encoder gave {found} positions: "
             "lower max_pass_seconds, the processor cuts what is longer than it knows"
         )
-    embeds[places] = torch.cat(features).to(embeds)
-    return embeds
+    return embeds.index_put((places,), torch.cat(features).to(embeds))
