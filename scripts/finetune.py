@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, spread
 from unique_asr.generation import load_text_model
-from unique_asr.models import adapters, load, resolve_device
+from unique_asr.models import ModelError, adapters, load, resolve_device
 from unique_asr.models.compose import compose
 from unique_asr.models.packing import save_packed_model
 from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
@@ -115,9 +115,12 @@ def start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> tuple
     if init.model:
         listed = MODELS / f"{init.model}.yaml"
         name = OmegaConf.load(listed).name_or_path if listed.is_file() else init.model
-        if adapters.find(name) is None:
-            return load(name, device=str(device), dtype="float32")
-        model, processor = adapters.load(name, str(device), str(dtype).removeprefix("torch."))
+        try:
+            if adapters.find(name) is None:
+                return load(name, device=str(device), dtype="float32")
+            model, processor = adapters.load(name, str(device), str(dtype).removeprefix("torch."))
+        except ModelError as error:
+            raise ModelError(f"init.{error}; conf/model lists what can be fine-tuned") from error
         adapters.merge_lora(model)
         return model, processor
     if not (init.encoder and init.language_model):

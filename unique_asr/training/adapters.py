@@ -43,7 +43,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 @torch.no_grad()
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself if it has no adapters; else one of the original layout that shares all other weights."""
+    """The model itself if it has no adapters; else one to save: the original layout, all other weights shared."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         return model
@@ -52,7 +52,8 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     }
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        state[f"{name}.weight"] = (weight + layer.get_delta_weight("default")).to(weight.dtype)
+        merged = (weight + layer.get_delta_weight("default")).to(weight.dtype)
+        state[f"{name}.weight"] = merged.cpu()  # a second LLM may not fit beside the first
     with torch.device("meta"):
         plain = type(model)(model.config)
     plain.load_state_dict(state, assign=True)
