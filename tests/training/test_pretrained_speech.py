@@ -121,6 +121,22 @@ def test_the_mask_matters_and_only_for_the_answer(make_trainer):
     assert len({round(loss, 5) for loss in first.values()}) == 3
 
 
+def test_a_sliding_window_may_hold_everything(make_trainer):
+    """As Phi-4's does."""
+    losses = []
+    for window in (None, 4096, 16):
+        trainer = make_trainer("phi4_multimodal", str(window))
+        trainer.model.config.sliding_window = window
+        one = stage(**{**LEARN, "steps": 1}, attention=SOFT)
+        if window == 16:
+            with pytest.raises(ValueError, match="has sliding_window"):
+                trainer.run_stage(one)
+        else:
+            trainer.run_stage(one)
+            losses += metrics(trainer)
+    assert losses[0] == pytest.approx(losses[1])
+
+
 def test_frozen_weights_stay_in_sixteen_bits(make_trainer):
     trainer = make_trainer(lora=True, dtype=torch.bfloat16)
     trainer.model.bfloat16()

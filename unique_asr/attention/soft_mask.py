@@ -258,10 +258,9 @@ def training_attention_forward(
 
     decoded: bool [B, N], passed to the model's `forward`: the queries of tokens that inference decodes.
     """
-    window = kwargs.get("sliding_window")
-    reached = {**kwargs, "sliding_window": window if window and window < query.shape[2] else None}
     for unknown in ("s_aux", "softcap", "sliding_window"):
-        if reached.get(unknown) is not None:
+        given = kwargs.get(unknown)
+        if given is not None and not (unknown == "sliding_window" and given >= query.shape[2]):
             raise ValueError(f"{type(module).__name__} has {unknown}, which {NAME!r} attention does not support")
     if dropout:
         raise ValueError(f"attention_dropout is {dropout}: {NAME!r} attention has none; set it to 0")
