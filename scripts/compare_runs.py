@@ -3,8 +3,9 @@
     python scripts/compare_runs.py outputs/sparsity outputs/sparsity_text --into benchmarks/sparsity.md
 
 A run is a folder with config.yaml and, in folders of its own, what scripts/evaluate.py found: RUN/*/results.json and
-the rows of each system beside it (conf/experiment/sparsity.yaml has the commands). With --into, the tables replace what
-the file has between the lines <!-- tables --> and <!-- end of tables -->; else they are printed.
+the rows of each system beside it, of which intervals are made (conf/experiment/sparsity.yaml has the commands). With
+--into, the tables replace what the file has between the lines <!-- tables --> and <!-- end of tables -->; else they are
+printed.
 """
 
 import argparse
@@ -89,7 +90,10 @@ def read_result(folder: Path, row: dict) -> Measured:
     if "task" in row:
         return Measured(row["value"], pages=row["share_of_pages_read"])
     stem = f"{row['system']}@{row['set'].replace(' ', '')}" if row["set"] else row["system"]
-    lines = [json.loads(line) for line in (folder / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = folder / f"{stem}.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if len(lines) < row["recordings"]:  # the mean is known, its recordings are not
+        return Measured(100 * row["wer"], row["passes"], row["share_of_pages_read"])
     words = {line["audio_filepath"]: word_count(line["text"]) for line in lines}
     errors = {line["audio_filepath"]: round(line["wer"] * words[line["audio_filepath"]]) for line in lines}
     return Measured(100 * row["wer"], row["passes"], row["share_of_pages_read"], errors, words)
@@ -116,7 +120,7 @@ def sections(runs: Sequence[Run]) -> Iterable[str]:
         budgets = sorted(found, key=lambda budget: -(budget or 1 << 30))
         speech = any(m.words for run in runs for (each, _), m in run.measured.items() if each == name)
         what = f"Word error rates in %, {name}" if speech else f"{name[0].upper()}{name[1:]} tokens"
-        yield f"**{what}**: mean ± standard deviation over seeds\n"
+        yield f"**{what}**: mean ± standard deviation over seeds (of so many, where not all were evaluated)\n"
         yield table("trained with", arms, name, budgets, lambda m: m.value)
         if speech:
             count = max(len(m.words) for run in runs for (each, _), m in run.measured.items() if each == name)
@@ -139,7 +143,8 @@ def table(
         values = [[of(each) for each in measured(runs, budget)] for budget in budgets]
         seeds = max(map(len, values))
         if seeds:
-            lines.append(f"| {arm} | {seeds} | " + " | ".join(mean_and_spread(each, digits) for each in values) + " |")
+            cells = [mean_and_spread(each, digits) + f" ({len(each)})" * (0 < len(each) < seeds) for each in values]
+            lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,11 +170,11 @@ def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterabl
         ]
         if found:
             by_seed = [mine.value - other.value for mine, other in found]
-            low, high = interval(found)
+            whole = all(measured.words for pair in found for measured in pair)
+            shown = "[{:+.2f}, {:+.2f}]".format(*interval(found)) if whole else ""
             title = " - ".join(f"{arm} at {budget or 'dense'}" for arm, budget in (ours, theirs))
             lines.append(
-                f"| {title} | {', '.join(f'{each:+.2f}' for each in by_seed)} | {np.mean(by_seed):+.2f} "
-                f"| [{low:+.2f}, {high:+.2f}] |"
+                f"| {title} | {', '.join(f'{each:+.2f}' for each in by_seed)} | {np.mean(by_seed):+.2f} | {shown} |"
             )
     if len(lines) > 2:
         yield "Differences in points of word error rate, negative where the first is better:\n"

@@ -30,7 +30,7 @@ def make_run(tmp_path):
             rows.append(
                 {
                     "system": system, "set": "10 min", "budget": budget, "wer": sum(each) / WORDS / len(each),
-                    "passes": 6, "share_of_pages_read": 0.25 if budget else 1.0,
+                    "passes": 6, "share_of_pages_read": 0.25 if budget else 1.0, "recordings": len(each),
                 }
             )  # fmt: skip
             lines = [
@@ -83,6 +83,17 @@ def test_perplexities(tmp_path, make_run):
     assert text.startswith("**Perplexity 8192 tokens**")
     assert "| soft | 1 | 12.35 |" in text
     assert "Passes" not in text
+
+
+def test_means_need_no_rows_and_intervals_do(make_run, tmp_path):
+    make_run({None: [4, 4, 4, 4], 256: [6, 6, 6, 6]}, "dense")
+    make_run({None: [4, 4, 4, 4], 256: [3, 3, 3, 3]}, "soft")
+    make_run({256: [4, 4, 4, 4]}, "soft", seed=1)
+    rows = next(tmp_path.glob("sparsity/soft-0-*/wer/unique-256@10min.jsonl"))
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))  # broken off
+    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    assert "| soft | 2 | 8.00 (1) | 7.00 ± 1.41 |" in text
+    assert "| soft at 256 - dense at 256 | -6.00 | -6.00 |  |" in text
 
 
 def test_tables_go_into_a_file(make_run, tmp_path, monkeypatch, capsys):
