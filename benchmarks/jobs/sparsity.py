@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-ABLATIONS = ({"tau": 0.25}, {"tau": 1.0}, {"queries": "all"}, {"hard_last": 0.2})
+ABLATIONS = ({"tau": 0.1}, {"tau": 0.25}, {"tau": 1.0}, {"queries": "all"}, {"hard_last": 0.2})
 MINUTES = ("10", "0.5")  # of the recordings that are evaluated
 TRAINING_ROOM, EVALUATION_ROOM = 22, 9  # GB of a GPU
 

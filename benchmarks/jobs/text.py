@@ -23,7 +23,7 @@ def main(model: str, text: str) -> None:
         ]  # fmt: skip
         command += [f"text.tasks=[{','.join(tasks)}]"] if tasks else []
         command += [f"attention.budget={budgets}"] if budgets else []
-        print(json.dumps({"name": name, "command": command}))
+        print(json.dumps({"name": name, "command": command, "gigabytes": 64 if length > 4096 else 36}))
 
     for length in (8192, 4096):
         for task in NEEDLES:
