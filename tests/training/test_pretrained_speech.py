@@ -220,8 +220,9 @@ def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
         PretrainedSpeech(*tiny, material.corpus, CLEAN)
     with pytest.raises(ValueError, match="seconds reaches 60 and qwen2_audio hears 30 in one pass"):
         make_material("qwen2_audio").loss(stage(seconds=(5.0, 60.0)))
-    with pytest.raises(ValueError, match="position_dropout is for this package's own models"):
-        material.loss(stage(position_dropout=0.1))
+    for option in ({"position_dropout": 0.1}, {"pack": True, "tokens": 64}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is for this package's own models"):
+            material.loss(stage(**option))
     with pytest.raises(ValueError, match=r"unknown parts \['encoder'\]; give projector, language_model, lora"):
         make_trainer("vibevoice_asr").run_stage(stage(train={"encoder": 1e-3}))
     with pytest.raises(ValueError, match=r"lora\.targets is \['q'\]"):

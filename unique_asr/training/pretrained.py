@@ -75,8 +75,9 @@ class PretrainedSpeech:
                 f"stage {stage.name}: seconds reaches {high:g} and {self.adapter.model_type} hears "
                 f"{self.adapter.pass_seconds:g} in one pass: lower `seconds`"
             )
-        if stage.position_dropout:
-            raise ValueError(f"stage {stage.name}: position_dropout is for this package's own models; leave it out")
+        for option in ("position_dropout", "pack"):
+            if getattr(stage, option):
+                raise ValueError(f"stage {stage.name}: {option} is for this package's own models; leave it out")
         if self.corpus.random.random() < stage.short_share:
             low, high = min(5.0, low), min(29.0, high)
         seconds = log_uniform(self.corpus.random, low, high)
