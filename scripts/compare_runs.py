@@ -37,11 +37,13 @@ class Measured:
 
 @dataclass
 class Run:
-    """measured: by set and budget, None being dense."""
+    """measured: by set and budget, None being dense. loss: of the last quarter of the steps."""
 
     arm: str
     seed: int
     measured: dict[tuple[str, int | None], Measured]
+    budget: int = 0  # that it was trained with
+    loss: float | None = None
 
 
 def main() -> None:
@@ -70,7 +72,8 @@ def read_runs(folder: Path) -> list[Run]:
                 name = row["set"] if "set" in row else f"{row['task']} {row['length']}"
                 measured[name, row["budget"]] = read_result(results.parent, row)
         if measured:
-            runs.append(Run(arm_of(config), int(config.seed), measured))
+            loss = last_loss(path.with_name("metrics.jsonl"))
+            runs.append(Run(arm_of(config), int(config.seed), measured, int(config.training.budget), loss))
     if not runs:
         raise SystemExit(f"{folder}: no run with config.yaml and */results.json")
     order = {"start": 0, "dense": 1, "hard": 2, "soft": 3}
@@ -84,6 +87,13 @@ def arm_of(config: OmegaConf) -> str:
     training = config.training
     differing = [f"{name} {training[name]}" for name, usual in BASE.items() if training[name] != usual]
     return ", ".join([training.mode, *differing]) if training.mode == "soft" else training.mode
+
+
+def last_loss(path: Path) -> float | None:
+    """Of the last quarter of the steps; of runs of the same seed the same batches."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return float(np.mean(losses[-max(len(losses) // 4, 1) :])) if losses else None
 
 
 def read_result(folder: Path, row: dict) -> Measured:
@@ -115,6 +125,7 @@ def sections(runs: Sequence[Run]) -> Iterable[str]:
     arms: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         arms[run.arm].append(run)
+    yield from losses(arms)
     for name in sorted({name for run in runs for name, _ in run.measured}, key=_minutes, reverse=True):
         found = {budget for run in runs for each, budget in run.measured if each == name}
         budgets = sorted(found, key=lambda budget: -(budget or 1 << 30))
@@ -127,6 +138,14 @@ def sections(runs: Sequence[Run]) -> Iterable[str]:
             yield f"Passes for {count} recordings, mean over seeds:\n"
             yield table("trained with", arms, name, budgets, lambda m: m.passes, digits=0)
             yield from comparisons(arms, name, budgets)
+
+
+def losses(arms: dict[str, list[Run]]) -> Iterable[str]:
+    found = {arm: [run.loss for run in runs if run.loss is not None] for arm, runs in arms.items() if arm != "start"}
+    lines = [f"| {arm} | {len(each)} | {mean_and_spread(each, 4)} |" for arm, each in found.items() if each]
+    if lines:
+        yield "**Training loss** in nats, the last quarter of the steps\n"
+        yield "\n".join(["| trained with | seeds | loss |", "|---|---|---|", *lines]) + "\n"
 
 
 def table(
@@ -160,6 +179,9 @@ def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterabl
     pairs = [(("soft", budget), ("hard", budget)) for budget in budgets]
     pairs += [(("soft", budget), ("dense", budget)) for budget in budgets]
     pairs += [(("soft", budget), ("dense", None)) for budget in budgets if budget is not None]
+    for arm, (run, *_) in arms.items():  # ablations
+        if arm not in ("start", "dense", "hard", "soft") and run.budget in budgets:
+            pairs += [((arm, run.budget), other) for other in (("hard", run.budget), ("dense", None))]
     lines = ["| difference | by seed | mean | 95 % over recordings |", "|---|---|---|---|"]
     for ours, theirs in pairs:
         found = [

@@ -18,12 +18,13 @@ WORDS = 50  # of each of four recordings
 def make_run(tmp_path):
     """A run whose recordings have so many errors each, by budget."""
 
-    def make(errors, mode="soft", seed=0, rate=1e-4, folder="sparsity", **training):
-        training = {"mode": mode, "tau": 0.5, "queries": "decoded", "hard_last": 0.0, **training}
+    def make(errors, mode="soft", seed=0, rate=1e-4, folder="sparsity", losses=(), **training):
+        training = {"mode": mode, "tau": 0.5, "queries": "decoded", "hard_last": 0.0, "budget": 256, **training}
         run = tmp_path / folder / f"{mode}-{seed}-{rate}-{training['tau']}"
         (run / "wer").mkdir(parents=True)
         config = {"training": training, "seed": seed, "stages": [{"train": {"language_model": rate}}]}
         OmegaConf.save(OmegaConf.create(config), run / "config.yaml")
+        (run / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
         rows = []
         for budget, each in errors.items():
             system = f"unique-{budget}" if budget else "dense"
@@ -60,6 +61,26 @@ def test_means_and_spreads_over_seeds(make_run, tmp_path):
     # The errors of every recording are the same, and so is every draw of recordings.
     assert "| soft at 256 - dense at dense | -2.00, -2.00 | -2.00 | [-2.00, -2.00] |" in text
     assert "| soft at 256 - dense at 256 | -6.00, -2.00 | -4.00 | [-4.00, -4.00] |" in text
+
+
+def test_losses_are_of_the_last_quarter(make_run, tmp_path):
+    make_run({256: [1]}, "soft", seed=0, losses=[9, 9, 9, 9, 9, 9, 1, 2])
+    make_run({256: [1]}, "soft", seed=1, losses=[2.5])
+    make_run({256: [1]}, "hard")  # has none
+    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    assert "| soft | 2 | 2.0000 ± 0.7071 |" in text
+    assert "| hard | 0" not in text
+    assert "| hard | 1 | 2.00 |" in text
+
+
+def test_ablations_are_compared_at_their_budget(make_run, tmp_path):
+    make_run({None: [4, 4], 256: [6, 6]}, "dense")
+    make_run({256: [5, 5]}, "hard")
+    make_run({128: [9, 9], 256: [3, 3]}, "soft", tau=0.1)
+    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    assert "| soft, tau 0.1 at 256 - hard at 256 | -4.00 | -4.00 | [-4.00, -4.00] |" in text
+    assert "| soft, tau 0.1 at 256 - dense at dense | -2.00 | -2.00 | [-2.00, -2.00] |" in text
+    assert "soft, tau 0.1 at 128 -" not in text
 
 
 def test_intervals_are_over_recordings(make_run, tmp_path):
