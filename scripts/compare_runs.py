@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-BASE = {"tau": 0.5, "queries": "decoded", "hard_last": 0.0}  # what ablations vary
+BASE = {"tau": 0.5, "queries": "decoded", "hard_last": 0.0}  # of the measured experiment; ablations vary them
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 SAMPLES = 2000  # of the bootstrap
 
@@ -181,7 +181,8 @@ def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterabl
     pairs += [(("soft", budget), ("dense", None)) for budget in budgets if budget is not None]
     for arm, (run, *_) in arms.items():  # ablations
         if arm not in ("start", "dense", "hard", "soft") and run.budget in budgets:
-            pairs += [((arm, run.budget), other) for other in (("hard", run.budget), ("dense", None))]
+            pairs += [((arm, budget), ("hard", budget)) for budget in budgets if budget is not None]
+            pairs += [((arm, run.budget), ("dense", None))]
     lines = ["| difference | by seed | mean | 95 % over recordings |", "|---|---|---|---|"]
     for ours, theirs in pairs:
         found = [

@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--rounded", type=float, default=0.4, help="share of the time at the end with rounded weights")
     parser.add_argument("--masked", type=float, default=0.0, help="share of the steps through UNIQUE's mask")
     parser.add_argument("--budget", type=int, default=256, help="of the mask, tokens")
+    parser.add_argument("--tau", type=float, default=0.05, help="softness of the mask while it is soft")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4))
     parser.add_argument("--save-minutes", type=float, default=2.0)
     parser.add_argument("--max-pass-seconds", type=float, default=120.0)
@@ -259,7 +260,7 @@ def teach(
         parameter.requires_grad_(True)
     masters = MasterWeights(model, torch.bfloat16 if cuda else torch.float32)
     optimizer = torch.optim.AdamW(masters.of(list(names)), betas=(0.9, 0.95), weight_decay=0.01, fused=cuda)
-    attention = training_attention(model, mode="dense", budget=arguments.budget)
+    attention = training_attention(model, mode="dense", budget=arguments.budget, tau=arguments.tau)
     masks = [replace(attention.config, mode=mode) for mode in ("soft", "hard")]
     table = model.get_input_embeddings().weight
     run = GraphedDecoder(decoder, attention) if cuda else Decoder(decoder)

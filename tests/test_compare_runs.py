@@ -75,12 +75,13 @@ def test_losses_are_of_the_last_quarter(make_run, tmp_path):
 
 def test_ablations_are_compared_at_their_budget(make_run, tmp_path):
     make_run({None: [4, 4], 256: [6, 6]}, "dense")
-    make_run({256: [5, 5]}, "hard")
+    make_run({128: [9, 7], 256: [5, 5]}, "hard")
     make_run({128: [9, 9], 256: [3, 3]}, "soft", tau=0.1)
     text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
     assert "| soft, tau 0.1 at 256 - hard at 256 | -4.00 | -4.00 | [-4.00, -4.00] |" in text
     assert "| soft, tau 0.1 at 256 - dense at dense | -2.00 | -2.00 | [-2.00, -2.00] |" in text
-    assert "soft, tau 0.1 at 128 -" not in text
+    assert "| soft, tau 0.1 at 128 - hard at 128 | +2.00 | +2.00 | [+0.00, +4.00] |" in text
+    assert "soft, tau 0.1 at 128 - dense" not in text
 
 
 def test_intervals_are_over_recordings(make_run, tmp_path):

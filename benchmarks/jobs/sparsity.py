@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-ABLATIONS = ({"tau": 0.1}, {"tau": 0.25}, {"tau": 1.0}, {"queries": "all"}, {"hard_last": 0.2})
+ABLATIONS = ({"tau": 0.05}, {"tau": 0.1}, {"tau": 0.25}, {"tau": 1.0}, {"queries": "all"}, {"hard_last": 0.2})
 MINUTES = ("10", "0.5")  # of the recordings that are evaluated
 TRAINING_ROOM, EVALUATION_ROOM = 22, 9  # GB of a GPU
 
@@ -25,9 +25,10 @@ def job(name: str, command: list[str], after: list[str], gigabytes: float) -> No
 
 def speech_jobs(arguments: argparse.Namespace) -> None:
     given = [
-        "scripts/finetune.py", "experiment=sparsity", "init.model=default", f"data.manifests=[{arguments.train}]",
-        "data.heard=outputs/sparsity/heard.pt", f"data.texts=[{','.join(arguments.texts)}]",
-        f"data.listener_tokenizer={arguments.listener}", "output.checkpoints=false",
+        "scripts/finetune.py", "experiment=sparsity", f"init.model={arguments.model}",
+        f"data.manifests=[{arguments.train}]", "data.heard=outputs/sparsity/heard.pt",
+        f"data.texts=[{','.join(arguments.texts)}]", f"data.listener_tokenizer={arguments.listener}",
+        "output.checkpoints=false",
     ]  # fmt: skip
 
     def evaluate(run: str, minutes: str, budgets: str, after: list[str]) -> None:
@@ -69,7 +70,7 @@ def text_jobs(model: str, text: Path) -> None:
     held_out.write_text("".join(lines[len(lines) * 9 // 10 :]), encoding="utf-8")
     given = ["scripts/finetune.py", "experiment=sparsity_text", f"text.model={model}", f"text.files=[{train}]"]
     runs = {"start": ["recipe.steps=1", "recipe.rate=0.0", "cuda_graphs=false"]}
-    runs |= {f"{mode}-128-tau0.5-seed0": [f"training={mode}"] for mode in ("soft", "hard", "dense")}
+    runs |= {f"{mode}-128-tau0.5-seed0": [f"training={mode}", "training.tau=0.5"] for mode in ("soft", "hard", "dense")}
     for run, options in runs.items():
         job(f"text-{run}", [*given, *options, "output.checkpoints=false", f"output.dir={folder}/{run}"], [], 20)
     for budget in ("128", "null", "256"):
@@ -84,6 +85,7 @@ def text_jobs(model: str, text: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="the start: a folder, or default")
     parser.add_argument("--train", required=True, help="manifest of recordings to learn from")
     parser.add_argument("--eval", required=True, help="manifest of recordings to evaluate on")
     parser.add_argument(

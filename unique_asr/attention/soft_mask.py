@@ -14,7 +14,7 @@ own compete for the rest of the budget, and where it holds them all the row is d
 Several documents in a row, and padding, are one thing: `starts` [B, N], the first token that each query may see. A page
 in which a document begins has statistics of that document alone, as a page with padding on its left has in decoding.
 
-    with training_attention(model, TrainingAttentionConfig(mode="soft", tau=0.5, budget=256)):
+    with training_attention(model, TrainingAttentionConfig(mode="soft", tau=0.05, budget=256)):
         model(input_ids, labels=labels, decoded=labels != -100).loss.backward()
 
 This file is plain PyTorch in slices of queries that the backward pass computes again, so that memory is bounded; on
@@ -53,7 +53,7 @@ class TrainingAttentionConfig:
     """The mask of training; `sparse` is what decoding will read. `from_dict` takes the fields of both together."""
 
     mode: str = "soft"  # dense, soft, hard
-    tau: float = 0.5  # softness, in standard deviations of the scores that compete
+    tau: float = 0.05  # softness, in standard deviations of the scores that compete; 0.5 hardly masks
     queries: str = "decoded"  # which queries the mask is for: decoded (the transcript's), or all
     hard_last: float = 0.0  # share of a stage's steps, at its end, in which soft becomes hard
     backend: str = "auto"  # torch, triton, or auto: triton on CUDA wherever the kernel can
