@@ -67,8 +67,8 @@ class Model:
         self.table = torch.nn.Embedding(self.symbols, HIDDEN)
         self.language_model = SimpleNamespace(get_input_embeddings=lambda: self.table)
 
-    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: torch.Tensor) -> torch.Tensor:
-        return encoded.ctc[:, token_ids]
+    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        return encoded.ctc[start:end, token_ids]
 
 
 def timeline(text: str, start: float = 0.5, word: float = 0.32, gap: float = 0.08, pause: float = 0.5, long=()):

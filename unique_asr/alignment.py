@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .transcript import Word
+from .viterbi import cheapest_path
 
 
 @dataclass(frozen=True)
@@ -154,25 +155,9 @@ def viterbi(
 
     jump = np.full(states, np.inf, np.float32)  # from one token to the next without a gap: not between equal tokens
     jump[3::2] = np.where(ids[1:] == ids[:-1], np.inf, 0)
-    total = np.full(states, np.inf, np.float32)
-    total[:2] = costs[0, :2]
-    options = np.full((3, states), np.inf, np.float32)  # stay, come from the state before, or from the one before that
-    moves = np.empty((frames, states), np.int8)
-    for frame in range(1, frames):
-        options[0] = total
-        options[1, 1:] = total[:-1]
-        np.add(total[:-2], jump[2:], out=options[2, 2:])
-        moves[frame] = options.argmin(0)
-        options.min(0, out=total)
-        total += costs[frame]
-    state = states - 1 if total[-1] <= total[-2] else states - 2
-    if not np.isfinite(total[state]):
+    path = cheapest_path(costs, jump)
+    if not len(path):
         return None
-    path = np.empty(frames, np.int64)
-    for frame in range(frames - 1, -1, -1):
-        path[frame] = state
-        if frame:
-            state -= int(moves[frame, state])
     token_states = np.arange(1, states, 2)
     first = np.searchsorted(path, token_states, "left")
     last = np.searchsorted(path, token_states, "right") - 1
@@ -192,9 +177,8 @@ def align(
     kept = np.flatnonzero(near)
     if len(text.ids) == 0 or len(kept) < len(text.ids):
         return None
-    span = encoded.slice(start, end)
     with torch.no_grad():
-        log_probs = model.ctc_log_probs(span, torch.from_numpy(text.ids)).float().cpu().numpy()
+        log_probs = model.ctc_log_probs(encoded, torch.from_numpy(text.ids), start, end).float().cpu().numpy()
     kept_frames = start + kept
     blank, best = frames.blank_log_prob[kept_frames], frames.best_log_prob[kept_frames]
     alignment = viterbi(log_probs[kept], blank, best, text.ids, text.word_index, config)

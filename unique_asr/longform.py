@@ -105,23 +105,15 @@ class LoopDetector:
         self.reset()
 
     def reset(self) -> None:
-        self._history: list[int] = []
-        self._matches = [0] * self.max_period  # for each period: the last tokens that equal the one a period before
+        self._history: list[int] = []  # the last token first
+        self._matches: dict[int, int] = {}  # by period less 1: the last tokens that equal the one a period before
 
     def push(self, token: int) -> int:
         """The number of tokens in the repetition, 0 if there is none or it is still short."""
-        history = self._history
-        found = 0
-        for index, needed in enumerate(self.needed[: len(history)]):
-            if history[-1 - index] == token:
-                self._matches[index] += 1
-                if not found and self._matches[index] >= needed:
-                    found = self._matches[index] + index + 1
-            else:
-                self._matches[index] = 0
-        history.append(token)
-        del history[: -self.max_period]
-        return found
+        equal = [index for index, before in enumerate(self._history) if before == token]
+        self._matches = {index: self._matches.get(index, 0) + 1 for index in equal}
+        self._history = [token, *self._history[: self.max_period - 1]]
+        return next((n + index + 1 for index, n in self._matches.items() if n >= self.needed[index]), 0)
 
 
 class LongformTranscriber:
@@ -371,8 +363,9 @@ class LongformTranscriber:
     def _worth_aligning(self, pending: list[DraftWord]) -> bool:
         if len(pending) >= self.config.max_align_words:
             return True
-        enough = sum(max(len(word.log_probs), 1) for word in pending) >= self.config.min_align_tokens
-        return enough and pending[-1].ends_sentence
+        if not pending or not pending[-1].ends_sentence:
+            return False
+        return sum(max(len(word.log_probs), 1) for word in pending) >= self.config.min_align_tokens
 
     @staticmethod
     def _pass_frames(frames: SpeechFrames, seconds: float) -> int:

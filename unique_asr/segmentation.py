@@ -57,6 +57,7 @@ class WordStream:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._ids: list[int] = []
+        self._texts: dict[tuple[int, ...], str] = {}  # of few tokens, which recur
         self._context = self._read = 0  # ids[context:read] are shown, as context for the ids after them
         self._words: list[DraftWord] = []  # complete but the last
         self._open = False  # whether the last word can still grow
@@ -102,7 +103,11 @@ class WordStream:
         return done
 
     def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = tuple(self._ids[start:end])
+        if ids not in self._texts:
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            self._texts[ids] = self.tokenizer.decode(list(ids), **options)
+        return self._texts[ids]
 
 
 class Segmenter:

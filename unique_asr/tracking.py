@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp, isnan
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,9 +145,9 @@ class TextTracker:
         times = word_times(spans, self.frames, self.alignment, self._previous_end)
         placed = []
         for draft, (start, end), sure in zip(drafts, times, heard, strict=True):
-            written = np.exp(np.mean(draft.log_probs)) if draft.log_probs else np.nan
-            witnesses = [value for value in (written, sure) if not np.isnan(value)]
-            confidence = float(np.mean(witnesses)) if witnesses else 0.0
+            written = [exp(fmean(draft.log_probs))] if draft.log_probs else []
+            witnesses = written + [float(sure)] * (not isnan(sure))
+            confidence = fmean(witnesses) if witnesses else 0.0
             placed.append((draft, Word(draft.text, float(start), float(end), confidence)))
         self._previous_end = placed[-1][1].end
         return placed

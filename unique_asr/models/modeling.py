@@ -176,11 +176,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 progress(sum(part.duration for part in parts))
         return concatenate(parts)
 
-    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: Tensor) -> Tensor:
-        """Log-probabilities [T, L] that the CTC head gives to L token ids at each frame."""
+    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """Log-probabilities [T, L] that the CTC head gives to L token ids at each of the frames [start, end)."""
         table = self.get_input_embeddings().weight
         directions = nn.functional.normalize(table[token_ids.to(table.device)].float(), dim=-1)
-        return encoded.ctc.float() @ directions.T - encoded.log_z[:, None]
+        return encoded.ctc[start:end].float() @ directions.T - encoded.log_z[start:end, None]
 
     def _inputs_embeds(
         self, input_ids: Tensor, attention_mask: Tensor | None, audio: list[Tensor], labels: Tensor | None = None
