@@ -2,7 +2,8 @@
 
 Every recording keeps its own transcription with its own passes, and asks a `Row` for tokens as it would ask a
 `GreedyDecoder`. While its token is not there yet, it is set aside. Once all wait, the batch makes a step: for the
-passes that are in it, until the last of them has ended, then for those that wait to begin.
+passes that are in it, until the last of them has ended, then for those that wait to begin. A static step begins before
+the tokens of the one before it are looked at, so that the device works while the rows place their words.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,6 +66,26 @@ class Row:
         self.running = False
 
 
+class Step:
+    """What a decode step, or a prefill, chose and counted, on its way to the host."""
+
+    def __init__(self, result: Tensor, counted: SparsityStatistics) -> None:
+        self.counted, self._ready = counted, None
+        if result.is_cuda:
+            self._result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            self._result.copy_(result, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._result = result.clone()
+
+    def tolist(self) -> list[list[float]]:
+        """The tokens of the rows, and their log-probabilities; waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._result.tolist()
+
+
 class BatchDecoder:
     """Greedy decoding of several rows over one paged cache, padded on the left.
 
@@ -92,6 +114,7 @@ class BatchDecoder:
         self.rows: list[Row] = []
         self._wave: list[Row] = []  # the rows whose passes are in the cache, in its order
         self._made: DecodeStep | None = None  # for as many rows as the last wave had
+        self._ahead: Step | None = None  # was begun, and nobody has looked at it yet
         self._shape = shape_of(language_model)
         self._limit: int | None = None  # rows, the last time that memory had no room for all
         self.notice = ""  # one line about it
@@ -117,27 +140,35 @@ class BatchDecoder:
         try:
             self._step()
         except BaseException:
-            self._wave, self._made = [], None
+            self._wave, self._made, self._ahead = [], None, None
             raise
 
     @torch.no_grad()
     def _step(self) -> None:
-        begin, before = time.perf_counter(), SparsityStatistics(**vars(self.statistics))
+        begin = time.perf_counter()
         active = [row for row in self._wave if row.running]
         stage = "decode" if active else "prefill"
         if active:
-            self._decode()
+            step = self._ahead or self._begin(self._decode)
         else:
             self._wave = active = self._fitting([row for row in self.rows if row.embeds is not None])
-            self._prefill([row.embeds[0] for row in active])
+            step = self._begin(partial(self._prefill, [row.embeds[0] for row in active]))
             for row in active:
                 row.embeds, row.running = None, True
-        tokens, log_probs = self._made.result.tolist()
+        self._ahead = self._begin(self._decode) if self.static and stage == "decode" else None
+        tokens, log_probs = step.tolist()
         for row, token, log_prob in zip(self._wave, tokens, log_probs, strict=True):
             if row.running:
                 row.next = int(token), log_prob
                 row.seconds[stage] += (time.perf_counter() - begin) / len(active)
-                self._count(row.statistics, before)
+                self._count(row.statistics, step.counted)
+
+    def _begin(self, work: Callable[[], None]) -> Step:
+        before = SparsityStatistics(**vars(self.statistics))
+        work()
+        now = vars(self.statistics)
+        counted = SparsityStatistics(**{name: value - getattr(before, name) for name, value in now.items()})
+        return Step(self._made.result, counted)
 
     def _fitting(self, rows: list[Row]) -> list[Row]:
         """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""
@@ -206,9 +237,8 @@ class BatchDecoder:
         )
         return output.logits[:, -1]
 
-    def _count(self, counters: SparsityStatistics, before: SparsityStatistics) -> None:
-        """Add a row's share of what the batch has counted since `before`; its padding counts as read."""
-        for name, value in vars(self.statistics).items():
-            share = value - getattr(before, name)
-            share = share if name in ("steps", "sparse_steps") else share // len(self._wave)
+    def _count(self, counters: SparsityStatistics, counted: SparsityStatistics) -> None:
+        """Add a row's share of what a step of the batch has counted; its padding counts as read."""
+        for name, value in vars(counted).items():
+            share = value if name in ("steps", "sparse_steps") else value // len(self._wave)
             setattr(counters, name, getattr(counters, name) + share)
