@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +199,26 @@ def test_what_was_decoded_is_scored_without_the_model(speech_llm, tmp_path, caps
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 3
     assert run(*options, "decode=false", "attention=unique", "attention.budget=32") == 1
     assert "nothing was decoded yet" in capsys.readouterr().err
+
+
+def test_of_runs_side_by_side_one_encodes(speech_llm, recordings, tmp_path, monkeypatch):
+    model, processor = speech_llm
+    encode_windows, begun = model.encode_windows, []
+
+    def slow(features):
+        begun.append(len(features["input_features"]))
+        time.sleep(0.2)
+        return encode_windows(features)
+
+    monkeypatch.setattr(model, "encode_windows", slow)
+    encoders = [Encoder(model, processor, folder=tmp_path) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda encoder: encoder.together(recordings), encoders))
+    windows = sum(begun)
+    Encoder(model, processor).together(recordings)
+    assert sum(begun) == 2 * windows > 0
+    for encoder in encoders:
+        assert len(encoder._encoded) == len(recordings)
 
 
 def test_encoded_recordings_are_kept_for_other_runs(speech_llm, recordings, tmp_path, monkeypatch):

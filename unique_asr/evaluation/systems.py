@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from ..data import Recording
 from ..models.fingerprint import hearing_fingerprint
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 class Encoder:
     """Encodes each recording once, and keeps the result for the next system unless `keep` is False.
 
-    folder: keeps it for other runs too, which may be running now, of models that hear the same.
+    folder: keeps it for other runs too, of models that hear the same; of several that run now one encodes, and the
+        others wait for it.
     """
 
     def __init__(
@@ -48,18 +51,23 @@ class Encoder:
 
     def __call__(self, recording: Recording) -> tuple[EncodedAudio, float]:
         """The encoded recording, and the seconds that encoding took when it was done."""
-        if not self._has(recording):
-            started = time.perf_counter()
-            encoded = self.model.encode(recording.blocks(), self.processor)
-            encoded.best.sum().item()  # wait for the device
-            self._put(recording, encoded, time.perf_counter() - started)
+        with self._alone():
+            if not self._has(recording):
+                started = time.perf_counter()
+                encoded = self.model.encode(recording.blocks(), self.processor)
+                encoded.best.sum().item()  # wait for the device
+                self._put(recording, encoded, time.perf_counter() - started)
         return self._encoded[recording] if self.keep else self._encoded.pop(recording)
 
     def together(self, recordings: Sequence[Recording], windows: int = 64) -> None:
         """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded."""
         if not self.keep:
             self._encoded.clear()
-        started, fresh = time.perf_counter(), [each for each in recordings if not self._has(each)]
+        with self._alone():
+            self._encode([each for each in recordings if not self._has(each)], windows)
+
+    def _encode(self, fresh: Sequence[Recording], windows: int) -> None:
+        started = time.perf_counter()
         cut = [list(self.processor.windows(recording.blocks())) for recording in fresh]
         flat = [window for of_one in cut for window in of_one]
         parts = [self._joined(flat[first : first + windows]) for first in range(0, len(flat), windows)]
@@ -70,6 +78,12 @@ class Encoder:
             own = replace(joined.slice(start, end), duration=self.processor.kept_seconds(of_one))
             self._put(recording, own, seconds)
             start = end
+
+    def _alone(self) -> AbstractContextManager:
+        if self.folder is None:
+            return nullcontext()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "lock")
 
     def _file(self, recording: Recording) -> Path:
         return self.folder / f"{recording_key(recording)}.pt"
@@ -83,7 +97,6 @@ class Encoder:
     def _put(self, recording: Recording, encoded: EncodedAudio, seconds: float) -> None:
         self._encoded[recording] = encoded, seconds
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             part = self._file(recording).with_suffix(f".{os.getpid()}")
             # Slices share the storage of the whole batch, which would be saved with each of them.
             values = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in vars(encoded).items()}
