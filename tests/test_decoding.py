@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from unique_asr import decoding
-from unique_asr.attention import SparseAttentionConfig, sparse_attention
+from unique_asr.attention import DecodeStep, SparseAttentionConfig, sparse_attention
 from unique_asr.decoding import GreedyDecoder
 
 PROMPT = 200  # tokens
@@ -74,6 +74,27 @@ def test_stopping_and_going_on(llama, prompt, embeds, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_whoever_stops_listening_can_go_on(llama, prompt, embeds, static):
+    """In pages of 8, across which a step that had begun is taken back."""
+    expected, _, statistics = generated(llama, prompt, 64, 40)
+    stops = [stop for stop in range(8, 39) if expected[stop] not in expected[:stop]]
+    assert len(stops) > 8
+    for stop in stops:
+        decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), static=static)
+        decoder.prefill(embeds)
+        tokens = decoder.tokens(40)
+        written = [next(tokens) for _ in range(7)]
+        tokens.close()
+        written += decoder.tokens(40, {expected[stop]})
+        assert written == expected[:stop]
+        assert decoder.length == PROMPT + stop
+        assert decoder.statistics.steps == stop
+        written += decoder.tokens(39 - stop)  # after the token that was to stop it
+        assert written == expected[:stop] + expected[stop + 1 :]
+        assert decoder.statistics == statistics
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 def test_reset_and_a_second_prefill(llama, embeds, static):
     decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), static=static)
     decoder.prefill(embeds)
@@ -113,8 +134,9 @@ def test_no_chunk_of_the_prompt_is_a_decode_step(llama, embeds):
 
 
 @pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "quest"}, {"score": "second_moment"}])
-def test_the_static_step_reads_nothing_on_the_host(llama, attention):
+def test_the_static_step_reads_nothing_on_the_host(llama, attention, monkeypatch):
     """Tensors without data on a CUDA device: reading one, or mixing it with one of the CPU, would raise."""
+    monkeypatch.setattr(DecodeStep, "chosen", lambda _: None)  # the way to the host, which needs a device
     with FakeTensorMode(), torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(llama.config, dtype=torch.bfloat16)
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, backend="torch", **attention), capture=False)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
 from .attention.cache import HEADROOM
+from .attention.decode_step import Chosen
 from .attention.huggingface import NAME, set_attention
 from .longform import PENDING
 from .memory import decoding_memory, free_memory, held, shape_of
@@ -66,26 +67,6 @@ class Row:
         self.running = False
 
 
-class Step:
-    """What a decode step, or a prefill, chose and counted, on its way to the host."""
-
-    def __init__(self, result: Tensor, counted: SparsityStatistics) -> None:
-        self.counted, self._ready = counted, None
-        if result.is_cuda:
-            self._result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-            self._result.copy_(result, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._result = result.clone()
-
-    def tolist(self) -> list[list[float]]:
-        """The tokens of the rows, and their log-probabilities; waits for the device."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._result.tolist()
-
-
 class BatchDecoder:
     """Greedy decoding of several rows over one paged cache, padded on the left.
 
@@ -114,7 +95,7 @@ class BatchDecoder:
         self.rows: list[Row] = []
         self._wave: list[Row] = []  # the rows whose passes are in the cache, in its order
         self._made: DecodeStep | None = None  # for as many rows as the last wave had
-        self._ahead: Step | None = None  # was begun, and nobody has looked at it yet
+        self._ahead: tuple[Chosen, SparsityStatistics] | None = None  # a step that nobody has looked at yet
         self._shape = shape_of(language_model)
         self._limit: int | None = None  # rows, the last time that memory had no room for all
         self.notice = ""  # one line about it
@@ -149,26 +130,27 @@ class BatchDecoder:
         active = [row for row in self._wave if row.running]
         stage = "decode" if active else "prefill"
         if active:
-            step = self._ahead or self._begin(self._decode)
+            chosen, counted = self._ahead or self._begin(self._decode)
         else:
             self._wave = active = self._fitting([row for row in self.rows if row.embeds is not None])
-            step = self._begin(partial(self._prefill, [row.embeds[0] for row in active]))
+            chosen, counted = self._begin(partial(self._prefill, [row.embeds[0] for row in active]))
             for row in active:
                 row.embeds, row.running = None, True
         self._ahead = self._begin(self._decode) if self.static and stage == "decode" else None
-        tokens, log_probs = step.tolist()
+        tokens, log_probs = chosen.tolist()
         for row, token, log_prob in zip(self._wave, tokens, log_probs, strict=True):
             if row.running:
                 row.next = int(token), log_prob
                 row.seconds[stage] += (time.perf_counter() - begin) / len(active)
-                self._count(row.statistics, step.counted)
+                self._count(row.statistics, counted)
 
-    def _begin(self, work: Callable[[], None]) -> Step:
+    def _begin(self, work: Callable[[], None]) -> tuple[Chosen, SparsityStatistics]:
+        """What `work` chooses, and what it counted."""
         before = SparsityStatistics(**vars(self.statistics))
         work()
         now = vars(self.statistics)
         counted = SparsityStatistics(**{name: value - getattr(before, name) for name, value in now.items()})
-        return Step(self._made.result, counted)
+        return self._made.chosen(), counted
 
     def _fitting(self, rows: list[Row]) -> list[Row]:
         """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""

@@ -1,6 +1,7 @@
 """Greedy decoding of one long sequence: a chunked prefill of vectors, then one token a step over a paged cache.
 
-On CUDA the step is `unique_asr.attention.DecodeStep`, captured in a CUDA graph. Elsewhere it runs eagerly.
+On CUDA the step is `unique_asr.attention.DecodeStep`, captured in a CUDA graph, and the next one begins before the
+token of the last is looked at, so that the device does not wait for the host. Elsewhere it runs eagerly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
 from unique_asr.attention.cache import HEADROOM
+from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.memory import held
 
@@ -29,7 +31,8 @@ class GreedyDecoder:
 
     `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
     `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA),
-    `capture` captures it, and `compile` runs it through torch.compile first.
+    `capture` captures it, and `compile` runs it through torch.compile first. Static steps begin ahead unless a layer
+    keeps its selection, which is that of the token last yielded.
     """
 
     def __init__(
@@ -53,11 +56,11 @@ class GreedyDecoder:
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
         self.log_probs: list[float] = []  # of the tokens yielded since the last prefill
         self.stop_reason: str | None = None  # of the last `tokens`: "end" (a stop id), "length" or None (closed early)
-        self._waiting = False  # a token was chosen and not looked at yet
+        self._chosen: Chosen | None = None  # a token that nobody has looked at yet
 
     @property
     def length(self) -> int:
-        """Positions in the cache. The last token yielded is not among them: the next step would write it."""
+        """Positions in the cache. The last token yielded is not among them unless the next step has begun."""
         return self.cache.length
 
     @property
@@ -92,7 +95,7 @@ class GreedyDecoder:
             if progress is not None:
                 progress(min(total, start + size), total)
         self.step.choose(logits)
-        self._waiting = True
+        self._chosen = self.step.chosen()
         self.log_probs = []
 
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
@@ -102,18 +105,24 @@ class GreedyDecoder:
         generator ends, `stop_reason` says why.
         """
         self.stop_reason = None
-        for _ in range(max_new_tokens):
-            if not self._waiting:
+        ahead = self.static and not any(layer.keeps_selection for layer in self.cache.paged_layers)
+        for left in range(max_new_tokens - 1, -1, -1):
+            if self._chosen is None:
                 if self.length == self.capacity:
                     break
                 self._step()
-            token, log_prob = self.step.result[:, 0].tolist()
-            self._waiting = False
-            if int(token) in stop_ids:
+            chosen, self._chosen, before = self._chosen, None, vars(self.statistics).copy()
+            if ahead and left and self.length < self.capacity:
+                self._step()
+            (token,), (log_prob,) = chosen.tolist()
+            token = int(token)
+            if token in stop_ids:
+                if self._chosen is not None:
+                    self._undo_step(token, before)
                 self.stop_reason = "end"
                 return
             self.log_probs.append(log_prob)
-            yield int(token)
+            yield token
         self.stop_reason = "length"
 
     def _forward(self, **inputs: Tensor) -> Tensor:
@@ -129,3 +138,12 @@ class GreedyDecoder:
         else:
             position = self.step.position.fill_(self.length)
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
+        self._chosen = self.step.chosen()
+
+    def _undo_step(self, token: int, counters: dict[str, int]) -> None:
+        """Take back the step that wrote a token too many to the cache."""
+        for layer in self.cache.paged_layers:
+            layer.crop(-1)
+        self.step.token.fill_(token)
+        vars(self.statistics).update(counters)
+        self._chosen = None

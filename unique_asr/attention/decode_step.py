@@ -14,6 +14,26 @@ from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.fused_linear import fuse_linears
 
 
+class Chosen:
+    """What a step chose, on its way to the host; the step may run again meanwhile."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if result.is_cuda:
+            self._result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            self._result.copy_(result, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._result = result.clone()
+
+    def tolist(self) -> list[list[float]]:
+        """The tokens of the rows, and their log-probabilities; waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._result.tolist()
+
+
 class DecodeStep:
     """Writes the token last chosen to the cache and chooses the next, for a model switched to UNIQUE attention.
 
@@ -21,7 +41,7 @@ class DecodeStep:
         step.choose(logits)                 # [B, V] of the prompt
         while ...:
             step.run()
-            tokens = step.result[0]         # [B]
+            tokens, log_probs = step.chosen().tolist()
 
     `starts` (int64 [B]) is the padding on the left of every row. `compile` fuses the model first: linear layers of the
     same input, in place (`fuse_linears`), and small operations with torch.compile, which takes a minute once.
@@ -58,6 +78,10 @@ class DecodeStep:
         self.token.copy_(token.unsqueeze(1))
         self.result[0].copy_(token)
         self.result[1].copy_(best - logits.logsumexp(dim=-1))
+
+    def chosen(self) -> Chosen:
+        """The tokens last chosen, and their log-probabilities."""
+        return Chosen(self.result)
 
     def reserve(self, tokens: int) -> None:
         """Make room in the cache; a graph holds the addresses of its buffers, so it goes when they move."""
