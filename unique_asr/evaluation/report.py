@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,6 +214,12 @@ def plots(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(drawn))
 
 
+def leading_number(panel: tuple[str, Any]) -> float:
+    """Of a title: 2 minutes come before 10."""
+    number = re.match(r"[\d.]+", panel[0])
+    return float(number.group()) if number else 0.0
+
+
 def draw(
     folder: Path,
     name: str,
@@ -232,12 +239,18 @@ def draw(
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(1.5 + 4 * len(panels), 4), sharey=True, squeeze=False)
     values = [y for lines in panels.values() for points in lines.values() for _, y in points]
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+    names = sorted({line for lines in panels.values() for line in lines} - {"dense"})
+    colors = {"dense": "black"} | {line: f"C{index % 10}" for index, line in enumerate(names)}
+    for axis, (title, lines) in zip(axes[0], sorted(panels.items(), key=leading_number), strict=True):
         for line, points in sorted(lines.items()):
             x, y = zip(*sorted(points), strict=True) if join else zip(*points, strict=True)
-            axis.plot(x, y, "o-" if join else "o", label=line or None)
+            style = ("o--" if line == "dense" else "o-") if join else "o"
+            axis.plot(x, y, style, color=colors[line], label=line or None)
         if join:
             axis.set_xscale("log", base=2)
+            places = sorted({x for points in lines.values() for x, _ in points})
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.minorticks_off()
         if max(values) > 5 * min(values) > 0:
             axis.set_yscale("log")
         axis.set(title=title, xlabel=label)
