@@ -1,7 +1,9 @@
 """Fixtures that several folders share."""
 
 import os
+import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy; read when Triton is imported, which follows
 
+from command_line import DATA, FakeTranscriber
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
 
 
@@ -97,3 +100,52 @@ def speech_llm(byte_tokenizer):
 def tiny(speech_llm):
     """A tiny speech LLM of random weights and its processor."""
     return speech_llm()
+
+
+@pytest.fixture
+def talk(tmp_path, monkeypatch):
+    """A recording in an otherwise empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DATA / "nomads.opus", tmp_path / "talk.opus")
+    return tmp_path / "talk.opus"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs the command with a FakeTranscriber; gives its exit code, standard output and standard error."""
+    from unique_asr import cli
+
+    monkeypatch.setattr(FakeTranscriber, "loaded", 0)
+    monkeypatch.setattr(FakeTranscriber, "decoded", [])
+
+    def run(*arguments, **behaviour):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments, lambda **settings: FakeTranscriber(**behaviour, **settings))
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Makes small or read-only file systems; needs root, as CI's containers have it."""
+    mounted = []
+
+    def make(name, options):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        mounted.append(folder)
+        return folder
+
+    try:
+        yield make
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", folder], check=True)

@@ -7,117 +7,17 @@ import pty
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
+from command_line import FakeTranscriber, names, slow_command
 
 from unique_asr import cli
-from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
+from unique_asr.transcript import text_settings
 from unique_asr.writers import SegmentLog, read_transcript
-
-ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parent / "data"
-
-
-class FakeTranscriber:
-    """Two seconds a segment, two segments a pass; breaks off before segment `stop` with `error`."""
-
-    loaded, name, records_reads = 0, "default", True
-    decoded: ClassVar[list[int]] = []
-
-    def __init__(self, stop=None, error=None, warnings=(), **settings):
-        type(self).loaded += 1
-        self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
-        settings["progress"]("load", 1, 1)
-
-    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, **told):
-        if reads is not None:
-            reads.duration = audio.duration
-        info = TranscriptionInfo(
-            audio.name,
-            duration=audio.duration,
-            model=self.settings["model"],
-            attention=self.settings["attention"].to_dict(),
-            settings=text_settings(
-                max_pass_seconds=self.settings["max_pass_seconds"],
-                start=audio.start,
-                end=audio.end,
-                channel=audio.channel,
-                vad=audio.vad,
-                **told,
-            ),
-            sparsity={"steps": 40, "sparse_steps": 30, "share_of_pages_read": 0.25},
-        )
-        first = unfinished.state["segment"] if unfinished else 0
-        assert [segment.id for segment in unfinished.segments] == list(range(first)) if unfinished else True
-        return self.segments(info, progress, first, on_pass), info
-
-    def segments(self, info, progress, first, on_pass):
-        for index in range(first, 4):
-            if index == self.stop:
-                raise self.error
-            if index % 2 == 0:
-                on_pass({"segment": index})
-            self.decoded.append(index)
-            progress("decode", 2.0 * index, 9.06)
-            yield Segment(index, 2.0 * index, 2.0 * index + 1.9, f" Segment {index}: [red]é[/red].")
-        info.stop_reason, info.coverage, info.passes, info.warnings = "end", 0.98, 1, self.warnings
-
-
-@pytest.fixture
-def talk(tmp_path, monkeypatch):
-    """A recording in an otherwise empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(DATA / "nomads.opus", tmp_path / "talk.opus")
-    return tmp_path / "talk.opus"
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Runs the command with a FakeTranscriber; gives its exit code, standard output and standard error."""
-    monkeypatch.setattr(FakeTranscriber, "loaded", 0)
-    monkeypatch.setattr(FakeTranscriber, "decoded", [])
-
-    def run(*arguments, **behaviour):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments, lambda **settings: FakeTranscriber(**behaviour, **settings))
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """Makes small or read-only file systems; needs root, as CI's containers have it."""
-    mounted = []
-
-    def make(name, options):
-        folder = tmp_path / name
-        folder.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False
-        )
-        if done.returncode:
-            pytest.skip("mounting a tmpfs needs root")
-        mounted.append(folder)
-        return folder
-
-    try:
-        yield make
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    finally:
-        for folder in mounted:
-            subprocess.run(["umount", folder], check=True)
-
-
-def names(folder="."):
-    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def test_segments_files_and_summary(talk, command):
@@ -225,32 +125,6 @@ def test_a_transcript_with_other_settings_is_not_taken_for_this_one(talk, comman
     assert err.count("\n") == 1
     assert "talk.json: was made from budget=512; output.overwrite=true" in err
     assert FakeTranscriber.loaded == 1
-
-
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("CUDA\nerror"), 1)])
-def test_what_stops_a_run_leaves_what_was_decoded(talk, command, error, code):
-    Path("talk.srt").write_text("an older transcript\n")
-    result, _, err = command("audio=talk.opus", "output.overwrite=true", stop=2, error=error)
-    assert result == code
-    assert "stopped at 00:03.9" in err
-    assert "Traceback" not in err
-    if code == 1:
-        assert "error: talk.opus: CUDA error (RuntimeError; debug=true shows where)" in err
-    assert names() == [
-        "talk.opus",
-        "talk.partial.json",
-        "talk.partial.jsonl",
-        "talk.partial.srt",
-        "talk.partial.txt",
-        "talk.srt",
-    ]
-    assert Path("talk.srt").read_text() == "an older transcript\n"
-    assert len(SegmentLog.read(Path("talk.partial.jsonl"))) == 2
-    assert len(read_transcript("talk.partial.json").segments) == 2
-    assert read_transcript("talk.partial.json").info.stop_reason == ("interrupted" if code == 130 else "error")
-
-    assert command("audio=talk.opus", "output.overwrite=true")[0] == 0
-    assert not [name for name in names() if "partial" in name]
 
 
 def test_the_log_can_be_kept(talk, command):
@@ -429,56 +303,6 @@ def test_standard_input_without_audio(talk, command, monkeypatch, content, termi
     assert err.count("\n") == 1
 
 
-SLOW = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_cli import FakeTranscriber
-from unique_asr import cli
-
-class Slow(FakeTranscriber):
-    def segments(self, *arguments):
-        for segment in super().segments(*arguments):
-            yield segment
-            time.sleep(0.2 if segment.id < 2 else 60)
-
-cli.main(sys.argv[1:], lambda **settings: Slow(**settings))
-"""
-
-
-def slow_command(*arguments):
-    script = SLOW.format(root=str(ROOT), tests=str(Path(__file__).parent))
-    return [sys.executable, "-c", script, *arguments]
-
-
-def test_control_c(talk):
-    """With a real signal, while the model works."""
-    process = subprocess.Popen(
-        slow_command("audio=talk.opus"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(3):  # segments are printed as they come, also into a pipe
-        assert process.stdout.readline().startswith("[00:0")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 130
-    assert "stopped at 00:05.9" in err
-    assert "Traceback" not in err
-    assert len(SegmentLog.read(Path("talk.partial.jsonl"))) == 3
-
-
-def test_a_container_that_is_stopped(talk, command, monkeypatch):
-    append = SegmentLog.append
-
-    def terminated(log, segment):
-        append(log, segment)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(SegmentLog, "append", terminated)
-    code, _, err = command("audio=talk.opus")
-    assert code == 130
-    assert "stopped at 00:01.9" in err
-    assert "resume=true goes on from there" in err
-
-
 def test_terminal_shows_progress_with_time_left_and_whole_segments(talk):
     main, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -500,73 +324,3 @@ def test_terminal_shows_progress_with_time_left_and_whole_segments(talk):
     assert "[00:02.0 -> 00:03.9] Segment 1: [red]é[/red]." in text
     assert "Transcribing" in text
     assert "left" in text
-
-
-def test_killed_and_resumed(talk, command):
-    assert command("audio=talk.opus", "output.dir=whole")[0] == 0
-    process = subprocess.Popen(slow_command("audio=talk.opus"), stdout=subprocess.PIPE, text=True)
-    for _ in range(3):  # of four segments, two a pass
-        process.stdout.readline()
-    process.kill()
-    process.communicate(timeout=60)
-    assert [segment.id for segment in SegmentLog.read(Path("talk.partial.jsonl"))] == [0, 1, 2]
-    assert "talk.txt" not in names()
-
-    code, out, err = command("audio=talk.opus", "resume=true")
-    assert code == 0
-    assert "going on from 00:03.9" in err
-    assert len(out.splitlines()) == 5  # the transcript is shown from its beginning
-    for extension in ("txt", "srt"):
-        assert Path(f"talk.{extension}").read_text() == Path(f"whole/talk.{extension}").read_text()
-    assert not [name for name in names() if "partial" in name]
-
-
-def test_only_what_is_missing_is_decoded_again(talk, command):
-    command("audio=talk.opus", stop=3, error=RuntimeError("no"))
-    code, _, err = command("audio=talk.opus", "resume=true", stop=3, error=RuntimeError("no again"))
-    assert code == 1
-    assert "no again" in err
-    assert len(SegmentLog.read(Path("talk.partial.jsonl"))) == 3
-    assert command("audio=talk.opus", "resume=true")[0] == 0
-    assert [segment.id for segment in read_transcript("talk.json").segments] == [0, 1, 2, 3]
-    assert FakeTranscriber.decoded == [0, 1, 2, 2, 2, 3]
-
-
-def test_resume_without_anything_to_resume_is_a_transcription(talk, command):
-    assert command("audio=talk.opus", "resume=true")[0] == 0
-    assert len(read_transcript("talk.json").segments) == 4
-
-
-@pytest.mark.parametrize(
-    "option", ["attention=dense", "model=./other", "end=5", "decoding.prompt=Names: Ada.", "language=en"]
-)
-def test_other_settings_do_not_go_on_with_it(talk, command, option):
-    command("audio=talk.opus", stop=3, error=RuntimeError("no"))
-    before = Path("talk.partial.jsonl").read_bytes()
-    code, _, err = command("audio=talk.opus", "resume=true", option)
-    assert code == 1
-    assert err.startswith("error: talk.partial.jsonl: was made from ")
-    assert err.count("\n") == 1
-    assert Path("talk.partial.jsonl").read_bytes() == before
-
-
-def test_a_full_disk(talk, command, mount):
-    disk = mount("disk", "size=16k")
-    filler = disk / "filler"
-    filler.write_bytes(bytes(12 * 1024))
-    code, _, err = command("audio=talk.opus", f"output.dir={disk}", "output.format=all")
-    assert code == 1
-    assert "is full; free some space, then resume=true goes on" in err
-    assert "Traceback" not in err
-    assert not [name for name in names(disk) if name.endswith(".tmp") or name == "talk.json"]
-    filler.unlink()
-    code, _, _ = command("audio=talk.opus", f"output.dir={disk}", "resume=true", "output.format=[txt]")
-    assert code == 0
-    assert (disk / "talk.txt").read_text().count("\n") == 4
-
-
-def test_a_read_only_folder(talk, command, mount):
-    folder = mount("locked", "size=16k,ro")
-    code, _, err = command("audio=talk.opus", f"output.dir={folder}")
-    assert code == 1
-    assert err == f"error: {folder}: is not writable; output.dir=FOLDER writes elsewhere\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import DATA, ROOT, FakeTranscriber, names
 from rich.console import Console
-from test_cli import DATA, ROOT, FakeTranscriber, names
 from test_pipeline import noise
 
 from unique_asr import cli
