@@ -15,7 +15,7 @@ from unique_asr.attention.fused_linear import fuse_linears
 
 
 class Chosen:
-    """What a step chose, on its way to the host; the step may run again meanwhile."""
+    """The `result` [2, B] of a step on its way to the host; the step may run again meanwhile."""
 
     def __init__(self, result: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None
@@ -28,7 +28,7 @@ class Chosen:
             self._result = result.clone()
 
     def tolist(self) -> list[list[float]]:
-        """The tokens of the rows, and their log-probabilities; waits for the device."""
+        """B tokens, and their B log-probabilities in nats; waits for the device."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._result.tolist()
