@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from test_pipeline import noise
+from transformers import Gemma3TextConfig, LlamaConfig
 
 import unique_asr
 from unique_asr import batch, batch_decoding, pipeline
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.attention.cache import HEADROOM
+from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.batch import interleave, side_by_side, transcribe_batch
 from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.decoding import GreedyDecoder
@@ -52,6 +53,12 @@ def together(rows, prompts, counts, beside, stop_ids=()):
         if running:
             rows.step()
     return [results[index] for index in range(len(prompts))]
+
+
+def test_only_models_with_full_attention_in_every_layer_have_static_steps():
+    sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    assert pages_every_layer(LlamaConfig())
+    assert not pages_every_layer(Gemma3TextConfig(**sizes))
 
 
 @pytest.mark.parametrize("static", [False, True])

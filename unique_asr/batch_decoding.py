@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
-from .attention.cache import HEADROOM
+from .attention.cache import HEADROOM, pages_every_layer
 from .attention.decode_step import Chosen
 from .attention.huggingface import NAME, set_attention
 from .longform import PENDING
@@ -89,7 +89,8 @@ class BatchDecoder:
     ) -> None:
         self.model, self.attention, self.prefill_chunk = language_model, attention, prefill_chunk
         self.device = language_model.get_input_embeddings().weight.device
-        self.static = self.device.type == "cuda" if static is None else static
+        paged = pages_every_layer(language_model.config)
+        self.static = paged and self.device.type == "cuda" if static is None else static
         set_attention(language_model, NAME)
         self.statistics = SparsityStatistics()
         self.rows: list[Row] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
-from unique_asr.attention.cache import HEADROOM
+from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.memory import held
@@ -30,9 +30,9 @@ class GreedyDecoder:
         print(decoder.stop_reason, decoder.statistics)
 
     `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
-    `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA),
-    `capture` captures it, and `compile` runs it through torch.compile first. Static steps begin ahead unless a layer
-    keeps its selection, which is that of the token last yielded.
+    `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA if every
+    layer has full attention), `capture` captures it, and `compile` runs it through torch.compile first. Static steps
+    begin ahead unless a layer keeps its selection, which is that of the token last yielded.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class GreedyDecoder:
         self.capacity = capacity
         self.prefill_chunk = prefill_chunk
         device = language_model.get_input_embeddings().weight.device
-        self.static = device.type == "cuda" if static is None else static
+        paged = pages_every_layer(language_model.config)
+        self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
         set_attention(language_model, NAME)
         self.cache = PagedCache(language_model.config, attention)

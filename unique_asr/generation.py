@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.decoding import GreedyDecoder
@@ -164,14 +163,12 @@ class TextGenerator:
         config = self.model.config.get_text_config(decoder=True)
         whole = not rope_types(config).isdisjoint(LENGTH_DEPENDENT_ROPE)
         pieces = 1 if whole else -(-prompt // self.prefill_chunk)
-        # Steps with fixed shapes, for CUDA graphs, need every layer to be paged.
-        paged = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
         return GreedyDecoder(
             self.model,
             self.attention,
             capacity=prompt + max_new_tokens,
             prefill_chunk=-(-prompt // pieces),  # of equal length: a chunk of one token would be a decode step
-            static=None if paged and not whole else False,
+            static=False if whole else None,
         )
 
 

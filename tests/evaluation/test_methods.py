@@ -3,11 +3,23 @@
 import pytest
 import torch
 from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
+from test_batch import together
 from transformers import LlamaConfig
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr import batch_decoding
+from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import unique_attention_forward
-from unique_asr.evaluation.methods import H2O, METHODS, InfLLM, Murmur, RivalConfig, Sliding, StreamingLLM
+from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.evaluation.methods import (
+    H2O,
+    METHODS,
+    InfLLM,
+    Murmur,
+    RivalConfig,
+    Sliding,
+    StreamingLLM,
+    rivals_active,
+)
 from unique_asr.evaluation.methods.base import rival_attention_forward
 from unique_asr.longform import LongformReport, LongformTranscriber
 
@@ -99,17 +111,17 @@ def test_murmur_evicts_speech_as_the_text_advances():
 def test_murmur_keeps_its_windows():
     method = Murmur(sink=8, delay=4, rate=1.0, output_sink=2)
     method.begin(rival(method))
-    method.prompt = 100
+    method.reset(torch.zeros(1))
+    method.prompt(None, torch.zeros(1, 1, 100, DIM), None, SCALING)
     window = (BUDGET - 10) // 2
     for total, gone in ((101, 0), (104, 0), (110, 6), (150, 46), (1000, 100 - 8 - window)):
-        ranks, count = method.rank(None, torch.zeros(1, 1, total, DIM), torch.arange(total).view(1, 1, -1))
-        read = torch.isfinite(ranks[0, 0])
-        assert count == read.sum()
+        read = method.choose(None, None, torch.arange(total).view(1, 1, -1), torch.tensor([total - 1]))[0, 0]
+        assert method.reads(total) == read.sum()
         assert read[:8].all()
         assert read[8:100].tolist() == [False] * gone + [True] * (92 - gone)
         latest = max(102, total - window)
         assert read[100:].tolist() == ([True] * 2 + [False] * (latest - 102) + [True] * (total - latest))[: total - 100]
-    assert count == BUDGET
+    assert method.reads(1000) == BUDGET
 
 
 def naive_attention(queries, keys):
@@ -129,12 +141,13 @@ def test_heavy_hitters_are_the_column_sums_of_attention(chunks):
         start += count
     method = layer.cache.layers[0].method
     mass = 2 * naive_attention(queries[:300], keys[:300]).sum(dim=0)
-    kept = (~method.evicted[0, 0]).nonzero().flatten().tolist()
+    kept_mass = method.masses[301 % 2, 0, 0, :301]
+    kept = kept_mass.isfinite().nonzero().flatten().tolist()
     heavy = mass[: 301 - BUDGET // 2].topk(BUDGET // 2).indices.sort().values.tolist()
     assert kept == heavy + list(range(301 - BUDGET // 2, 301))
     weights = (queries[300] @ keys[kept].T * SCALING).softmax(dim=-1)
     after = torch.nn.functional.pad(mass, (0, 1)).index_add(0, torch.tensor(kept), 2 * weights)
-    torch.testing.assert_close(method.mass[0, 0], after)
+    torch.testing.assert_close(kept_mass[kept], after[kept])
 
 
 @pytest.mark.parametrize("chunks", [(300,), (100, 150, 50)])
@@ -153,7 +166,7 @@ def test_representatives_are_what_the_following_queries_look_at(chunks):
         best = torch.stack(score).topk(2).indices + first
         represented.append(keys[best].sum(dim=0))
     method = layer.cache.layers[0].method
-    torch.testing.assert_close(method.represented[0, 0], torch.stack(represented), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.represented[0, 0, : local // 8], torch.stack(represented), rtol=1e-4, atol=1e-4)
     relevance = torch.stack(represented)[1:] @ queries[300]
     count = (BUDGET - (301 - local)) // 8 - 1
     blocks = [0, *(relevance.topk(count).indices + 1).tolist()]
@@ -215,6 +228,31 @@ def test_a_budget_that_holds_everything_is_dense(name):
         layer(queries[:59], keys[:59], values[:59])
         outputs.append(layer(queries[59:], keys[59:], values[59:]))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("budget", [96, 160])  # sparse from the first step on, and after some steps
+@pytest.mark.parametrize("name", METHODS)
+def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch):
+    """Padded rows, two waves, a cache that grows, and every step run twice, as the warm-up of a capture does."""
+    static = DecodeStep.static
+
+    def twice(step, sparse):
+        token = step.token.clone()
+        static(step, sparse)
+        step.token.copy_(token)
+        static(step, sparse)
+
+    monkeypatch.setattr(DecodeStep, "static", twice)
+    monkeypatch.setattr(batch_decoding, "HEADROOM", 0)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(1, length, 90, generator=generator) for length in (150, 137, 121)]
+    config = rival(METHODS[name](), budget, page_size=8)
+    with rivals_active():
+        eager, captured = (BatchDecoder(llama, config, static=value) for value in (False, True))
+        for wave in (prompts, prompts[::-1]):
+            expected = [(tokens, row.statistics) for tokens, row in together(eager, wave, [16] * 3, 3)]
+            assert [(tokens, row.statistics) for tokens, row in together(captured, wave, [16] * 3, 3)] == expected
+            assert expected[0][1].sparse_steps
 
 
 @pytest.mark.parametrize(

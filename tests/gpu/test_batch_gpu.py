@@ -9,6 +9,7 @@ import torch
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.decoding import GreedyDecoder
+from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
 from unique_asr.longform import PENDING
 
 pytestmark = [
@@ -63,6 +64,20 @@ def test_sparse_rows_are_those_of_uncaptured_steps(llama, backend):
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (300, 177, 223)]
     captured, eager = (together(BatchDecoder(llama, attention, static=static), prompts, 24) for static in (True, False))
     assert captured == eager
+
+
+@pytest.mark.parametrize("budget", [96, 320])
+@pytest.mark.parametrize("name", METHODS)
+def test_captured_rivals_choose_what_eager_ones_do(llama, name, budget):
+    """Two waves: the second finds the captured steps of the first, and other prompts."""
+    llama.to("cuda")
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (250, 237, 301)]
+    config = RivalConfig(budget=budget, score="mean", method=METHODS[name]())
+    with rivals_active():
+        captured, eager = (BatchDecoder(llama, config, static=static) for static in (True, False))
+        for wave in (prompts, prompts[::-1]):
+            assert together(captured, wave, 40) == together(eager, wave, 40)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

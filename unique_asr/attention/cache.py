@@ -280,7 +280,7 @@ class PagedLayer(CacheLayerMixin):
             if len(self.levels) > 1:
                 supers = (length - 1) // self.config.super_page_size
                 scored = supers + min(scored, (self.config.super_count + 1) * self.config.fan)
-            read = self.config.pages, tokens * token_bytes + scored * page_bytes
+            read = self.pages_read(length), tokens * token_bytes + scored * page_bytes
         else:
             read = pages, dense_bytes
         counters = self.counters
@@ -291,6 +291,10 @@ class PagedLayer(CacheLayerMixin):
         if self.closes_step:
             counters.steps += 1
             counters.sparse_steps += self.sparse_at(length)
+
+    def pages_read(self, length: int) -> int:
+        """Pages that a step which selects reads of each KV head, at a context of `length` tokens."""
+        return self.config.pages
 
     def sparse_at(self, length: int) -> bool:
         """Whether a decode step at this context length selects pages."""
@@ -353,6 +357,11 @@ def grown(buffer: Tensor, used: int, size: int) -> Tensor:
     new = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[-1])
     new[:, :, :used] = buffer[:, :, :used]
     return new
+
+
+def pages_every_layer(config: PreTrainedConfig) -> bool:
+    """Whether all layers of a model have full attention, which a static step needs; sliding ones are not paged."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 class PagedCache(Cache):

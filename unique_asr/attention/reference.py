@@ -129,22 +129,27 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Te
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
 
 
+def attention_weights(query: Tensor, keys: Tensor, scaling: float, bias: Tensor) -> Tensor:
+    """softmax(q K^T * scaling + bias) of queries [B, K, G, D]: float32 [B, K, G, N]; `bias` as for `attend_biased`."""
+    flat_query, flat_keys = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+    if query.is_cuda and query.dtype != torch.float32:
+        logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
+    else:
+        logits = torch.bmm(flat_query, flat_keys)
+    if bias.dim() > 1:
+        bias = bias.expand(-1, keys.shape[1], -1).flatten(0, 1).unsqueeze(1)
+    return torch.add(bias, logits, alpha=scaling).softmax(dim=-1).unflatten(0, keys.shape[:2])
+
+
 def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor) -> Tensor:
     """`attend` in matrix products, for a length that only the device knows.
 
     `bias` [N] or [B, K or 1, N] is 0, and -inf for what may not be read. Fused kernels give one block to a KV head here
     and leave a GPU idle; partial sums over tokens keep it busy.
     """
-    half = query.is_cuda and query.dtype != torch.float32
     batch, heads, length, dim = keys.shape
-    flat_query, flat_keys = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-    if half:
-        logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
-    else:
-        logits = torch.bmm(flat_query, flat_keys)
-    if bias.dim() > 1:
-        bias = bias.expand(-1, heads, -1).flatten(0, 1).unsqueeze(1)
-    weights = torch.add(bias, logits, alpha=scaling).softmax(dim=-1).to(values.dtype)  # [B K, G, N]
+    half = query.is_cuda and query.dtype != torch.float32
+    weights = attention_weights(query, keys, scaling, bias).to(values.dtype).flatten(0, 1)  # [B K, G, N]
     chunk = length if length % PARTIAL_SUM else PARTIAL_SUM
     weights = weights.unflatten(-1, (-1, chunk)).transpose(1, 2).flatten(0, 1)  # [B K N/chunk, G, chunk]
     chunks = values.reshape(-1, chunk, dim)

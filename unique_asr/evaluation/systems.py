@@ -20,7 +20,7 @@ from ..models.fingerprint import hearing_fingerprint
 from ..models.modeling import EncodedAudio, concatenate
 from .decodings import recording_key
 from .harness import Hypothesis, System
-from .methods import RivalConfig, rivals_active
+from .methods import rivals_active
 
 if TYPE_CHECKING:
     from ..attention import SparseAttentionConfig, SparsityStatistics
@@ -132,8 +132,6 @@ class SpeechLLM:
         self.prompt, self.max_pass_seconds, self.prefill_chunk = prompt, max_pass_seconds, prefill_chunk
         if chunk_seconds is not None:
             self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or encoder.model.config.max_pass_seconds)
-        # The rivals' steps cannot be captured.
-        self.static = False if isinstance(attention, RivalConfig) else None
 
     def transcriber(self) -> LongformTranscriber:
         from ..longform import LongformConfig, LongformTranscriber
@@ -154,9 +152,7 @@ class SpeechLLM:
 
         transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
-        decoder = GreedyDecoder(
-            model.language_model, self.attention, prefill_chunk=self.prefill_chunk, static=self.static
-        )
+        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, before = time.perf_counter(), decoder.statistics.to_dict()
@@ -194,8 +190,6 @@ class PretrainedLLM:
 
         options = {"max_pass_seconds": self.max_pass_seconds, "prefill_chunk": self.prefill_chunk}
         transcriber = make_transcriber(self.model, attention=self.attention, **options)
-        if isinstance(self.attention, RivalConfig):
-            transcriber.decoder.static = False
         for index, recording in enumerate(recordings):
             started = time.perf_counter()
             with rivals_active():
@@ -232,7 +226,7 @@ class BatchedSpeechLLM(SpeechLLM):
         from ..batch_decoding import BatchDecoder
 
         transcriber = self.transcriber()
-        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk, self.static)
+        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk)
         for first in range(0, len(recordings), self.batch):
             group = recordings[first : first + self.batch]
             self.encoder.together(group)

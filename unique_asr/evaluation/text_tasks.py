@@ -21,7 +21,6 @@ from ..batch import interleave
 from ..batch_decoding import BatchDecoder
 from ..generation import load_text_model, load_text_tokenizer
 from ..longform import PENDING
-from .methods import RivalConfig
 from .ruler import Item, Sources, listed, make_item, sentences
 
 PREFILL_CHUNK = 2048  # tokens
@@ -121,8 +120,7 @@ class RulerRun:
     def _decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
         """The last one, if it is for the same method: its memory and CUDA graphs are kept."""
         if self._last is None or self._last[0] is not attention:
-            static = False if isinstance(attention, RivalConfig) else None
-            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK, static)
+            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK)
         return self._last[1]
 
 

@@ -1,13 +1,14 @@
 """What the rivals share: the decode step over the tokens that a method chooses.
 
-A method ranks the tokens of the context for each KV head; the step gathers the best of them, as many as the method
-reads, and attends to nothing else. Positions stay those of the whole sequence, as prefill stays dense for everybody.
-These steps are plain PyTorch: they compare quality, and their speed is not the rivals'.
+A method says for each KV head which tokens of the context a step reads, and the step attends to nothing else. Positions
+stay those of the whole sequence, as prefill stays dense for everybody. These steps are plain PyTorch, which masks what
+is not read: they compare quality, and their speed is not the rivals'. They can be captured in CUDA graphs.
 
 Rows of a batch are padded on the left. `position` [B or 1, 1, N] counts the tokens of each row from its own first one;
-negative ones are padding, which nobody reads.
+negative ones are padding, or slots that are not written yet, which nobody reads. `last` (int64 [1]) is the slot of the
+newest token, the same in every row.
 
-Shapes: B batch, K KV heads, G query heads of a group, T new tokens, N tokens, D head dim.
+Shapes: B batch, K KV heads, G query heads of a group, T new tokens, N slots, D head dim.
 """
 
 from __future__ import annotations
@@ -24,31 +25,53 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention import SparseAttentionConfig
-from ...attention.cache import PagedLayer
+from ...attention.cache import PagedLayer, StaticStep
 from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
-from ...attention.reference import attend, group_queries
+from ...attention.reference import attend_biased, attention_weights, group_queries
 
 
 class Method(ABC):
-    """A way to choose tokens. Dataclass fields are its settings; other attributes are of one layer and one sequence."""
+    """A way to choose tokens. Dataclass fields are its settings; other attributes are of one layer.
+
+    What it remembers of a sequence lies in buffers over the slots of the cache, and every step writes them by its own
+    slot: a captured step finds them again, and a step that runs twice (a capture's warm-up, or one that was taken back)
+    writes the same again.
+    """
 
     name: ClassVar[str]
-    watches: ClassVar[bool] = False  # wants to know what attention the tokens got that were read
+    watches: ClassVar[bool] = False  # wants to know what attention the tokens got
+    slots: int  # of the cache, when its buffers were made
 
     def begin(self, config: SparseAttentionConfig) -> None:
-        """A new sequence. Raises ValueError if the budget is too small for the method."""
+        """Take the settings. Raises ValueError if the budget is too small for the method."""
         self.config = config
-        self.prompt = 0  # tokens written before the first decode step, padding included
 
-    def observe(self, query: Tensor, keys: Tensor, position: Tensor, scaling: float, sparse: bool) -> None:  # noqa: B027
-        """Queries [B, K, G, T, D] of the last T of keys [B, K, N, D]; `sparse`: this step chooses tokens."""
+    def reset(self, keys: Tensor) -> None:  # noqa: B027
+        """A new sequence in the slots [B, K, N, D]; make the buffers, or keep those that fit."""
+
+    def grow(self, keys: Tensor) -> None:  # noqa: B027
+        """More slots for the sequence."""
+
+    def prompt(self, query: Tensor, keys: Tensor, position: Tensor, scaling: float) -> None:  # noqa: B027
+        """Queries [B, K, G, T, D] of the last T of keys [B, K, N, D], all of them written."""
+
+    def observe(self, query: Tensor, keys: Tensor, position: Tensor, last: Tensor) -> None:  # noqa: B027
+        """The query [B, K, G, D] of a decode step, whether it reads everything or chooses."""
 
     @abstractmethod
-    def rank(self, query: Tensor, keys: Tensor, position: Tensor) -> tuple[Tensor, int]:
-        """Ranks [B or 1, K or 1, N] of the tokens, -inf for what must not be read, and how many to read at most."""
+    def choose(self, query: Tensor, keys: Tensor, position: Tensor, last: Tensor) -> Tensor:
+        """bool [B or 1, K or 1, N]: the tokens that a decode step reads; padding does not matter."""
 
-    def attended(self, tokens: Tensor, weights: Tensor) -> None:  # noqa: B027
-        """What the step read: tokens [B, K, n], and the attention [B, K, G, n] that they got, if the method watches."""
+    def attended(self, weights: Tensor, read: Tensor, last: Tensor) -> None:  # noqa: B027
+        """The attention [B, K, G, N] of a decode step, and what was read [B or 1, K or 1, N], if the method watches."""
+
+    def reads(self, length: int) -> int:
+        """Tokens that a step reads of each KV head at a context of `length` tokens, in a row without padding."""
+        return self.config.budget
+
+    def pages_read(self, length: int) -> int:
+        """Pages that they would fill."""
+        return -(-self.reads(length) // self.config.page_size)
 
 
 @dataclass(frozen=True)
@@ -74,27 +97,42 @@ def rival_attention_forward(
 ) -> tuple[Tensor, None]:
     """As `unique_attention_forward`, which it is for every cache that no rival reads."""
     layer: PagedLayer | None = getattr(key, "paged_layer", None)
-    if layer is None or not isinstance(layer.config, RivalConfig):
+    if layer is None or not isinstance(layer.config, RivalConfig) or not layer.sparse_layer:
         return unique_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if layer.step is not None:
-        raise ValueError(f"attention={layer.config.method.name} has no captured step: decode with static=False")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    new = query.shape[2]
-    if layer.length == new:  # the first tokens of a sequence
+    new, step = query.shape[2], layer.step
+    if step is not None:
+        layer.write_token(key, value)
+        method = method_of(layer)
+        position, last, sparse = static_positions(step), step.position, step.sparse
+        return rival_step(layer, method, query, layer.keys, layer.values, position, last, scaling, sparse), None
+
+    method = method_of(layer, new_sequence=layer.length == new)
+    position = positions(attention_mask, layer.length, key.device)
+    how = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if new > 1:
+        method.prompt(query.unflatten(1, (key.shape[1], -1)), key, position, scaling)
+        return dense_attention(module, query, key, value, attention_mask, **how)
+    sparse = layer.sparse_at(layer.length)
+    layer.count_step(layer.length)
+    last = torch.full((1,), layer.length - 1, device=key.device)
+    output = rival_step(layer, method, query, key, value, position, last, scaling, sparse)
+    return (output, None) if sparse else dense_attention(module, query, key, value, attention_mask, **how)
+
+
+def method_of(layer: PagedLayer, new_sequence: bool = False) -> Method:
+    """The layer's own method, with room for all of its slots."""
+    if not hasattr(layer, "method"):
         layer.method = copy.copy(layer.config.method)
         layer.method.begin(layer.config)
-    method: Method = layer.method
-    sparse = new == 1 and layer.sparse_at(layer.length)
-    if new > 1:
-        method.prompt = layer.length
-    position = positions(attention_mask, layer.length, key.device)
-    if layer.sparse_layer:
-        method.observe(query.unflatten(1, (key.shape[1], -1)), key, position, scaling, sparse)
-    if not sparse:
-        if new == 1:
-            layer.count_step(layer.length)
-        return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    return rival_step(layer, method, query, key, value, position, scaling).flatten(1, 2).unsqueeze(1), None
+        layer.pages_read = layer.method.pages_read
+        new_sequence = True
+    if new_sequence:
+        layer.method.reset(layer.keys)
+    elif layer.method.slots != layer.capacity:
+        layer.method.grow(layer.keys)
+    layer.method.slots = layer.capacity
+    return layer.method
 
 
 def positions(attention_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -107,29 +145,36 @@ def positions(attention_mask: Tensor | None, length: int, device: torch.device) 
     return attention_mask.positions
 
 
+def static_positions(step: StaticStep) -> Tensor:
+    """[B or 1, 1, N] over all slots, computed once for all layers."""
+    if not hasattr(step, "positions"):
+        slot = torch.arange(step.capacity, device=step.position.device).view(1, 1, -1)
+        place = slot if step.starts is None else slot - step.starts.view(-1, 1, 1)
+        step.positions = place.masked_fill(slot > step.position, -1)
+    return step.positions
+
+
 def rival_step(
-    layer: PagedLayer, method: Method, query: Tensor, keys: Tensor, values: Tensor, position: Tensor, scaling: float
+    layer: PagedLayer,
+    method: Method,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    last: Tensor,
+    scaling: float,
+    sparse: bool,
 ) -> Tensor:
-    """One decode step over the tokens chosen: [B, H, 1, D] -> [B, K, G, D]."""
+    """One decode step over the tokens chosen, or over all: [B, H, 1, D] -> [B, 1, H, D]."""
     queries = group_queries(query, keys.shape[1])
-    ranks, count = method.rank(queries, keys, position)
-    count = min(count, keys.shape[2])
-    best = ranks.masked_fill(position < 0, -torch.inf).expand(*keys.shape[:3]).topk(count, dim=-1)
-    tokens, reads = best.indices, best.values.unsqueeze(2) > -torch.inf  # [B, K, n], [B, K, 1, n]: fewer in short rows
-    index = tokens.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
-    read = keys.gather(2, index)
+    method.observe(queries, keys, position, last)
+    read = position >= 0
+    if sparse:
+        read = read & method.choose(queries, keys, position, last)
+    bias = torch.zeros(read.shape, device=keys.device).masked_fill(~read, -torch.inf).expand(keys.shape[:3])
     if method.watches:
-        logits = torch.matmul(queries.float(), read.float().transpose(-1, -2)) * scaling
-        method.attended(tokens, logits.masked_fill(~reads, -torch.inf).softmax(dim=-1))
-    count_tokens(layer, count)
-    return attend(queries, read, values.gather(2, index), scaling, reads)
-
-
-def count_tokens(layer: PagedLayer, tokens: int) -> None:
-    """Count a sparse step that read so many tokens of each KV head, in pages that they would fill."""
-    layer.count_step(layer.length)
-    rows, size = layer.keys.shape[0] * layer.keys.shape[1], layer.config.page_size
-    layer.counters.pages_read += rows * (-(-tokens // size) - layer.config.pages)
+        method.attended(attention_weights(queries, keys, scaling, bias), read, last)
+    return attend_biased(queries, keys, values, scaling, bias).flatten(1, 2).unsqueeze(1)
 
 
 @contextmanager

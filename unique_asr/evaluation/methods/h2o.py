@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
+from ...attention.cache import grown
 from .base import Method
 
-LOGITS = 1 << 24  # attention weights computed at once in the prefill
+LOGITS = 1 << 24  # attention weights computed at once in the prefill, and on CUDA 4 times as many
 
 
 @dataclass
@@ -23,36 +23,49 @@ class H2O(Method):
     watches: ClassVar[bool] = True
     recent: float = 0.5  # share of the budget for the latest tokens; the paper's choice
 
-    def begin(self, config):
-        super().begin(config)
-        self.mass = None  # [B, K, N] float32: attention that each token has got
-        self.evicted = None  # [B, K, N]
+    def reset(self, keys):
+        if getattr(self, "masses", None) is None or self.masses.shape[1:] != keys.shape[:3]:
+            # float32 [2, B, K, N]: attention that each token has got, -inf once it is evicted. A step at slot t reads
+            # the one of t % 2 and writes the other.
+            self.masses = torch.zeros(2, *keys.shape[:3], device=keys.device)
 
-    def observe(self, query, keys, position, scaling, sparse):
-        new = query.shape[3]
-        if self.mass is None:
-            self.mass = torch.zeros(*keys.shape[:2], 0, device=keys.device)
-            self.evicted = torch.zeros(*keys.shape[:2], 0, dtype=torch.bool, device=keys.device)
-        self.mass, self.evicted = F.pad(self.mass, (0, new)), F.pad(self.evicted, (0, new))
-        if sparse:
-            return  # counted in `attended`
-        total = keys.shape[2]
+    def grow(self, keys):
+        rows = self.masses.flatten(0, 1).unsqueeze(-1)
+        self.masses = grown(rows, rows.shape[2], keys.shape[2]).squeeze(-1).unflatten(0, (2, -1))
+
+    def prompt(self, query, keys, position, scaling):
+        new, total = query.shape[3], keys.shape[2]
+        before = torch.tensor([total - new], device=keys.device)
         place, padding = torch.arange(total, device=keys.device), (position < 0).unsqueeze(2)  # [B, 1, 1, N]
         past = keys.float().transpose(-1, -2).unsqueeze(2)  # [B, K, 1, D, N]
-        rows = max(1, LOGITS // (total * query.shape[0] * query.shape[1] * query.shape[2]))
+        logits_at_once = LOGITS << 2 if keys.is_cuda else LOGITS
+        rows = max(1, logits_at_once // (total * query.shape[0] * query.shape[1] * query.shape[2]))
+        mass = self._mass(before, total)
         for start in range(0, new, rows):
             part = query[:, :, :, start : start + rows].float()
             logits = torch.matmul(part, past) * scaling
             last = place[total - new + start :][: part.shape[3]]
             logits = logits.masked_fill((place > last.unsqueeze(-1)) | padding.unsqueeze(2), -torch.inf)
             asked = (position[..., last] >= 0)[:, :, None, :, None]  # by queries that are no padding
-            self.mass += logits.softmax(dim=-1).masked_fill(~asked, 0).sum(dim=(2, 3))
+            mass += logits.softmax(dim=-1).masked_fill(~asked, 0).sum(dim=(2, 3))
+        self._keep(mass, before + new)
 
-    def rank(self, query, keys, position):
-        ranks = self.mass.masked_fill(self.evicted, -torch.inf)
-        ranks[..., -max(1, int(self.recent * self.config.budget)) :] = torch.inf
-        return ranks, self.config.budget
+    def choose(self, query, keys, position, last):
+        mass = self._mass(last, keys.shape[2])
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        mass = mass.masked_fill(slot > last - max(1, int(self.recent * self.config.budget)), torch.inf)
+        best = mass.masked_fill(position < 0, -torch.inf).topk(min(self.config.budget, keys.shape[2]), dim=-1)
+        return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, best.indices, best.values > -torch.inf)
 
-    def attended(self, tokens, weights):
-        self.mass.scatter_add_(2, tokens, weights.sum(dim=2))
-        self.evicted.fill_(True).scatter_(2, tokens, False)
+    def attended(self, weights, read, last):
+        mass = self._mass(last, weights.shape[-1]) + weights.sum(dim=2)
+        self._keep(mass.masked_fill(~read, -torch.inf), last + 1)
+
+    def _mass(self, slot, total):
+        """[B, K, total] before the token of `slot` (int64 [1]) is read; the tokens from it on have got nothing yet."""
+        mass = self.masses.index_select(0, slot % 2)[0, :, :, :total]
+        return mass.masked_fill(torch.arange(total, device=slot.device) >= slot, 0)
+
+    def _keep(self, mass, slot):
+        """What there is when the token of `slot` comes."""
+        self.masses[:, :, :, : mass.shape[2]].index_copy_(0, slot % 2, mass.unsqueeze(0))

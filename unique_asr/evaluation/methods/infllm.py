@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ...attention.cache import grown
 from .base import Method
 
 
@@ -29,55 +30,98 @@ class InfLLM(Method):
         self.block = config.page_size
         if config.budget is not None:
             self.window = int(self.local * config.budget)
+            self.ring = self.window + 2 * self.block  # slots whose sums a step may need
             need = self.window + (config.sink_pages + 2) * self.block
             if config.budget < need:
                 raise ValueError(
                     f"attention.budget is {config.budget}: InfLLM with blocks of {self.block} needs {need} tokens; "
                     "raise it, or lower attention.page_size"
                 )
-        self.sums = None  # [B, K, n, D] float64: sums of the queries before token `first`, and before each one after it
-        self.first = 0  # tokens whose blocks are represented
-        self.represented = None  # [B, K, blocks, D]: sum of the representative keys of each block
 
-    def observe(self, query, keys, position, scaling, sparse):
-        asked = (position[..., -query.shape[3] :] >= 0).unsqueeze(-1)  # by queries that are no padding
+    def reset(self, keys):
+        batch, heads, slots, dim = keys.shape
+        shape = batch, heads, slots // self.block, dim
+        if getattr(self, "represented", None) is None or self.represented.shape != shape:
+            # Sum of the representative keys of each block.
+            self.represented = torch.zeros(shape, device=keys.device)
+            # Sum of the queries before slot s at s % ring.
+            self.sums = torch.zeros(batch, heads, self.ring, dim, dtype=torch.float64, device=keys.device)
+        self.sums.zero_()
+
+    def grow(self, keys):
+        self.represented = grown(self.represented, self.represented.shape[2], keys.shape[2] // self.block)
+
+    def prompt(self, query, keys, position, scaling):
+        total, device = keys.shape[2], keys.device
+        before = total - query.shape[3]
+        first, last = self._represented(before), self._represented(total)
+        asked = (position[..., before:] >= 0).unsqueeze(-1)  # by queries that are no padding
+        sums = self.sums[:, :, torch.arange(first, before + 1, device=device) % self.ring]  # from slot `first` on
         new = (query.sum(dim=2, dtype=torch.float64) * asked).cumsum(dim=2)  # [B, K, T, D]
-        if self.sums is None:
-            self.sums = F.pad(new, (0, 0, 1, 0))
-            self.represented = keys.new_zeros(*keys.shape[:2], 0, keys.shape[-1], dtype=torch.float32)
-        else:
-            self.sums = torch.cat([self.sums, self.sums[:, :, -1:] + new], dim=2)
-        self._represent(keys, position)
+        sums = torch.cat([sums, sums[:, :, -1:] + new], dim=2)
+        if last > first:
+            after = sums[:, :, 1 + self.window :] - sums[:, :, 1 : -self.window]
+            blocks = slice(first // self.block, last // self.block)
+            count = last - first
+            self.represented[:, :, blocks] = self._representatives(
+                after[:, :, :count], keys[:, :, first:last], position[..., first:last]
+            )
+        kept = min(self.ring, sums.shape[2])
+        self.sums[:, :, torch.arange(total + 1 - kept, total + 1, device=device) % self.ring] = sums[:, :, -kept:]
 
-    def rank(self, query, keys, position):
-        total, sink = keys.shape[2], self.config.sink_pages
-        local = self.first  # the latest tokens begin where the represented blocks end
-        scores = torch.matmul(query.float(), self.represented.transpose(-1, -2)).sum(dim=2)
-        block = torch.arange(scores.shape[-1], device=keys.device) - (-position[..., :1]) // self.block
+    def observe(self, query, keys, position, last):
+        past = self.sums.index_select(2, last % self.ring)
+        new = past + query.sum(dim=2, keepdim=True, dtype=torch.float64)
+        self.sums.index_copy_(2, (last + 1) % self.ring, new)
+        # The block that left the local window last, which is the same for some steps. Before one has, the first, too
+        # early: it is done again when it has.
+        block = (self._represented(last + 1) // self.block - 1).clamp(min=0)
+        slots = block * self.block + torch.arange(self.block, device=last.device)
+        slots = slots.clamp(max=keys.shape[2] - 1)
+        after = self.sums.index_select(2, (slots + 1 + self.window) % self.ring)
+        after = after - self.sums.index_select(2, (slots + 1) % self.ring)
+        representatives = self._representatives(after, keys.index_select(2, slots), position.index_select(2, slots))
+        self.represented.index_copy_(2, block, representatives)
+
+    def choose(self, query, keys, position, last):
+        slots, sink = keys.shape[2], self.config.sink_pages
+        first = self._represented(last + 1)  # the latest tokens begin where the represented blocks end
+        scores = torch.matmul(query.float(), self.represented[:, :, : slots // self.block].transpose(-1, -2))
+        scores = scores.sum(dim=2)  # [B, K, blocks]
+        number = torch.arange(scores.shape[-1], device=keys.device)
+        block = number - (-position[..., :1]) // self.block
         # The first blocks of a row are read in any case; those before them are padding.
-        best = scores.masked_fill(block < sink, -torch.inf).topk(self._blocks(total - local), dim=-1).indices
-        chosen = torch.full_like(scores, -torch.inf).scatter_(-1, best, 0.0)
-        chosen = chosen.masked_fill((block >= 0) & (block < sink), 0.0)
-        ranks = F.pad(chosen.repeat_interleave(self.block, dim=-1), (0, total - local))
-        return ranks, (self._blocks(total - local) + sink) * self.block + total - local
+        scores = scores.masked_fill((block < sink) | (number >= first // self.block), -torch.inf)
+        most = min(self._blocks(self.window), scores.shape[-1])
+        best = scores.topk(most, dim=-1)
+        # A longer window of the latest tokens leaves room for fewer blocks.
+        taken = torch.arange(most, device=keys.device) < self._blocks(last + 1 - first)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen.scatter_(2, best.indices, taken & (best.values > -torch.inf))
+        chosen = chosen | ((block >= 0) & (block < sink))
+        latest = torch.arange(slots, device=keys.device) >= first
+        return F.pad(chosen.repeat_interleave(self.block, dim=-1), (0, slots % self.block)) | latest
 
-    def _blocks(self, local: int) -> int:
+    def reads(self, length):
+        local = length - self._represented(length)
+        return (self._blocks(local) + self.config.sink_pages) * self.block + local
+
+    def _represented(self, length):
+        """Of `length` tokens, those whose blocks are complete and have left the local window."""
+        if isinstance(length, int):
+            return max(0, length - self.window) // self.block * self.block
+        return (length - self.window).clamp(min=0) // self.block * self.block
+
+    def _blocks(self, local):
         """Blocks to choose beside `local` latest tokens and the first blocks."""
         return (self.config.budget - local) // self.block - self.config.sink_pages
 
-    def _represent(self, keys, position):
-        """Choose the representatives of the complete blocks that have left the local window."""
-        last = (keys.shape[2] - self.window) // self.block * self.block
-        if last <= self.first:
-            return
-        count, window = last - self.first, self.window
-        after = self.sums[:, :, 1 + window : 1 + window + count] - self.sums[:, :, 1 : 1 + count]
-        padding = (position[..., self.first : last] < 0).unsqueeze(-1)
-        tokens = keys[:, :, self.first : last].float().masked_fill(padding, 0)
-        importance = (after.float() * tokens).sum(dim=-1) / window
+    def _representatives(self, after, keys, position):
+        """Of each block of keys [B, K, n S, D] the sum of those that queries looked at most: [B, K, n, D]."""
+        padding = (position < 0).unsqueeze(-1)
+        tokens = keys.float().masked_fill(padding, 0)
+        importance = (after.float() * tokens).sum(dim=-1) / self.window
         importance = importance.masked_fill(padding.squeeze(-1), -torch.inf).unflatten(-1, (-1, self.block))
         best = importance.topk(min(self.representatives, self.block), dim=-1).indices.unsqueeze(-1)
         tokens = tokens.unflatten(2, (-1, self.block))
-        new = tokens.gather(3, best.expand(*best.shape[:-1], tokens.shape[-1])).sum(dim=3)
-        self.represented = torch.cat([self.represented, new], dim=2)
-        self.sums, self.first = self.sums[:, :, count:], last
+        return tokens.gather(3, best.expand(*best.shape[:-1], tokens.shape[-1])).sum(dim=3)

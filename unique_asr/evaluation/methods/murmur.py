@@ -33,18 +33,27 @@ class Murmur(Method):
                 sinks = self.sink + self.output_sink
                 raise ValueError(f"attention.budget is {config.budget}: Murmur's sinks alone are {sinks} tokens")
 
-    def rank(self, query, keys, position):
-        total, elapsed = keys.shape[2], keys.shape[2] - self.prompt
-        padding = -position[..., :1]  # tokens before each row's first; the longest row has none
-        most = (self.prompt - padding - self.sink - self.window).clamp(min=0)
-        gone = most.clamp(max=max(0, int(self.rate * (elapsed - self.delay))))
-        output = position - (self.prompt - padding)  # place in the output, negative in the prompt
+    def reset(self, keys):
+        if not hasattr(self, "prompted"):
+            self.prompted = torch.zeros(1, dtype=torch.long, device=keys.device)  # slots of the prompt, with padding
+        self.prompt_tokens = 0  # the same on the host
+
+    def prompt(self, query, keys, position, scaling):
+        self.prompt_tokens = keys.shape[2]
+        self.prompted.fill_(self.prompt_tokens)
+
+    def choose(self, query, keys, position, last):
+        elapsed = last + 1 - self.prompted
+        padding = -position[..., :1]  # slots before each row's first token
+        most = (self.prompted - padding - self.sink - self.window).clamp(min=0)
+        gone = most.minimum((self.rate * (elapsed - self.delay)).long().clamp(min=0))
+        output = position - (self.prompted - padding)  # place in the output, negative in the prompt
         evicted = (position >= self.sink) & (position < self.sink + gone) & (output < 0)
         evicted |= (output >= self.output_sink) & (output < elapsed - self.window)
-        ranks = torch.zeros(position.shape, device=keys.device).masked_fill(evicted, -torch.inf)
-        return ranks, self._read(total, elapsed)
+        return ~evicted
 
-    def _read(self, total: int, elapsed: int) -> int:
-        """Tokens that a row without padding reads."""
-        gone = min(max(0, int(self.rate * (elapsed - self.delay))), max(0, self.prompt - self.sink - self.window))
-        return total - gone - max(0, elapsed - self.window - self.output_sink)
+    def reads(self, length):
+        elapsed = length - self.prompt_tokens
+        most = max(0, self.prompt_tokens - self.sink - self.window)
+        gone = min(max(0, int(self.rate * (elapsed - self.delay))), most)
+        return length - gone - max(0, elapsed - self.window - self.output_sink)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from .base import Method
 
 
@@ -20,5 +18,6 @@ class StreamingLLM(Method):
         if config.budget is not None and config.budget <= self.sink:
             raise ValueError(f"attention.budget is {config.budget}: StreamingLLM needs more than its {self.sink} sinks")
 
-    def rank(self, query, keys, position):
-        return position.float().masked_fill(position < self.sink, torch.inf), self.config.budget
+    def choose(self, query, keys, position, last):
+        newest = last + position[..., :1]  # position of the newest token
+        return (position < self.sink) | (position > newest - (self.config.budget - self.sink))
