@@ -147,11 +147,9 @@ class BatchDecoder:
 
     def _begin(self, work: Callable[[], None]) -> tuple[Chosen, SparsityStatistics]:
         """What `work` chooses, and what it counted."""
-        before = SparsityStatistics(**vars(self.statistics))
+        before = self.statistics.copy()
         work()
-        now = vars(self.statistics)
-        counted = SparsityStatistics(**{name: value - getattr(before, name) for name, value in now.items()})
-        return self._made.chosen(), counted
+        return self._made.chosen(), self.statistics.since(before)
 
     def _fitting(self, rows: list[Row]) -> list[Row]:
         """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""

@@ -112,7 +112,7 @@ class GreedyDecoder:
                 if self.length == self.capacity:
                     break
                 self._step()
-            chosen, self._chosen, before = self._chosen, None, vars(self.statistics).copy()
+            chosen, self._chosen, before = self._chosen, None, self.statistics.copy()
             if ahead and left and self.length < self.capacity:
                 self._step()
             (token,), (log_prob,) = chosen.tolist()
@@ -141,10 +141,10 @@ class GreedyDecoder:
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
         self._chosen = self.step.chosen()
 
-    def _undo_step(self, token: int, counters: dict[str, int]) -> None:
+    def _undo_step(self, token: int, counters: SparsityStatistics) -> None:
         """Take back the step that wrote a token too many to the cache."""
         for layer in self.cache.paged_layers:
             layer.crop(-1)
         self.step.token.fill_(token)
-        vars(self.statistics).update(counters)
+        vars(self.statistics).update(vars(counters))
         self._chosen = None

@@ -251,10 +251,10 @@ class Transcriber(LoadedModel):
             if row is not None:
                 check_memory(self.model.language_model, capacity, info, row.held)
             decoder = row or self._take_decoder(capacity, info, reads is not None)
-            before = SparsityStatistics(**vars(decoder.statistics))
+            before = decoder.statistics.copy()
 
             def sparsity() -> SparsityStatistics:
-                counted = _difference(decoder.statistics, before)
+                counted = decoder.statistics.since(before)
                 counted.add(earlier)
                 return counted
 
@@ -367,7 +367,3 @@ def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo, he
             f"{info.audio}: a KV cache of {needed / 1e9:.1f} GB for {capacity} tokens does not fit into the "
             f"{free / 1e9:.1f} GB that are free on {weight.device}; lower max_pass_seconds or use another device"
         )
-
-
-def _difference(after: SparsityStatistics, before: SparsityStatistics) -> SparsityStatistics:
-    return SparsityStatistics(**{name: value - getattr(before, name) for name, value in vars(after).items()})

@@ -1,6 +1,6 @@
 """What was sparse: counted on the host from lengths alone, so that counting never waits for a device."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass
@@ -24,6 +24,13 @@ class SparsityStatistics:
     def add(self, other: "SparsityStatistics") -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def since(self, before: "SparsityStatistics") -> "SparsityStatistics":
+        """What was counted after the copy `before`."""
+        return SparsityStatistics(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
+
+    def copy(self) -> "SparsityStatistics":
+        return replace(self)
 
     def to_dict(self) -> dict:
         return asdict(self) | {"share_of_pages_read": round(self.share_of_pages_read, 6)}

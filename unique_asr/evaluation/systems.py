@@ -155,12 +155,12 @@ class SpeechLLM:
         decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
-            started, before = time.perf_counter(), decoder.statistics.to_dict()
+            started, before = time.perf_counter(), decoder.statistics.copy()
             decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
             report = LongformReport()
             with rivals_active():
                 segments = list(self.segments(transcriber, encoded, decoder, report))
-            counted = _counted(before, decoder.statistics)
+            counted = decoder.statistics.since(before)
             seconds = encode_seconds + time.perf_counter() - started
             yield index, _hypothesis(segments, report, counted, seconds, report.timings["decode"])
 
@@ -254,7 +254,7 @@ class BatchedSpeechLLM(SpeechLLM):
                     segments.append(segment)
         finally:
             decoder.remove(row)
-        return _hypothesis(segments, report, _counts(row.statistics), encode_seconds, row.seconds["decode"])
+        return _hypothesis(segments, report, row.statistics, encode_seconds, row.seconds["decode"])
 
 
 class Deferred:
@@ -323,7 +323,7 @@ class Whisper:
 
 
 def _hypothesis(
-    segments: list[Segment], report: LongformReport, counted: dict[str, Any], seconds: float, decode_seconds: float
+    segments: list[Segment], report: LongformReport, counted: SparsityStatistics, seconds: float, decode_seconds: float
 ) -> Hypothesis:
     return Hypothesis(
         text=" ".join(segment.text.strip() for segment in segments),
@@ -332,19 +332,9 @@ def _hypothesis(
         passes=report.passes,
         broken=report.broken,
         longest=report.longest,
-        sparsity=counted,
+        sparsity=vars(counted.copy()),
         segments=segments,
         seconds=seconds,
-        tokens=counted["steps"],
+        tokens=counted.steps,
         decode_seconds=decode_seconds,
     )
-
-
-def _counts(statistics: SparsityStatistics) -> dict[str, Any]:
-    """Without the share of pages, which is computed from sums."""
-    return {name: value for name, value in statistics.to_dict().items() if name != "share_of_pages_read"}
-
-
-def _counted(before: dict[str, Any], statistics: SparsityStatistics) -> dict[str, Any]:
-    """What was counted since `before`."""
-    return {name: value - before[name] for name, value in _counts(statistics).items()}

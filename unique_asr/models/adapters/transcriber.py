@@ -140,11 +140,10 @@ class AdapterTranscriber(LoadedModel):
         tokenizer, decoder = self.processor.tokenizer, row or self.decoder
         recording = Recording(samples, self.adapter, tokenizer, self.passes, info, prompt, source.start, unfinished)
         earlier = SparsityStatistics(**recording.place.sparsity)
-        before = SparsityStatistics(**vars(decoder.statistics))
+        before = decoder.statistics.copy()
 
         def sparsity() -> SparsityStatistics:
-            now = vars(decoder.statistics)
-            counted = SparsityStatistics(**{name: now[name] - getattr(before, name) for name in now})
+            counted = decoder.statistics.since(before)
             counted.add(earlier)
             return counted
 
