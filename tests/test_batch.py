@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_pipeline import noise
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 
 import unique_asr
 from unique_asr import batch, batch_decoding, pipeline
@@ -59,6 +59,21 @@ def test_only_models_with_full_attention_in_every_layer_have_static_steps():
     sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     assert pages_every_layer(LlamaConfig())
     assert not pages_every_layer(Gemma3TextConfig(**sizes))
+
+
+def test_a_second_wave_of_a_model_with_sliding_layers():
+    """In chunks longer than the window; the cache of the first wave is used again."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 90, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=97, num_hidden_layers=3, head_dim=8, sliding_window=12, layer_types=kinds, **sizes
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    prompts, rows = prompts_of(60, 47), BatchDecoder(model, prefill_chunk=16)
+    expected = [alone(model, None, prompt, 8)[0] for prompt in prompts]
+    for _ in range(2):
+        assert [tokens for tokens, _ in together(rows, prompts, [8, 8], 2)] == expected
 
 
 @pytest.mark.parametrize("static", [False, True])

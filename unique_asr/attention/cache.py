@@ -383,6 +383,7 @@ class PagedCache(Cache):
     ):
         self.attention = attention or SparseAttentionConfig()
         self.statistics = SparsityStatistics() if statistics is None else statistics
+        self._config = config
         layers = DynamicCache(config=config).layers
         self.paged_layers: list[PagedLayer] = []
         for index, layer in enumerate(layers):
@@ -415,6 +416,15 @@ class PagedCache(Cache):
                 layer.reserve(tokens)
             else:
                 layer.requested = max(layer.requested, tokens)
+
+    def reset(self) -> None:
+        """Forget the tokens; pages keep their buffers."""
+        # Sliding layers are made anew: the reset of transformers before 5.20 leaves zeros in them.
+        for index, fresh in enumerate(DynamicCache(config=self._config).layers):
+            if isinstance(self.layers[index], PagedLayer):
+                self.layers[index].reset()
+            else:
+                self.layers[index] = fresh
 
     @contextmanager
     def static_step(self, position: Tensor, sparse: bool, starts: Tensor | None = None) -> Iterator[None]:
