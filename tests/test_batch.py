@@ -64,7 +64,7 @@ def test_only_models_with_full_attention_in_every_layer_have_static_steps():
 def test_a_second_wave_of_a_model_with_sliding_layers():
     """In chunks longer than the window; the cache of the first wave is used again."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 90, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 90, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3TextConfig(
         vocab_size=97, num_hidden_layers=3, head_dim=8, sliding_window=12, layer_types=kinds, **sizes
