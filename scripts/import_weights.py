@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+
+from unique_asr.generation import load_text_tokenizer
+from unique_asr.models import ModelError
 
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # CTranslate2's DataType
 
@@ -203,7 +205,7 @@ def import_language_model(sources: list[Path], output: Path, dtype: torch.dtype)
     with tempfile.TemporaryDirectory() as folder:
         gguf = collect_one(sources, "*.gguf", Path(folder))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = load_text_tokenizer(gguf, option="SOURCE")
     # The weights are plain tensors by now, but transformers would refuse to save what it takes for a quantised model.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -225,7 +227,10 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype or ("float16" if arguments.kind == "whisper" else "float32"))
     run = import_whisper if arguments.kind == "whisper" else import_language_model
-    run(arguments.sources, arguments.output, dtype)
+    try:
+        run(arguments.sources, arguments.output, dtype)
+    except ModelError as error:
+        parser.exit(1, f"{error}\n")
     print(f"{arguments.output}: written as {dtype}")
 
 

@@ -4,12 +4,14 @@ import io
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from unique_asr import generation
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.generation import GenerationError, TextGenerator, rope_types
 from unique_asr.models import ModelError
@@ -247,6 +249,24 @@ def test_the_script_reads_standard_input_and_reports_mistakes(gguf, capsys, monk
     assert "none.txt" in capsys.readouterr().err
     assert script(f"model={tmp_path}/none.gguf", "prompt=Why?") == 1
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("understood", [True, False])
+def test_a_gemma_file_whose_texts_have_no_beginning_is_refused(understood, tmp_path, monkeypatch):
+    class GemmaTokenizer:
+        bos_token_id = 2
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[2, 7] if understood else [7])
+
+    path = tmp_path / "gemma.gguf"
+    path.touch()
+    monkeypatch.setattr(generation.AutoTokenizer, "from_pretrained", lambda *_, **__: GemmaTokenizer())
+    if understood:
+        assert isinstance(generation.load_text_tokenizer(path), GemmaTokenizer)
+        return
+    with pytest.raises(ModelError, match=r"model=.*gemma.gguf: transformers .* reads this file's tokenizer wrongly"):
+        generation.load_text_tokenizer(path)
 
 
 def test_settings_of_the_cache_reach_it(tokenizer):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unique_asr.attention import SparseAttentionConfig
@@ -185,9 +186,18 @@ def load_text_model(
 
 
 def load_text_tokenizer(name_or_path: str | PathLike[str], option: str = "model") -> Any:
+    """The tokenizer of such a model. Raises ModelError if a .gguf file's was not understood."""
     source, options = _text_source(name_or_path, option)
     with loading(name_or_path, "text LLM", option=option):
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    gemma = "Gemma" in type(tokenizer).__name__
+    if options and gemma and tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        # As transformers 5.17 does, which cuts words into other tokens too.
+        raise ModelError(
+            f"{option}={name_or_path}: transformers {transformers.__version__} reads this file's tokenizer wrongly; "
+            "update transformers or give the original model's folder"
+        )
+    return tokenizer
 
 
 def _text_source(name_or_path: str | PathLike[str], option: str) -> tuple[str, dict[str, str]]:
