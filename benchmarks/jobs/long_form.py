@@ -16,15 +16,19 @@ LENGTHS = ["60", "20", "10", "2", "0.5"]  # minutes, the longest first, for they
 
 
 def job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *more: str) -> None:
+    """`minutes`: one length, or several with commas between, whose recordings then share batches."""
     name = "-".join([*methods, *map(str, budgets)]) + f"@{minutes}" + ("-default_passes" if more else "")
     chosen = ",".join(dict.fromkeys(["dense", *methods]))
+    lengths = minutes.split(",")
     command = [
         sys.executable, "scripts/evaluate.py", "study=long_form", f"data.manifest={manifest}", f"methods=[{chosen}]",
         f"data.join_minutes=[{minutes}]", "threads=2", *more,
     ]  # fmt: skip
+    if len(lengths) > 1:
+        command.append("together=true")
     if budgets:
         command.append(f"attention.budget={budgets}")
-    after = [] if methods == ["dense"] else [f"dense@{minutes}"]
+    after = [] if methods == ["dense"] else [f"dense@{each}" for each in lengths]
     print(json.dumps({"name": name, "command": command, "after": after}))
 
 
@@ -39,17 +43,15 @@ def main(manifest: str) -> None:
         job(manifest, ["unique"], [budget], "10")
     for minutes in ["20", "60"]:  # as users run it: passes of two minutes
         job(manifest, ["unique"], [512], minutes, "decoding.max_pass_seconds=null")
-    for minutes in ["2", "20", "60"]:
-        for method in RIVALS:
-            job(manifest, [method], [512], minutes)
-    for minutes in ["0.5", "2"]:
+    for method in RIVALS:
+        job(manifest, [method], [512], "60,20,2")
+    for method in ["unique", *RIVALS[:-1]]:
+        job(manifest, [method], [256, 128], "2")
+    for budget in (256, 128, 1024, 2048):
         for method in ["unique", *RIVALS[:-1]]:
-            job(manifest, [method], [128, 256], minutes)
-    for method in RIVALS[:-1]:
-        job(manifest, [method], [128, 256, 1024, 2048], "10")
-    for minutes in ["20", "60"]:
-        for method in ["unique", *RIVALS[:-1]]:
-            job(manifest, [method], [128, 256, 1024, 2048], minutes)
+            job(manifest, [method], [budget], "60,20,10")
+    for method in ["unique", *RIVALS[:-1]]:
+        job(manifest, [method], [256, 128], "0.5")
 
 
 if __name__ == "__main__":

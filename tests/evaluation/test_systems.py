@@ -180,6 +180,31 @@ def test_a_budget_that_holds_the_passes_needs_no_decoding(speech_llm, tmp_path, 
     assert asked[-1] == ("murmur-100000", 2)
 
 
+def test_recordings_of_all_lengths_in_the_same_batches(speech_llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    asked = []
+    decode = BatchedSpeechLLM.transcribe
+
+    def noted(system, recordings):
+        asked.append([round(recording.duration) for recording in recordings])
+        yield from decode(system, recordings)
+
+    monkeypatch.setattr(BatchedSpeechLLM, "transcribe", noted)
+    options = ["data.join_minutes=[0.05,0.1]", "data.limit=2", "batch=4", "attention=dense"]
+    for together in ("true", "false"):
+        assert run(*options, f"together={together}", f"output.dir={tmp_path / together}") == 0
+    whole, short, long = asked
+    assert whole == sorted(short + long, reverse=True)
+    assert short
+    assert long
+    for set_of in ("dense@0.05min.jsonl", "dense@0.1min.jsonl"):
+        rows = [
+            [json.loads(row)["pred_text"] for row in (tmp_path / together / set_of).open()]
+            for together in ("true", "false")
+        ]
+        assert rows[0] == rows[1]
+
+
 def test_what_was_decoded_is_scored_without_the_model(speech_llm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
     copied = tmp_path / "elsewhere"

@@ -83,6 +83,8 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
     dense = Dense()
     for system, made_of in build_systems(config):
         decodings = Decodings(folder / "decodings", made_of, config.resume)
+        if config.together and config.decode:
+            decode_together(system, [(each, dense.same(each, made_of)) for each in sets.values()], decodings)
         for name, recordings in sets.items():
             known = dense.same(recordings, made_of)
             there = sum(recording in known or decodings.get(recording) is not None for recording in recordings)
@@ -101,6 +103,21 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
     if not results:
         raise ValueError(f"{folder}: nothing was decoded yet with these settings; leave out decode=false")
     write_results(folder, results, settings)
+
+
+def decode_together(
+    system: System, sets: Sequence[tuple[Sequence[Recording], Mapping[Recording, Hypothesis]]], decodings: Decodings
+) -> None:
+    """Decode what is missing of the recordings of every set, and not known, in the same batches, the longest first."""
+    missing = {
+        recording: None  # in order, and once
+        for recordings, known in sets
+        for recording in recordings
+        if recording not in known and decodings.get(recording) is None
+    }
+    pending = sorted(missing, key=lambda recording: -recording.duration)
+    for index, hypothesis in system.transcribe(pending):
+        decodings.put(pending[index], hypothesis)
 
 
 class Dense:
