@@ -101,23 +101,24 @@ def rival_attention_forward(
         return unique_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     new, step = query.shape[2], layer.step
+    how = {"dropout": dropout, "scaling": scaling, **kwargs}
     if step is not None:
         layer.write_token(key, value)
-        method = method_of(layer)
+        method, keys, values = method_of(layer), layer.keys, layer.values
         position, last, sparse = static_positions(step), step.position, step.sparse
-        return rival_step(layer, method, query, layer.keys, layer.values, position, last, scaling, sparse), None
-
-    method = method_of(layer, new_sequence=layer.length == new)
-    position = positions(attention_mask, layer.length, key.device)
-    how = {"dropout": dropout, "scaling": scaling, **kwargs}
-    if new > 1:
-        method.prompt(query.unflatten(1, (key.shape[1], -1)), key, position, scaling)
+    else:
+        method, keys, values = method_of(layer, new_sequence=layer.length == new), key, value
+        position = positions(attention_mask, layer.length, key.device)
+        if new > 1:
+            method.prompt(query.unflatten(1, (key.shape[1], -1)), key, position, scaling)
+            return dense_attention(module, query, key, value, attention_mask, **how)
+        layer.count_step(layer.length)
+        last, sparse = torch.full((1,), layer.length - 1, device=key.device), layer.sparse_at(layer.length)
+    queries = group_queries(query, keys.shape[1])
+    bias = tokens_read(method, queries, keys, position, last, scaling, sparse)
+    if step is None and not sparse:
         return dense_attention(module, query, key, value, attention_mask, **how)
-    sparse = layer.sparse_at(layer.length)
-    layer.count_step(layer.length)
-    last = torch.full((1,), layer.length - 1, device=key.device)
-    output = rival_step(layer, method, query, key, value, position, last, scaling, sparse)
-    return (output, None) if sparse else dense_attention(module, query, key, value, attention_mask, **how)
+    return attend_biased(queries, keys, values, scaling, bias).flatten(1, 2).unsqueeze(1), None
 
 
 def method_of(layer: PagedLayer, new_sequence: bool = False) -> Method:
@@ -154,19 +155,10 @@ def static_positions(step: StaticStep) -> Tensor:
     return step.positions
 
 
-def rival_step(
-    layer: PagedLayer,
-    method: Method,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    last: Tensor,
-    scaling: float,
-    sparse: bool,
+def tokens_read(
+    method: Method, queries: Tensor, keys: Tensor, position: Tensor, last: Tensor, scaling: float, sparse: bool
 ) -> Tensor:
-    """One decode step over the tokens chosen, or over all: [B, H, 1, D] -> [B, 1, H, D]."""
-    queries = group_queries(query, keys.shape[1])
+    """Of one decode step, with queries [B, K, G, D]: 0 for the tokens that are read, -inf for the others, [B, K, N]."""
     method.observe(queries, keys, position, last)
     read = position >= 0
     if sparse:
@@ -174,7 +166,7 @@ def rival_step(
     bias = torch.zeros(read.shape, device=keys.device).masked_fill(~read, -torch.inf).expand(keys.shape[:3])
     if method.watches:
         method.attended(attention_weights(queries, keys, scaling, bias), read, last)
-    return attend_biased(queries, keys, values, scaling, bias).flatten(1, 2).unsqueeze(1)
+    return bias
 
 
 @contextmanager
