@@ -20,7 +20,7 @@ app: .venv/installed
 	@.venv/bin/python -m app $(options)
 
 test: .venv/installed
-	@.venv/bin/python -m pytest $(options)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(options)
 
 # The stamp is newer than pyproject.toml once everything has been installed: later calls go straight to work.
 .venv/installed: pyproject.toml
