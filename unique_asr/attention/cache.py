@@ -419,7 +419,7 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Forget the tokens; pages keep their buffers."""
-        # Sliding layers are made anew: the reset of transformers before 5.20 leaves zeros in them.
+        # Sliding layers are made anew: transformers 5.17's reset leaves zeros in them.
         for index, fresh in enumerate(DynamicCache(config=self._config).layers):
             if isinstance(self.layers[index], PagedLayer):
                 self.layers[index].reset()
