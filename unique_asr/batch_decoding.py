@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
 from .attention.cache import HEADROOM, pages_every_layer
 from .attention.decode_step import Chosen
-from .attention.huggingface import NAME, set_attention
+from .attention.huggingface import NAME, set_attention, settled
 from .longform import PENDING
 from .memory import decoding_memory, free_memory, held, shape_of
 
@@ -87,7 +87,8 @@ class BatchDecoder:
         prefill_chunk: int = 2048,
         static: bool | None = None,
     ) -> None:
-        self.model, self.attention, self.prefill_chunk = language_model, attention, prefill_chunk
+        self.model, self.prefill_chunk = language_model, prefill_chunk
+        self.attention = settled(attention or SparseAttentionConfig(), language_model)
         self.device = language_model.get_input_embeddings().weight.device
         paged = pages_every_layer(language_model.config)
         self.static = paged and self.device.type == "cuda" if static is None else static

@@ -267,7 +267,10 @@ def audio_part(config: DictConfig) -> dict[str, Any]:
 
 def made_with(settings: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """What a transcript's info says of its making: model, attention, and the settings that change the text."""
-    return {"model": settings["model"], **settings["attention"].to_dict(), **text}
+    attention = settings["attention"].to_dict()
+    if attention["combine"] is None:  # the model chooses it
+        del attention["combine"]
+    return {"model": settings["model"], **attention, **text}
 
 
 def spool(stream: Any, temporary: ExitStack) -> Path:

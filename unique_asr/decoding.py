@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
 from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
-from unique_asr.attention.huggingface import NAME, set_attention
+from unique_asr.attention.huggingface import NAME, set_attention, settled
 from unique_asr.memory import held
 
 
@@ -53,6 +53,7 @@ class GreedyDecoder:
         self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
         set_attention(language_model, NAME)
+        attention = settled(attention or SparseAttentionConfig(), language_model)
         self.cache = PagedCache(language_model.config, attention)
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
         self.log_probs: list[float] = []  # of the tokens yielded since the last prefill

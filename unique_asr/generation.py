@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unique_asr.attention import SparseAttentionConfig
+from unique_asr.attention.huggingface import settled
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.models import ModelError, loading, resolve_device, resolve_dtype
 from unique_asr.models.adapters.formats import TextStream
@@ -71,7 +72,7 @@ class TextGenerator:
                 raise GenerationError(f"attention={attention}: use unique or dense, or give a SparseAttentionConfig")
             attention = SparseAttentionConfig(budget=budget if attention == "unique" else None)
         self.model, self.tokenizer = model if isinstance(model, tuple) else load_text_model(model, device, dtype)
-        self.attention, self.prefill_chunk = attention, prefill_chunk
+        self.attention, self.prefill_chunk = settled(attention, self.model), prefill_chunk
         self.stop_ids = stop_ids(self.model, self.tokenizer)
 
     def generate(

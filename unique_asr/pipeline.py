@@ -14,6 +14,7 @@ import torch
 
 from .alignment import AlignmentConfig
 from .attention import SparseAttentionConfig, SparsityStatistics
+from .attention.huggingface import settled
 from .audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
 from .batch_decoding import BatchDecoder, Row
 from .decoding import GreedyDecoder
@@ -127,6 +128,7 @@ class LoadedModel:
             self.model, self.processor = loader(model, device, dtype)
             if progress:
                 progress("load", 1, 1)
+        self.attention = settled(self.attention, self.model)
         self.load_seconds = time.perf_counter() - begin
 
     def describe(self, source: AudioFile | Samples, language_model: Any, **told: str | None) -> TranscriptionInfo:
@@ -190,7 +192,7 @@ class Transcriber(LoadedModel):
     def with_attention(self, attention: SparseAttentionConfig) -> Transcriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
-        other.attention, other._decoder, other.load_seconds = attention, None, 0.0
+        other.attention, other._decoder, other.load_seconds = settled(attention, self.model), None, 0.0
         return other
 
     def batch_decoder(self) -> BatchDecoder:

@@ -6,13 +6,30 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig, huggingface, sparse_attention
+from unique_asr.attention import (
+    PagedCache,
+    SparseAttentionConfig,
+    TrainingAttentionConfig,
+    huggingface,
+    sparse_attention,
+)
+from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.decoding import GreedyDecoder
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -163,6 +180,33 @@ def test_restored_after_an_error(llama):
 def test_a_config_and_overrides(llama):
     sparse = sparse_attention(llama, SparseAttentionConfig(budget=64), combine="share")
     assert (sparse.config.budget, sparse.config.combine) == (64, "share")
+
+
+@pytest.mark.parametrize(
+    ("kind", "configuration", "normalised"),
+    [
+        (Qwen2ForCausalLM, Qwen2Config, False),
+        (Qwen3ForCausalLM, Qwen3Config, True),
+        (Gemma3ForCausalLM, Gemma3TextConfig, True),
+    ],
+)
+def test_heads_that_normalise_their_queries_share(kind, configuration, normalised):
+    model = kind(configuration(**SMALL))
+    chosen = "share" if normalised else "max"
+    with sparse_attention(model) as sparse:
+        assert (sparse.config.combine, sparse.cache().attention.combine) == (chosen, chosen)
+    assert GreedyDecoder(model).cache.attention.combine == chosen
+    assert BatchDecoder(model).attention.combine == chosen
+    assert sparse_attention(model, combine="max").config.combine == "max"
+    assert sparse_attention(model, combine="share").config.combine == "share"
+    assert sparse_attention(model, score="mean").config.combine == "max"
+    model.config.sparse_attention = TrainingAttentionConfig().sparse.to_dict()  # as scripts/finetune.py leaves it
+    assert sparse_attention(model).config.combine == "max"
+
+
+def test_what_knows_no_model_is_the_paper(llama):
+    assert PagedCache(llama.config).attention.combine == "max"
+    assert TrainingAttentionConfig().sparse.combine == "max"
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,21 @@ def test_counters(llama):
     assert 0 < counters.share_of_pages_read < 1
     assert str(counters).startswith("6 of 10 steps sparse")
     assert counters.to_dict()["share_of_pages_read"] == pytest.approx(counters.share_of_pages_read, abs=1e-6)
+
+
+def test_a_short_query_is_heard_if_the_heads_share():
+    """What Gemma 3 does: the page that one head attends to, below all pages of a head whose query is longer."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 1, 50 * 8, 64)
+    wanted = 12 * torch.nn.functional.normalize(torch.randn(64), dim=0)
+    keys[0, 0, 17 * 8 : 18 * 8] = wanted + 0.1 * torch.randn(8, 64)
+    queries = torch.stack([32 * torch.nn.functional.normalize(torch.randn(64), dim=0), 8 * wanted / 12])[None, None]
+    mass = (queries @ keys.transpose(-1, -2) / 8).softmax(-1).unflatten(-1, (-1, 8)).sum(-1)
+    assert mass[0, 0, 1, 17] > 0.99
+
+    score = SCORES["unique"]
+    scores = score.scores(queries, reference.page_statistics(keys, 8, score), 0.5)
+    chosen = {how: reference.combine_group(scores, how, 1 / 8) for how in ("max", "share")}
+    assert 17 in reference.top_pages(scores[:, :, 1], 1)
+    assert 17 not in reference.top_pages(chosen["max"], 8)
+    assert 17 in reference.top_pages(chosen["share"], 8)

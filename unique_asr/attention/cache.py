@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -367,7 +367,8 @@ def pages_every_layer(config: PreTrainedConfig) -> bool:
 class PagedCache(Cache):
     """A transformers cache whose full-attention layers are paged; sliding and other layers stay what they were.
 
-    `capacity` is the number of tokens allocated at the first write, a little more than the prompt by default.
+    `capacity` is the number of tokens allocated at the first write, a little more than the prompt by default. What
+    `attention` leaves open (`combine`) is as in the paper: only `sparse_attention` and the decoders ask the model.
 
         cache = PagedCache(model.config, SparseAttentionConfig(budget=512))
         model.generate(**inputs, past_key_values=cache)     # the model switched with `sparse_attention`
@@ -382,6 +383,8 @@ class PagedCache(Cache):
         statistics: SparsityStatistics | None = None,
     ):
         self.attention = attention or SparseAttentionConfig()
+        if self.attention.combine is None:
+            self.attention = replace(self.attention, combine="max")
         self.statistics = SparsityStatistics() if statistics is None else statistics
         self._config = config
         layers = DynamicCache(config=config).layers

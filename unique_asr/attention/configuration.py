@@ -22,7 +22,7 @@ class SparseAttentionConfig:
     page_size: int = 8  # tokens of a page
     score: str = "unique"  # unique, mean, quest, second_moment
     scale: float = 0.5  # lambda: weight of the spread of a page against its mean
-    combine: str = "max"  # over the query heads of a group: max (the paper), share (mean of softmax shares)
+    combine: str | None = None  # of a group's heads: max (the paper), share (mean of their softmaxes); None: `settled`
     sink_pages: int = 1  # first pages, always read
     recent_pages: int = 2  # last pages, always read; the page being written is the last of them
     dense_layers: int = 0  # first layers that stay dense
@@ -36,8 +36,8 @@ class SparseAttentionConfig:
             raise ValueError(f"attention.page_size is {self.page_size}: choose one of {PAGE_SIZES}")
         if self.score not in SCORES:
             raise ValueError(f"attention.score is {self.score!r}: choose one of {', '.join(SCORES)}")
-        if self.combine not in COMBINES:
-            raise ValueError(f"attention.combine is {self.combine!r}: choose one of {', '.join(COMBINES)}")
+        if self.combine is not None and self.combine not in COMBINES:
+            raise ValueError(f"attention.combine is {self.combine!r}: choose one of {', '.join(COMBINES)}, or null")
         if self.statistics_dtype not in STATISTICS_DTYPES:
             raise ValueError(
                 f"attention.statistics_dtype is {self.statistics_dtype!r}: choose one of {', '.join(STATISTICS_DTYPES)}"

@@ -27,6 +27,7 @@ from unique_asr.attention.stats import SparsityStatistics
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries
+QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what models call the norm of a head's queries
 BATCHED_TOKENS = 4096  # of padded rows that are prefilled together: a mask costs less than launches for each row
 
 
@@ -322,12 +323,31 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
     return former
 
 
+def settled(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:
+    """With `combine` chosen if it is open: max, as in the paper, or share for heads that normalise their queries.
+
+    The scales that such heads learn leave queries of very different lengths, and the spread of a page is weighted by
+    the length: `max` would hear the longest of a group alone (Gemma 3, benchmarks/text.md). Other scores have no such
+    term. A model that was trained through the selection keeps what it learned with (`config.sparse_attention`).
+    """
+    if config.combine is not None:
+        return config
+    if learned := (getattr(model.config, "sparse_attention", None) or {}).get("combine"):
+        return replace(config, combine=learned)
+    normalised = config.score == "unique" and any(
+        isinstance(getattr(module, name, None), nn.Module)
+        for module in text_decoder(model).modules()
+        for name in QUERY_NORMS
+    )
+    return replace(config, combine="share" if normalised else "max")
+
+
 class SparseAttention:
     """A model switched to UNIQUE attention; `with` or `restore()` puts everything back."""
 
     def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
         self.model = model
-        self.config = config
+        self.config = settled(config, model)
         self.statistics = SparsityStatistics()
         self._prepared: list[tuple[GenerationMixin, object]] = []  # with what each had of its own before, if nested
         self._former = set_attention(model, NAME)

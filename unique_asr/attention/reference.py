@@ -52,9 +52,9 @@ def combine_group(scores: Tensor, combine: str, scaling: float) -> Tensor:
 
     max: the paper's. share: mean over the heads of each head's softmax over pages of its scaled score.
     """
-    if combine == "max":
-        return scores.amax(dim=2)
-    return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
+    if combine == "share":
+        return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
+    return scores.amax(dim=2)
 
 
 def force_pages(scores: Tensor, config: SparseAttentionConfig, newest: int) -> Tensor:

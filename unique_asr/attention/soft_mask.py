@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +60,8 @@ class TrainingAttentionConfig:
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
 
     def __post_init__(self):
+        if self.sparse.combine is None:  # what the training kernel does
+            object.__setattr__(self, "sparse", replace(self.sparse, combine="max"))
         if self.mode not in MODES:
             raise ValueError(f"attention.mode is {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.queries not in QUERIES:

@@ -124,7 +124,7 @@ class Probe:
             else:
                 supers = f"{config.super_count} x {config.super_page_size}" if config.super_page_size else ""
                 head = (f"{config.score:14s} {config.statistics_dtype:10s} {config.page_size:4d} "
-                        f"{supers:>8} {config.combine:8s} {config.budget:6d}")  # fmt: skip
+                        f"{supers:>8} {config.combine or 'max':8s} {config.budget:6d}")  # fmt: skip
                 memory = f"{100 * memory_share(config, self.dim):6.2f}%"
             print(f"{head} {mean:6.2f} {means[worst]:6.2f} ({worst:2d}) {memory}", flush=True)
 

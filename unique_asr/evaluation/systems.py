@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from ..attention.huggingface import settled
 from ..data import Recording
 from ..models.fingerprint import hearing_fingerprint
 from ..models.modeling import EncodedAudio, concatenate
@@ -152,7 +153,8 @@ class SpeechLLM:
 
         transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
-        decoder = GreedyDecoder(model.language_model, self.attention, prefill_chunk=self.prefill_chunk)
+        attention = settled(self.attention, model)
+        decoder = GreedyDecoder(model.language_model, attention, prefill_chunk=self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, before = time.perf_counter(), decoder.statistics.copy()
@@ -226,7 +228,8 @@ class BatchedSpeechLLM(SpeechLLM):
         from ..batch_decoding import BatchDecoder
 
         transcriber = self.transcriber()
-        decoder = BatchDecoder(self.encoder.model.language_model, self.attention, self.prefill_chunk)
+        model = self.encoder.model
+        decoder = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk)
         for first in range(0, len(recordings), self.batch):
             group = recordings[first : first + self.batch]
             self.encoder.together(group)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ..attention import PagedCache, SparseAttentionConfig
-from ..attention.huggingface import NAME, set_attention
+from ..attention.huggingface import NAME, set_attention, settled
 from ..batch import interleave
 from ..batch_decoding import BatchDecoder
 from ..generation import load_text_model, load_text_tokenizer
@@ -150,7 +150,7 @@ class CountingRun(RulerRun):
         ids, place = ids.to(model.device), (torch.arange(longest + steps) - starts[:, None]).to(model.device)
         read = torch.arange(steps) < torch.tensor([len(answer) for answer in answers])[:, None]
         set_attention(model, NAME)
-        cache = PagedCache(model.config, attention, longest + steps)
+        cache = PagedCache(model.config, settled(attention, model), longest + steps)
 
         def logits(start: int, end: int) -> Tensor:
             return model(
@@ -209,7 +209,7 @@ class PerplexityRun:
         ids = torch.stack(list(stretches)).to(model.device)
         length, first = ids.shape[1], ids.shape[1] - self.options.score_tokens
         set_attention(model, NAME)
-        cache = PagedCache(model.config, attention, length)
+        cache = PagedCache(model.config, settled(attention, model), length)
         losses = []
         for start in range(0, first, PREFILL_CHUNK):
             chunk = ids[:, start : min(first, start + PREFILL_CHUNK)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention.huggingface import settled
 from unique_asr.audio import spooled
 from unique_asr.batch_decoding import BatchDecoder, Row
 from unique_asr.decoding import GreedyDecoder
@@ -80,7 +81,7 @@ class AdapterTranscriber(LoadedModel):
     def with_attention(self, attention: SparseAttentionConfig) -> AdapterTranscriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
-        other.attention, other.load_seconds = attention, 0.0
+        other.attention, other.load_seconds = settled(attention, self.model), 0.0
         other.decoder = other.make_decoder()
         return other
 
