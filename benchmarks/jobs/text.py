@@ -15,7 +15,7 @@ NEEDLES = ["multiquery", "multivalue", "multikey", "tracking", "essay", "single"
 WORDS = ["common_words", "frequent_words"]
 BUDGET, OTHER_BUDGETS = "attention.budget=[512]", "attention.budget=[256,1024,128,2048]"
 LONG = {16384: 64, 32768: 32}  # samples by tokens
-SINGLE = ["methods=null", "attention=unique", BUDGET]  # with other settings than those of conf/attention
+UNIQUE = ["methods=null", "attention=unique"]  # with other settings than those of conf/attention
 
 
 def short_jobs() -> Iterator[list[str]]:
@@ -31,7 +31,14 @@ def short_jobs() -> Iterator[list[str]]:
         yield ["study=perplexity", length, OTHER_BUDGETS]
         yield ["study=ruler", length, f"text.tasks=[{','.join(WORDS)}]", BUDGET]
     for task in NEEDLES:
-        yield ["study=ruler", "text.lengths=[4096]", f"text.tasks=[{task}]", *SINGLE, "attention.combine=[max,share]"]
+        yield [
+            "study=ruler",
+            "text.lengths=[4096]",
+            f"text.tasks=[{task}]",
+            *UNIQUE,
+            BUDGET,
+            "attention.combine=[max,share]",
+        ]
 
 
 def long_jobs() -> Iterator[list[str]]:
@@ -40,9 +47,8 @@ def long_jobs() -> Iterator[list[str]]:
         for task in ("essay", "multikey", "single", "multiquery"):
             ruler = ["study=ruler", f"text.lengths=[{length}]", f"text.samples={samples}", f"text.tasks=[{task}]"]
             yield [*ruler, BUDGET]
-            yield [*ruler, *SINGLE, "attention.combine=[max,share]"]
-            yield [*ruler, *SINGLE, "attention.scale=[0.5,0.25,0.1]"]
-            yield [*ruler, "methods=[dense,unique]", "attention.budget=[1024,2048]"]
+            yield [*ruler, *UNIQUE, "attention.combine=[max,share]", "attention.budget=[512,1024,2048]"]
+            yield [*ruler, *UNIQUE, "attention.combine=max", BUDGET, "attention.scale=[0.5,0.25,0.1]"]
 
 
 def main(model: str, text: str, length: str = "short") -> None:

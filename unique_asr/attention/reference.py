@@ -47,10 +47,10 @@ def group_queries(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
 
 
-def combine_group(scores: Tensor, combine: str, scaling: float) -> Tensor:
+def combine_group(scores: Tensor, combine: str | None, scaling: float) -> Tensor:
     """One score for the whole group: [B, K, G, P] -> [B, K, P].
 
-    max: the paper's. share: mean over the heads of each head's softmax over pages of its scaled score.
+    max, or None: the paper's. share: mean over the heads of each head's softmax over pages of its scaled score.
     """
     if combine == "share":
         return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
@@ -76,7 +76,7 @@ def page_bias(candidates: Tensor, config: SparseAttentionConfig, newest: int | T
     return bias.masked_fill(forced, torch.inf).masked_fill(~candidates, -torch.inf)
 
 
-def combine_biased(scores: Tensor, combine: str, scaling: float, bias: Tensor) -> Tensor:
+def combine_biased(scores: Tensor, combine: str | None, scaling: float, bias: Tensor) -> Tensor:
     """`combine_group` with a `page_bias`: [B, K, G, P] -> [B, K, P]."""
     if combine == "share":
         scores = scores + bias.clamp(max=0)[:, None, None]
