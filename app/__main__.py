@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.cli import load_transcriber
-from unique_asr.overrides import run
+from unique_asr.overrides import run, whole_number
 
 LITERAL_KEYS = ("jobs", "folders", "examples", "models")
 
@@ -35,12 +35,16 @@ def launch(config: DictConfig, load: Callable[..., Any] = load_transcriber, bloc
         if not folder.is_dir():
             raise SystemExit(f"error: folders: {folder} is not a folder")
     examples = [path.resolve() for path in map(Path, values["examples"]) if path.is_file()]
+    try:
+        passes = whole_number(config, "parallel_passes", "passes")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     limits = Limits(folders, values["max_minutes"], values["max_megabytes"])
     store = Store(Path(values["jobs"]))
     decoding = {name: value for name, value in values["decoding"].items() if name != "prompt"}
     options = {
         "attention": values["attention"],
-        "transcriber": {"device": values["device"], "dtype": values["dtype"], **decoding},
+        "transcriber": {"device": values["device"], "dtype": values["dtype"], "parallel_passes": passes, **decoding},
     }
     worker = Worker(store, load, limits, options, values["max_waiting"])
     blocks = Page(store, worker, limits, values["models"], examples).blocks()

@@ -112,7 +112,7 @@ def test_transcripts_are_those_of_one_by_one(tiny, size):
     """Several passes a recording, of which some are tried again: every recording goes its own way."""
     config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
     audios = [noise(seconds) for seconds in (7, 2, 5, 9, 3)]
-    transcriber = Transcriber(tiny, longform=config)
+    transcriber = Transcriber(tiny, longform=config, parallel_passes=1)
     expected = dict(side_by_side(transcriber, audios, 1))
     results = dict(side_by_side(transcriber, audios, size))
     assert sorted(results) == [0, 1, 2, 3, 4]

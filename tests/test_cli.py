@@ -179,6 +179,8 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "batch=0"], 2, "error: batch=0: give a whole number of recordings, 1 or more"),
         (["audio=talk.opus", "batch=2.5"], 2, "error: batch=2.5: give a whole number"),
         (["audio=talk.opus", "batch=true"], 2, "error: batch=True: give a whole number"),
+        (["audio=talk.opus", "parallel_passes=0"], 2, "error: parallel_passes=0: give a whole number of passes"),
+        (["audio=talk.opus", "parallel_passes=a"], 2, "error: parallel_passes=a: give a whole number"),
         (["audio=talk.opus", "batch=2", "output.reads=true"], 2, "error: output.reads=true: draws what one recording"),
         (["audio=talk.opus", "attention.size=7"], 2, "error: Could not override 'attention.size'"),
     ],

@@ -299,7 +299,7 @@ def transcribe(tiny, talks):
 
 
 def test_a_model_side_by_side_and_resumed_writes_what_it_writes_alone(transcribe, monkeypatch):
-    assert transcribe("output.dir=alone") == 0
+    assert transcribe("output.dir=alone", "parallel_passes=1") == 0
     assert transcribe("output.dir=beside", "batch=2") == 0
     assert texts("beside") == texts("alone")
     assert all(texts("alone").values())
@@ -320,3 +320,20 @@ def test_a_model_side_by_side_and_resumed_writes_what_it_writes_alone(transcribe
     assert sorted(set(written)) == kept
     assert transcribe("output.dir=resumed", "batch=2", "resume=true") == 0
     assert texts("resumed") == texts("alone")
+
+
+def test_passes_side_by_side_are_resumed(transcribe, monkeypatch):
+    assert transcribe("output.dir=whole", "parallel_passes=3") == 0
+    append, written = SegmentLog.append, []
+
+    def interrupted(log, segment):
+        append(log, segment)
+        written.append(segment)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentLog, "append", interrupted)
+        assert transcribe("output.dir=resumed", "parallel_passes=3") == 130
+    assert transcribe("output.dir=resumed", "parallel_passes=3", "resume=true") == 0
+    assert texts("resumed") == texts("whole")

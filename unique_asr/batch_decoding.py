@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -67,6 +68,24 @@ class Row:
         self.running = False
 
 
+class Rows(list[Row]):
+    """The decoders of several passes over one recording."""
+
+    @property
+    def statistics(self) -> SparsityStatistics:
+        counted = SparsityStatistics()
+        for row in self:
+            counted.add(row.statistics)
+        return counted
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {stage: sum(row.seconds[stage] for row in self) for stage in ("prefill", "decode")}
+
+    def step(self) -> None:
+        self[0].batch.step()
+
+
 class BatchDecoder:
     """Greedy decoding of several rows over one paged cache, padded on the left.
 
@@ -105,6 +124,16 @@ class BatchDecoder:
     def row(self) -> Row:
         self.rows.append(Row(self))
         return self.rows[-1]
+
+    @contextmanager
+    def rows_of(self, count: int) -> Iterator[Rows]:
+        """Rows for the passes over one recording, until they are left."""
+        rows = Rows(self.row() for _ in range(count))
+        try:
+            yield rows
+        finally:
+            for row in rows:
+                self.remove(row)
 
     def remove(self, row: Row) -> None:
         row.reset()

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.audio import AudioError, AudioFile, parse_time
 from unique_asr.console import Display, JSONLines, format_time, speed
 from unique_asr.jobs import STDIN, Job, OutputError, find_recordings, plan, resolve_formats
-from unique_asr.overrides import run
+from unique_asr.overrides import run, whole_number
 from unique_asr.page_reads import PageReads
 from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import SegmentLog, read_transcript
@@ -218,9 +218,7 @@ class Run:
 
 
 def batch_size(config: DictConfig) -> int:
-    batch = config.batch
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ValueError(f"batch={batch}: give a whole number of recordings, 1 or more")
+    batch = whole_number(config, "batch", "recordings")
     if batch > 1 and config.output.reads:
         raise ValueError("output.reads=true: draws what one recording alone was read from; use batch=1")
     return batch
@@ -249,6 +247,7 @@ def transcriber_settings(config: DictConfig) -> dict[str, Any]:
         "attention": SparseAttentionConfig(**OmegaConf.to_container(config.attention)),
         "device": config.device,
         "dtype": config.dtype,
+        "parallel_passes": whole_number(config, "parallel_passes", "passes"),
         **decoding,
     }
 

@@ -69,6 +69,15 @@ class Decoder(Protocol):
 
 
 @dataclass
+class Place:
+    """Where passes begin."""
+
+    start: int  # frame
+    limit: float  # seconds of audio that the first pass may have
+    retried: bool = False  # whether it is the second one over the same audio
+
+
+@dataclass
 class LongformReport:
     """How a transcription went; complete once its segments are exhausted."""
 
@@ -88,6 +97,18 @@ class LongformReport:
         if self.skipped and self.skipped[-1][1] == start:
             start = self.skipped.pop()[0]
         self.skipped.append((start, end))
+
+    def add(self, later: LongformReport) -> None:
+        """Passes over the audio that follows."""
+        self.stop_reason = later.stop_reason or self.stop_reason
+        self.passes += later.passes
+        self.broken += later.broken
+        self.longest = max(self.longest, later.longest)
+        self.warnings += later.warnings
+        for start, end in later.skipped:
+            self.skip(start, end)
+        for stage, seconds in later.timings.items():
+            self.timings[stage] += seconds
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -229,23 +250,47 @@ class LongformTranscriber:
         state: State | None,
         on_pass: Callable[[State], None] | None,
     ) -> Iterator[list[Word]]:
+        """Groups of words, one a segment, of the whole recording; an empty one where a token is pending."""
+        place = self._restored(state, tracker, report)
+        yield from self._passes_over(encoded, decoder, tracker, report, progress, place, len(tracker.frames), on_pass)
+
+    def _restored(self, state: State | None, tracker: TextTracker, report: LongformReport) -> Place:
+        """Where to begin, with what earlier passes left in `state` given to `tracker` and `report`."""
+        if state is None:
+            return Place(0, self.max_pass_seconds)
+        if state["frames"] != len(tracker.frames):
+            raise ValueError("the recording is not the one that the transcription began with")
+        tracker.restore(state["tracker"])
+        vars(report).update(deepcopy(state["report"]))
+        return Place(state["start"], state["limit"], state["retried"])
+
+    @staticmethod
+    def _state(place: Place, tracker: TextTracker, report: LongformReport) -> State:
+        """What `_restored` needs to go on from a place."""
+        values = {"start": int(place.start), "retried": place.retried, "limit": float(place.limit)}
+        return {"frames": len(tracker.frames), **values, "tracker": tracker.state(), "report": asdict(report)}
+
+    def _passes_over(
+        self,
+        encoded: Any,
+        decoder: Decoder,
+        tracker: TextTracker,
+        report: LongformReport,
+        progress: Progress | None,
+        place: Place,
+        stop: int,
+        on_pass: Callable[[State], None] | None = None,
+    ) -> Iterator[list[Word]]:
+        """The same from a place to the frame `stop`."""
         frames, config = tracker.frames, self.config
-        limit = self.max_pass_seconds
-        start, retried = 0, False
-        if state is not None:
-            if state["frames"] != len(frames):
-                raise ValueError("the recording is not the one that the transcription began with")
-            start, retried, limit = state["start"], state["retried"], state["limit"]
-            tracker.restore(state["tracker"])
-            vars(report).update(deepcopy(state["report"]))
-        while (first := frames.next_spike(start)) < len(frames):
-            end = self._pass_end(frames, start, limit)
+        start, limit, retried = place.start, place.limit, place.retried
+        while (first := frames.next_spike(start)) < stop:
+            end = self._pass_end(frames, start, stop, limit)
             if first >= end:
                 start = end
                 continue
             if on_pass:
-                place = {"frames": len(frames), "start": int(start), "retried": retried, "limit": float(limit)}
-                on_pass({**place, "tracker": tracker.state(), "report": asdict(report)})
+                on_pass(self._state(Place(start, limit, retried), tracker, report))
             reason = yield from self._pass(encoded, decoder, tracker, start, end, report, progress)
             report.passes += 1
             report.stop_reason = reason
@@ -254,24 +299,24 @@ class LongformTranscriber:
                 start, retried, limit = end, False, self.max_pass_seconds
                 continue
             report.broken += 1
-            stop = frames.seconds(tracker.cursor)
+            reached = frames.seconds(tracker.cursor)
             if spikes == 0:
                 report.warnings.append(
-                    f"{self._clock(stop)}: {_REASONS[reason]} after the last word; dropped the rest of it"
+                    f"{self._clock(reached)}: {_REASONS[reason]} after the last word; dropped the rest of it"
                 )
                 start = end
                 continue
-            done = stop - frames.seconds(start)
+            done = reached - frames.seconds(start)
             if done >= config.min_progress_seconds:
                 # Not the whole rest after a pass that got over a small part of its audio.
                 limit = min(max(4 * done, config.retry_pass_seconds), self.max_pass_seconds)
-                report.warnings.append(f"{self._clock(stop)}: {_REASONS[reason]}; went on from there")
+                report.warnings.append(f"{self._clock(reached)}: {_REASONS[reason]}; went on from there")
                 start, retried = self._between(frames, tracker.cursor), False
             elif not retried and frames.seconds(end) - frames.seconds(start) > config.retry_pass_seconds:
                 limit, retried = config.retry_pass_seconds, True
             else:
                 skip = start + int(config.skip_seconds / frames.frame_seconds)
-                end = min(max(frames.pause(skip, skip + skip - start), tracker.cursor + 1), len(frames))
+                end = min(max(frames.pause(skip, skip + skip - start), tracker.cursor + 1), stop)
                 limit, retried = config.retry_pass_seconds, True
                 report.skip(frames.seconds(start), frames.seconds(end))
                 start = end
@@ -371,11 +416,13 @@ class LongformTranscriber:
     def _pass_frames(frames: SpeechFrames, seconds: float) -> int:
         return min(len(frames), max(int(seconds / frames.frame_seconds), 1))
 
-    def _pass_end(self, frames: SpeechFrames, start: int, seconds: float) -> int:
-        """The end of a pass of at most `seconds`: in the longest pause near the end of an even share of the rest."""
-        most, left = self._pass_frames(frames, seconds), len(frames) - start
+    def _pass_end(self, frames: SpeechFrames, start: int, stop: int, seconds: float) -> int:
+        """The end of a pass of at most `seconds`: in the longest pause near the end of an even share of what is left
+        before the frame `stop`.
+        """
+        most, left = self._pass_frames(frames, seconds), stop - start
         if left <= most:
-            return len(frames)
+            return stop
         share = min(int(1.05 * left / np.ceil(left / most)), most)
         search = min(int(self.config.cut_seconds / frames.frame_seconds), share // 6)
         return frames.pause(start + share - search, start + share)

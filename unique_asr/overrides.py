@@ -76,6 +76,14 @@ def _split(elements: str) -> list[str]:
     return re.findall(r"""\s*(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]+)\s*""", elements)
 
 
+def whole_number(config: DictConfig, name: str, of: str) -> int:
+    """An option that has to be 1 or more, or a ValueError; of: what it counts."""
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value}: give a whole number of {of}, 1 or more")
+    return value
+
+
 def run(
     task: Callable[[DictConfig], None],
     config_name: str,

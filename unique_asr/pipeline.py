@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from os import PathLike
@@ -16,13 +17,14 @@ from .alignment import AlignmentConfig
 from .attention import SparseAttentionConfig, SparsityStatistics
 from .attention.huggingface import settled
 from .audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
-from .batch_decoding import BatchDecoder, Row
+from .batch_decoding import BatchDecoder, Row, Rows
 from .decoding import GreedyDecoder
 from .languages import SHIPPED, chosen_hotwords, chosen_language
 from .longform import LongformConfig, LongformReport, LongformTranscriber, Progress, State
 from .memory import free_memory
 from .models import load
 from .page_reads import PageReads
+from .parallel_passes import ParallelTranscriber
 from .segmentation import SegmentationConfig
 from .transcript import Segment, TranscriptionInfo, Unfinished, text_settings
 
@@ -160,6 +162,8 @@ class Transcriber(LoadedModel):
         model, attention, budget, device, dtype, progress: see `transcribe`.
         max_pass_seconds: the longest audio that the LLM gets at once; by default what the model was trained for.
         prefill_chunk: audio positions that the LLM reads at once, which bounds the memory of the prefill.
+        parallel_passes: passes over one recording that are decoded side by side; with 1, each begins where the text of
+            the one before it ended.
         longform, alignment, segmentation: finer settings.
     """
 
@@ -175,28 +179,33 @@ class Transcriber(LoadedModel):
         dtype: str = "auto",
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
+        parallel_passes: int = 8,
         longform: LongformConfig | None = None,
         alignment: AlignmentConfig | None = None,
         segmentation: SegmentationConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
+        if parallel_passes < 1:
+            raise PipelineError(f"parallel_passes={parallel_passes}: give at least 1")
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
-        self.languages = SHIPPED.get(self.name, ())
+        self.languages, self.parallel_passes = SHIPPED.get(self.name, ()), parallel_passes
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
         self.alignment, self.segmentation = alignment, segmentation
         self._decoder: GreedyDecoder | None = None  # the last one, with its memory and CUDA graphs
         self._keeps_selection = False  # of its steps
+        self._batch: BatchDecoder | None = None  # the last one for passes side by side
 
     def with_attention(self, attention: SparseAttentionConfig) -> Transcriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
-        other.attention, other._decoder, other.load_seconds = settled(attention, self.model), None, 0.0
+        other.attention, other.load_seconds = settled(attention, self.model), 0.0
+        other._decoder = other._batch = None
         return other
 
     def batch_decoder(self) -> BatchDecoder:
-        """For recordings side by side."""
+        """For recordings or passes side by side."""
         return BatchDecoder(self.model.language_model, self.attention, self.prefill_chunk)
 
     def transcribe(
@@ -236,12 +245,10 @@ class Transcriber(LoadedModel):
         row: Row | None,
         reads: PageReads | None,
     ) -> Iterator[Segment | None]:
-        transcriber = LongformTranscriber(
-            self.model, self.processor, self.longform, self.alignment, self.segmentation, prompt, source.start, reads
-        )
         report = LongformReport()
         state = unfinished.state if unfinished else None
         earlier = SparsityStatistics(**(state["sparsity"] if state else {}))
+        settings = self.longform, self.alignment, self.segmentation, prompt, source.start, reads
         try:
             begin = time.perf_counter()
             encoded = self._encode(source, progress)
@@ -249,37 +256,40 @@ class Transcriber(LoadedModel):
             info.duration = encoded.duration
             info.warnings += source.warnings
             info.dropped = source.dropped
-            capacity = transcriber.capacity(encoded)
-            if row is not None:
-                check_memory(self.model.language_model, capacity, info, row.held)
-            decoder = row or self._take_decoder(capacity, info, reads is not None)
-            before = decoder.statistics.copy()
+            transcriber = LongformTranscriber(self.model, self.processor, *settings)
+            alone = row is None and reads is None and self.parallel_passes > 1
+            if parallel := alone and encoded.duration > transcriber.max_pass_seconds:
+                transcriber = ParallelTranscriber(self.model, self.processor, *settings)
+            with self._decoder_for(transcriber.capacity(encoded), info, row, parallel, reads is not None) as decoder:
+                before = decoder.statistics.copy()
 
-            def sparsity() -> SparsityStatistics:
-                counted = decoder.statistics.since(before)
-                counted.add(earlier)
-                return counted
+                def sparsity() -> SparsityStatistics:
+                    counted = decoder.statistics.since(before)
+                    counted.add(earlier)
+                    return counted
 
-            def pass_begins(state: State) -> None:
-                on_pass({**state, "sparsity": vars(sparsity())})
+                def pass_begins(state: State) -> None:
+                    on_pass({**state, "sparsity": vars(sparsity())})
 
-            try:
-                yield from transcriber.transcribe(
-                    encoded, decoder, report, progress, state, pass_begins if on_pass else None
-                )
-                info.stop_reason = report.stop_reason
-            finally:
-                info.stop_reason = info.stop_reason or "interrupted"
-                info.coverage, info.passes = report.coverage, report.passes
-                info.sparsity = sparsity().to_dict()
-                info.timings |= report.timings
-                if row is not None:
-                    info.timings |= {stage: info.timings[stage] + seconds for stage, seconds in row.seconds.items()}
-                else:
-                    self._decoder = decoder
-                info.warnings += report.warnings
-                if info.stop_reason == "silence":
-                    info.warnings.append(f"{info.audio}: no speech was heard; the transcript is empty")
+                how = report, progress, state, pass_begins if on_pass else None
+                try:
+                    for segment in transcriber.transcribe(encoded, decoder, *how):
+                        if segment is None and parallel:
+                            decoder.step()
+                        else:
+                            yield segment
+                    info.stop_reason = report.stop_reason
+                finally:
+                    info.stop_reason = info.stop_reason or "interrupted"
+                    info.coverage, info.passes = report.coverage, report.passes
+                    info.sparsity = sparsity().to_dict()
+                    info.timings |= report.timings
+                    if row is not None or parallel:
+                        for stage, seconds in decoder.seconds.items():
+                            info.timings[stage] += seconds
+                    info.warnings += report.warnings
+                    if info.stop_reason == "silence":
+                        info.warnings.append(f"{info.audio}: no speech was heard; the transcript is empty")
         except torch.OutOfMemoryError as error:
             raise PipelineError(
                 f"{info.audio}: out of memory on {info.device} ({info.dtype}); lower max_pass_seconds or "
@@ -296,18 +306,39 @@ class Transcriber(LoadedModel):
             message = str(error)
             raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
 
-    def _take_decoder(self, capacity: int, info: TranscriptionInfo, keeps_selection: bool) -> GreedyDecoder:
-        """The decoder of the transcription before, if no other has it and it records the same; a new one otherwise."""
-        decoder, self._decoder = self._decoder, None
-        if decoder is None or self._keeps_selection != keeps_selection:
-            check_memory(self.model.language_model, capacity, info)
-            decoder = GreedyDecoder(self.model.language_model, self.attention, capacity, self.prefill_chunk)
-            self._keeps_selection = keeps_selection
-            if keeps_selection:
-                for layer in decoder.cache.paged_layers:
-                    layer.keeps_selection = True
-        decoder.capacity = max(decoder.capacity, capacity)
-        return decoder
+    @contextmanager
+    def _decoder_for(
+        self, capacity: int, info: TranscriptionInfo, row: Row | None, parallel: bool, keeps_selection: bool
+    ) -> Iterator[Row | Rows | GreedyDecoder]:
+        """What decodes passes of `capacity` tokens: the row that was given, rows of our own, or one sequence alone.
+
+        The last two are kept, with their memory, for the next recording, and made anew while another one has them.
+        """
+        if row is not None:
+            check_memory(self.model.language_model, capacity, info, row.held)
+            yield row
+        elif parallel:
+            batch, self._batch = self._batch or self.batch_decoder(), None
+            try:
+                check_memory(self.model.language_model, capacity, info, batch.held)
+                with batch.rows_of(self.parallel_passes) as rows:
+                    yield rows
+            finally:
+                self._batch = batch
+        else:
+            decoder, self._decoder = self._decoder, None
+            if decoder is None or self._keeps_selection != keeps_selection:
+                check_memory(self.model.language_model, capacity, info)
+                decoder = GreedyDecoder(self.model.language_model, self.attention, capacity, self.prefill_chunk)
+                self._keeps_selection = keeps_selection
+                if keeps_selection:
+                    for layer in decoder.cache.paged_layers:
+                        layer.keeps_selection = True
+            decoder.capacity = max(decoder.capacity, capacity)
+            try:
+                yield decoder
+            finally:
+                self._decoder = decoder
 
 
 class Samples:

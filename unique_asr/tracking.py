@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from math import exp, isnan
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,18 @@ class TextTracker:
         self.dropped: list[tuple[float, str]] = []  # second, text
         self._returns: list[int] = []  # frames that passes were sent back to
         self._previous_end = 0.0  # seconds
+
+    def beginning(self, start: int) -> TextTracker:
+        """Another one over the same recording, for text from the frame `start` on."""
+        other = copy(self)
+        other.dropped, other.waiting, other._returns = [], [], []
+        other._previous_end = self.frames.seconds(start)
+        return other
+
+    def follow(self, earlier: TextTracker) -> None:
+        """Go on after the text of another one."""
+        self.dropped += earlier.dropped
+        self._previous_end = earlier._previous_end
 
     def begin(self, start: int, end: int) -> None:
         """Start a pass over the frames [start, end)."""

@@ -17,7 +17,14 @@ from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
 from unique_asr.evaluation.harness import evaluate
 from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
-from unique_asr.evaluation.systems import BatchedSpeechLLM, Encoder, GreedyCTC, PretrainedLLM, SpeechLLM
+from unique_asr.evaluation.systems import (
+    BatchedSpeechLLM,
+    Encoder,
+    GreedyCTC,
+    ParallelSpeechLLM,
+    PretrainedLLM,
+    SpeechLLM,
+)
 
 MANIFEST = Path(__file__).parents[1] / "data" / "manifest.jsonl"
 BUDGET = SparseAttentionConfig(budget=64)
@@ -105,6 +112,22 @@ def test_attention_settings_are_a_grid():
         "unique-512-page_size8",
         "unique-512-page_size16",
     ]
+
+
+def test_passes_side_by_side(speech_llm, recordings):
+    encoder = Encoder(*speech_llm)
+    options = {"max_pass_seconds": 2.0}
+    results = [
+        evaluate(
+            ParallelSpeechLLM("it", encoder, SparseAttentionConfig(budget=None), passes=passes, **options), recordings
+        )
+        for passes in (2, 5)
+    ]
+    for few, many in zip(*(result.hypotheses for result in results), strict=True):
+        assert (few.text, few.passes, few.coverage) == (many.text, many.passes, many.coverage)
+        assert few.passes > 2
+        assert few.decode_seconds > 0
+    assert evaluate(ParallelSpeechLLM("it", encoder, BUDGET, **options), recordings).total("steps") > 0
 
 
 def run(*arguments):
@@ -313,6 +336,8 @@ def test_lengths_files_and_a_second_run_that_decodes_nothing(speech_llm, tmp_pat
     with pytest.raises(pytest.fail.Exception):
         run(*options, "decoding.prefill_chunk=64")
     with pytest.raises(pytest.fail.Exception):
+        run(*options, "parallel_passes=2")
+    with pytest.raises(pytest.fail.Exception):
         run(*options, "resume=false")
 
 
@@ -348,6 +373,9 @@ def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
         (["data.join_minutes=1", "data.join_seconds=5"], "give one of them"),
         (["task=text"], "choose one of speech, ruler, counting, perplexity"),
         (["task=ruler"], "text.model is missing"),
+        (["batch=none"], "batch=none: give a whole number of recordings"),
+        (["parallel_passes=0"], "parallel_passes=0: give a whole number of passes"),
+        (["batch=2", "parallel_passes=2"], "set one to 1"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path):

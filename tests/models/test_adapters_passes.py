@@ -201,7 +201,7 @@ def test_transcribe_takes_the_model_like_any_other(models, tmp_path):
     assert info.model == str(tmp_path)
     assert info.passes > 1
     assert info.sparsity["sparse_steps"] > 0
-    assert isinstance(make_transcriber((model, processor)), AdapterTranscriber)
+    assert isinstance(make_transcriber((model, processor), parallel_passes=8), AdapterTranscriber)
 
 
 def test_recordings_side_by_side_with_loops_and_passes(models):

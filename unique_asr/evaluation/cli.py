@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from ..attention import SparseAttentionConfig
 from ..data import Recording, join, spread
-from ..overrides import conf_folder, run
+from ..overrides import conf_folder, run, whole_number
 from .decodings import Decodings, identity
 from .harness import Hypothesis, Result, System, evaluate
 from .methods import METHODS, RivalConfig, Sliding
@@ -230,10 +230,13 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
         return
     chosen = attention_systems(config)
     pretrained = adapters.find(name) is not None
+    batch, passes = whole_number(config, "batch", "recordings"), whole_number(config, "parallel_passes", "passes")
+    if batch > 1 and passes > 1:
+        raise ValueError(f"batch={batch} parallel_passes={passes}: recordings or passes go side by side; set one to 1")
     if pretrained and (
-        config.batch > 1 or config.ctc or any(isinstance(method, Sliding) for method in chosen.values())
+        batch > 1 or passes > 1 or config.ctc or any(isinstance(method, Sliding) for method in chosen.values())
     ):
-        raise ValueError(f"model={name}: batch, ctc and sliding are for this package's own models")
+        raise ValueError(f"model={name}: batch, parallel_passes, ctc and sliding are for this package's own models")
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     model = identity(name)
     decoding = OmegaConf.to_container(config.decoding)
@@ -253,7 +256,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
         folder = None if config.encoded is None else Path(config.encoded)
         return systems.Encoder(*pair, keep=len(chosen) + config.ctc > 1, folder=folder)
 
-    made_of = {"model": model, "dtype": str(dtype), "batch": config.batch, "decoding": decoding}
+    made_of = {"model": model, "dtype": str(dtype), "batch": batch, "decoding": decoding}
     if config.ctc:
         yield systems.Deferred("ctc", lambda: systems.GreedyCTC(loaded())), made_of | {"system": "ctc"}
     for label, method in chosen.items():
@@ -267,8 +270,11 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
                 options["chunk_seconds"] = about["chunk_seconds"] = config.rivals.murmur_chunk_seconds
         if pretrained:
             kind = systems.PretrainedLLM
-        elif config.batch > 1:
-            kind = functools.partial(systems.BatchedSpeechLLM, batch=config.batch)
+        elif batch > 1:
+            kind = functools.partial(systems.BatchedSpeechLLM, batch=batch)
+        elif passes > 1 and not isinstance(method, Sliding):
+            kind = functools.partial(systems.ParallelSpeechLLM, passes=passes)
+            about["parallel_passes"] = passes
         else:
             kind = systems.SpeechLLM
 

@@ -134,11 +134,12 @@ class SpeechLLM:
         if chunk_seconds is not None:
             self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or encoder.model.config.max_pass_seconds)
 
-    def transcriber(self) -> LongformTranscriber:
+    def transcriber(self, kind: type[LongformTranscriber] | None = None) -> LongformTranscriber:
         from ..longform import LongformConfig, LongformTranscriber
 
         config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
-        return LongformTranscriber(self.encoder.model, self.encoder.processor, config, prompt=self.prompt)
+        kind = kind or LongformTranscriber
+        return kind(self.encoder.model, self.encoder.processor, config, prompt=self.prompt)
 
     def segments(
         self, transcriber: LongformTranscriber, encoded: EncodedAudio, decoder: Any, report: LongformReport
@@ -258,6 +259,33 @@ class BatchedSpeechLLM(SpeechLLM):
         finally:
             decoder.remove(row)
         return _hypothesis(segments, report, row.statistics, encode_seconds, row.seconds["decode"])
+
+
+class ParallelSpeechLLM(SpeechLLM):
+    """The same with `passes` passes over each recording decoded side by side."""
+
+    def __init__(self, *args: Any, passes: int = 8, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.passes = passes
+
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
+        from ..batch_decoding import BatchDecoder
+        from ..longform import LongformReport
+        from ..parallel_passes import ParallelTranscriber
+
+        transcriber, model = self.transcriber(ParallelTranscriber), self.encoder.model
+        batch = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk)
+        for index, recording in enumerate(recordings):
+            encoded, encode_seconds = self.encoder(recording)
+            started, report, segments = time.perf_counter(), LongformReport(), []
+            with rivals_active(), batch.rows_of(self.passes) as rows:
+                for segment in transcriber.transcribe(encoded, rows, report):
+                    if segment is None:
+                        rows.step()
+                    else:
+                        segments.append(segment)
+            seconds = encode_seconds + time.perf_counter() - started
+            yield index, _hypothesis(segments, report, rows.statistics, seconds, rows.seconds["decode"])
 
 
 class Deferred:

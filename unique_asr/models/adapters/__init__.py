@@ -135,11 +135,15 @@ def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
 
 
 def make_transcriber(model: Any = "default", **settings: Any) -> Any:
-    """What transcribes with a model: `AdapterTranscriber` if it has an adapter, else `pipeline.Transcriber`."""
+    """What transcribes with a model: `AdapterTranscriber` if it has an adapter, else `pipeline.Transcriber`.
+
+    `parallel_passes` is for the latter alone: a pretrained model gets passes as long as it can, one after the other.
+    """
     if find(model) is None:
         from unique_asr.pipeline import Transcriber
 
         return Transcriber(model, **settings)
     from .transcriber import AdapterTranscriber
 
+    settings.pop("parallel_passes", None)
     return AdapterTranscriber(model, **settings)
