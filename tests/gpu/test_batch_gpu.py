@@ -3,6 +3,8 @@
 python -m pytest tests/gpu/test_batch_gpu.py -m gpu
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +12,10 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
-from unique_asr.longform import PENDING
+from unique_asr.longform import PENDING, LongformConfig
+from unique_asr.pipeline import Transcriber
+
+SAMPLE = Path(__file__).parents[1] / "data" / "sample.opus"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,3 +104,22 @@ def test_captured_steps_keep_what_they_select(llama, backend):
         kept.append(steps)
     assert kept[0] == kept[1]
     assert len({str(pages) for pages in kept[0]}) > 1  # not those of one step again and again
+
+
+@pytest.mark.parametrize("attention", ["dense", "unique"])
+def test_passes_of_one_recording_side_by_side(attention):
+    """Of the shipped model, in float32: dense, what one pass after the other writes where all get to their end."""
+    longform = LongformConfig(max_pass_seconds=15.0)
+    texts = []
+    for passes in (1, 3):
+        transcriber = Transcriber(
+            device="cuda", dtype="float32", attention=attention, budget=64, longform=longform, parallel_passes=passes
+        )
+        segments, info = transcriber.transcribe(SAMPLE)
+        texts.append(" ".join(segment.text for segment in segments))
+        assert info.coverage > 0.95
+        assert info.passes > 3
+        assert (info.sparsity["sparse_steps"] > 0) is (attention == "unique")
+        assert all(info.timings[stage] > 0 for stage in ("prefill", "decode"))
+    if attention == "dense":
+        assert texts[0] == texts[1]
