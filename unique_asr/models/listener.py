@@ -273,7 +273,8 @@ class _Memory:
         return values.unflatten(-1, (self.heads, self.size)).transpose(-3, -2)  # [W, heads, N, size]
 
     def _project(self, attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self._split(attention.k_proj(states)), self._split(attention.v_proj(states))
+        # Contiguous: a product of several windows would copy them at every step.
+        return self._split(attention.k_proj(states)).contiguous(), self._split(attention.v_proj(states)).contiguous()
 
     def _attend(
         self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor | None = None

@@ -161,15 +161,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         blocks: Iterable[np.ndarray],
         processor: SpeechLLMProcessor,
         progress: Callable[[float], None] | None = None,
-        batch: int = 8,
+        batch: int | None = None,
     ) -> EncodedAudio:
-        """Encode a recording given as blocks of float32 samples at 16 kHz, `batch` windows at a time.
+        """Encode a recording given as blocks of float32 samples at 16 kHz.
 
+        batch: windows at a time; None: 8 on a GPU, else 4.
         progress: called with the seconds encoded so far. Raises ValueError for a recording without samples.
         """
         parts: list[EncodedAudio] = []
-        batch = batch if self.device.type == "cuda" else 1
-        for group in processor.window_batches(blocks, batch):
+        for group in processor.window_batches(blocks, batch or (8 if self.device.type == "cuda" else 4)):
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))
             if progress:
