@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -289,9 +290,13 @@ def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, channel
     for resampled in resampler.resample(frame):
         channels = resampled.to_ndarray()  # [channels, samples]
         if channels.shape[1]:
-            # A stream may change to fewer channels on the way: its last one stands for those that are gone.
-            mixed = channels.mean(axis=0, dtype=np.float32) if channel is None else channels[:channel][-1].copy()
-            yield np.nan_to_num(mixed, copy=False, posinf=0.0, neginf=0.0)
+            if channel is None and len(channels) > 1:
+                mixed = channels.mean(axis=0, dtype=np.float32)
+            else:  # a stream may change to fewer channels on the way: its last one stands for those that are gone
+                mixed = channels[:channel][-1].copy()
+            if not math.isfinite(mixed.sum()):  # a fifth of what looking at each sample takes
+                np.nan_to_num(mixed, copy=False, posinf=0.0, neginf=0.0)
+            yield mixed
 
 
 def _duration(container: av.container.InputContainer, stream: av.AudioStream) -> float | None:
