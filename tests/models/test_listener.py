@@ -18,6 +18,7 @@ from unique_asr.models.listener import (
     ForwardPath,
     Heard,
     Listener,
+    _Reading,
     repeating,
     spikes_after,
 )
@@ -102,6 +103,25 @@ def test_windows_do_not_change_one_another(listener, states):
         assert int(together.counts[row]) == count
         assert torch.equal(together.tokens[row, :count], alone.tokens[0, :count])
         assert torch.equal(together.frames[row, :count], alone.frames[0, :count])
+
+
+def test_a_reading_that_is_used_again_hears_the_same(listener, states, monkeypatch):
+    """As on CUDA, but for the graph: of fewer windows than it has room for, with what the last ones left in it."""
+    unheard = torch.randint(0, 30, states.shape[:2], generator=torch.Generator().manual_seed(3)).sort(
+        1, descending=True
+    )
+    groups = [(states[rows], unheard.values[rows]) for rows in (slice(0, 6), slice(2, 5), slice(5, 6))]
+    expected = [listener(group, unheard=left) for group, left in groups]
+    held = _Reading(listener, 8, states.shape[1], 20, spikes=True, capture=True)
+    monkeypatch.setattr(held, "next", held._step)
+    monkeypatch.setattr(listener, "_reading", lambda states, limit, spikes: held)
+    for (group, left), one in zip(groups, expected):
+        again = listener(group, unheard=left)
+        assert torch.equal(again.tokens, one.tokens)
+        assert torch.equal(again.counts, one.counts)
+        for row, count in enumerate(one.counts.tolist()):
+            assert torch.equal(again.frames[row, :count], one.frames[row, :count])
+            torch.testing.assert_close(again.hidden[row, :count], one.hidden[row, :count])
 
 
 def test_the_audio_that_a_head_attends_to_is_the_time(listener):
@@ -204,12 +224,19 @@ def test_spikes_are_counted_to_the_end_of_a_window():
     assert spikes_after(logits).tolist() == [[3, 2, 2, 2, 1, 1, 0, 0]]
 
 
+def forward_path(scores):
+    """Of scores [W, N, F], in a path that has room for more."""
+    path = ForwardPath(len(scores), scores.shape[2], scores.shape[1] + 3)
+    for token, score in enumerate(scores.unbind(1)):
+        path.add(torch.tensor([token]), score, torch.tensor(True))
+    path.add(torch.tensor([scores.shape[1]]), torch.rand_like(score), torch.tensor(False))  # when all have ended
+    return path
+
+
 def test_frames_are_the_best_that_never_go_back():
     scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
-    path = ForwardPath()
-    for score in scores.unbind(1):
-        path.add(score)
-    for found, row in zip(path.frames(), scores):
+    path = forward_path(scores)
+    for found, row in zip(path.frames(4), scores):
         assert found.tolist() == sorted(found.tolist())
         paths = itertools.combinations_with_replacement(range(6), 4)
         best = max(sum(row[token, frame] for token, frame in enumerate(frames)) for frames in paths)
@@ -217,11 +244,7 @@ def test_frames_are_the_best_that_never_go_back():
 
 
 def test_one_word_that_looks_far_ahead_does_not_move_the_others():
-    scores = torch.eye(8)[[1, 7, 2, 3, 4]]
-    path = ForwardPath()
-    for score in scores:
-        path.add(score[None])
-    frames = path.frames()[0]
+    frames = forward_path(torch.eye(8)[[1, 7, 2, 3, 4]][None]).frames(5)[0]
     assert frames[[0, 2, 3, 4]].tolist() == [1, 2, 3, 4]
     assert 1 <= frames[1] <= 2
 
