@@ -6,9 +6,10 @@ A recording of any length becomes one sequence of positions in the LLM's context
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .projector import Frames, Positions, Projector, Residual
 
 if TYPE_CHECKING:
     from .processing import SpeechLLMProcessor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -165,11 +168,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> EncodedAudio:
         """Encode a recording given as blocks of float32 samples at 16 kHz.
 
-        batch: windows at a time; None: 8 on a GPU, else 4.
+        batch: windows at a time; None: 16 on a GPU, for which the next ones are made ready meanwhile, else 4.
         progress: called with the seconds encoded so far. Raises ValueError for a recording without samples.
         """
         parts: list[EncodedAudio] = []
-        for group in processor.window_batches(blocks, batch or (8 if self.device.type == "cuda" else 4)):
+        on_gpu = self.device.type == "cuda"
+        groups = processor.window_batches(blocks, batch or (16 if on_gpu else 4))
+        for group in ahead(groups) if on_gpu else groups:
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))
             if progress:
@@ -270,6 +275,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
         embeds, mask, _ = self._inputs_embeds(input_ids, attention_mask, audio)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the caller is busy with the last."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
 
 
 def concatenate(parts: Sequence[EncodedAudio]) -> EncodedAudio:
