@@ -179,7 +179,7 @@ class Transcriber(LoadedModel):
         dtype: str = "auto",
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
-        parallel_passes: int = 8,
+        parallel_passes: int = 16,
         longform: LongformConfig | None = None,
         alignment: AlignmentConfig | None = None,
         segmentation: SegmentationConfig | None = None,
