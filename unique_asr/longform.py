@@ -117,6 +117,17 @@ class LongformReport:
         self.timings[stage] += time.perf_counter() - begin
 
 
+@dataclass
+class Work:
+    """What passes over a recording, or over a section of it, work with."""
+
+    encoded: Any
+    decoder: Any  # a Decoder; for the whole of a recording whose passes run side by side a sequence of them
+    tracker: TextTracker  # where their text is placed
+    report: LongformReport
+    progress: Progress | None
+
+
 class LoopDetector:
     """Finds repetition at the end of a token sequence, of any period up to max_period, at a small cost a token."""
 
@@ -209,7 +220,7 @@ class LongformTranscriber:
         if len(spikes) == 0:
             report.stop_reason, report.coverage = "silence", 1.0
             return
-        for words in self._passes(encoded, decoder, tracker, report, progress, state, on_pass):
+        for words in self._passes(Work(encoded, decoder, tracker, report, progress), state, on_pass):
             if not words:
                 yield None
                 continue
@@ -240,49 +251,33 @@ class LongformTranscriber:
     def _clock(self, seconds: float) -> str:
         return clock(seconds + self.offset)
 
-    def _passes(
-        self,
-        encoded: Any,
-        decoder: Decoder,
-        tracker: TextTracker,
-        report: LongformReport,
-        progress: Progress | None,
-        state: State | None,
-        on_pass: Callable[[State], None] | None,
-    ) -> Iterator[list[Word]]:
+    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[list[Word]]:
         """Groups of words, one a segment, of the whole recording; an empty one where a token is pending."""
-        place = self._restored(state, tracker, report)
-        yield from self._passes_over(encoded, decoder, tracker, report, progress, place, len(tracker.frames), on_pass)
+        place = self._restored(state, work)
+        yield from self._passes_over(work, place, len(work.tracker.frames), on_pass)
 
-    def _restored(self, state: State | None, tracker: TextTracker, report: LongformReport) -> Place:
-        """Where to begin, with what earlier passes left in `state` given to `tracker` and `report`."""
+    def _restored(self, state: State | None, work: Work) -> Place:
+        """Where to begin, with what earlier passes left in `state` given to the tracker and the report."""
         if state is None:
             return Place(0, self.max_pass_seconds)
-        if state["frames"] != len(tracker.frames):
+        if state["frames"] != len(work.tracker.frames):
             raise ValueError("the recording is not the one that the transcription began with")
-        tracker.restore(state["tracker"])
-        vars(report).update(deepcopy(state["report"]))
+        work.tracker.restore(state["tracker"])
+        vars(work.report).update(deepcopy(state["report"]))
         return Place(state["start"], state["limit"], state["retried"])
 
     @staticmethod
-    def _state(place: Place, tracker: TextTracker, report: LongformReport) -> State:
+    def _state(place: Place, work: Work) -> State:
         """What `_restored` needs to go on from a place."""
         values = {"start": int(place.start), "retried": place.retried, "limit": float(place.limit)}
-        return {"frames": len(tracker.frames), **values, "tracker": tracker.state(), "report": asdict(report)}
+        text = {"tracker": work.tracker.state(), "report": asdict(work.report)}
+        return {"frames": len(work.tracker.frames), **values, **text}
 
     def _passes_over(
-        self,
-        encoded: Any,
-        decoder: Decoder,
-        tracker: TextTracker,
-        report: LongformReport,
-        progress: Progress | None,
-        place: Place,
-        stop: int,
-        on_pass: Callable[[State], None] | None = None,
+        self, work: Work, place: Place, stop: int, on_pass: Callable[[State], None] | None = None
     ) -> Iterator[list[Word]]:
         """The same from a place to the frame `stop`."""
-        frames, config = tracker.frames, self.config
+        tracker, report, frames, config = work.tracker, work.report, work.tracker.frames, self.config
         start, limit, retried = place.start, place.limit, place.retried
         while (first := frames.next_spike(start)) < stop:
             end = self._pass_end(frames, start, stop, limit)
@@ -290,8 +285,8 @@ class LongformTranscriber:
                 start = end
                 continue
             if on_pass:
-                on_pass(self._state(Place(start, limit, retried), tracker, report))
-            reason = yield from self._pass(encoded, decoder, tracker, start, end, report, progress)
+                on_pass(self._state(Place(start, limit, retried), work))
+            reason = yield from self._pass(work, start, end)
             report.passes += 1
             report.stop_reason = reason
             spikes, seconds = tracker.rest()
@@ -321,25 +316,17 @@ class LongformTranscriber:
                 report.skip(frames.seconds(start), frames.seconds(end))
                 start = end
 
-    def _pass(
-        self,
-        encoded: Any,
-        decoder: Decoder,
-        tracker: TextTracker,
-        start: int,
-        end: int,
-        report: LongformReport,
-        progress: Progress | None,
-    ) -> Iterator[list[Word]]:
+    def _pass(self, work: Work, start: int, end: int) -> Iterator[list[Word]]:
         """Groups of words, one a segment, of the frames [start, end); an empty one where a token is pending.
 
         Returns why the pass stopped.
         """
+        decoder, tracker, report, progress = work.decoder, work.tracker, work.report, work.progress
         frames = tracker.frames
         tracker.begin(start, end)
         budget = self.token_budget(frames.count(start, end), (end - start) * frames.frame_seconds)
         with report.timed("prefill"):
-            span = encoded.slice(start, end)
+            span = work.encoded.slice(start, end)
             embeds = self.prompt_embeds(span)
             decoder.reset()
             decoder.prefill(embeds, partial(progress, "prefill") if progress else None)

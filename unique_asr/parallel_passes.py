@@ -7,23 +7,21 @@ that they need not wait for each other; what a pass leaves out, further passes o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from .alignment import SpeechFrames
-from .longform import Decoder, LongformReport, LongformTranscriber, Place, Progress, State
-from .tracking import TextTracker
+from .longform import Decoder, LongformReport, LongformTranscriber, Place, State, Work
 from .transcript import Word
 
 
 class Section:
     """A part of the recording that one pass was planned for: the passes over it, and what they wrote so far."""
 
-    def __init__(self, place: Place, decoder: Decoder, tracker: TextTracker) -> None:
-        self.place, self.tracker = place, tracker
-        self.decoder: Decoder | None = decoder  # None: it is not needed any more
-        self.start = self.reached = tracker.frames.seconds(place.start)
-        self.report = LongformReport()
+    def __init__(self, place: Place, work: Work) -> None:
+        self.place, self.work = place, work
+        self.decoder: Decoder | None = work.decoder  # None: it is not needed any more
+        self.start = self.reached = work.tracker.frames.seconds(place.start)
         self.passes: Iterator[list[Word]] = iter(())
         self.groups: deque[list[Word]] = deque()  # that nobody took yet
         self.announced = False  # whether `on_pass` knows that its text is next
@@ -43,31 +41,27 @@ class ParallelTranscriber(LongformTranscriber):
     It can be gone on with from the beginning of the first section whose text is not complete.
     """
 
-    def _passes(  # type: ignore[override]
-        self,
-        encoded: Any,
-        decoder: Sequence[Decoder],
-        tracker: TextTracker,
-        report: LongformReport,
-        progress: Progress | None,
-        state: State | None,
-        on_pass: Callable[[State], None] | None,
-    ) -> Iterator[list[Word]]:
-        frames = tracker.frames
-        planned = self._planned(frames, self._restored(state, tracker, report))
-        free, running = list(decoder), deque[Section]()
+    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[list[Word]]:
+        tracker = work.tracker
+        planned = self._planned(tracker.frames, self._restored(state, work))
+        free, running = list(work.decoder), deque[Section]()
 
         def begin(place: Place, stop: int) -> Section:
-            section = Section(place, free.pop(), tracker.beginning(place.start))
-
             def heard(stage: str, done: float, total: float) -> None:
                 if stage == "decode":
                     section.reached = done
                     done = running[0].start + sum(each.reached - each.start for each in running)
-                progress(stage, done, total)
+                work.progress(stage, done, total)
 
-            made = section.decoder, section.tracker, section.report, heard if progress else None
-            section.passes = self._passes_over(encoded, *made, place, stop)
+            own = replace(
+                work,
+                decoder=free.pop(),
+                tracker=tracker.beginning(place.start),
+                report=LongformReport(),
+                progress=heard if work.progress else None,
+            )
+            section = Section(place, own)
+            section.passes = self._passes_over(own, place, stop)
             return section
 
         while True:
@@ -84,15 +78,15 @@ class ParallelTranscriber(LongformTranscriber):
             while running:
                 first = running[0]
                 if on_pass and not first.announced:
-                    on_pass(self._state(first.place, tracker, report))
+                    on_pass(self._state(first.place, work))
                     first.announced = True
                 while first.groups:
                     yield first.groups.popleft()
                 if first.decoder is not None:
                     break
                 running.popleft()
-                report.add(first.report)
-                tracker.follow(first.tracker)
+                work.report.add(first.work.report)
+                tracker.follow(first.work.tracker)
             if running and not ended:
                 yield []
 
