@@ -132,6 +132,7 @@ def test_a_report_of_several_budgets(folder, tmp_path, capsys):
     [
         (["task=perplexity", "text.lengths=[100000]"], "text.lengths has 100000 tokens"),
         (["task=perplexity", "text.file=null"], "text.file is missing"),
+        (["task=ruler", "batch=0"], "batch=0: give a whole number of samples"),
         (["task=ruler", "text.tasks=[needle]"], "text.tasks names 'needle'"),
         (["task=counting", "text.tasks=[single]"], "give common_words or frequent_words"),
         (["task=ruler", "text.model=none.gguf"], "text.model=none.gguf: no such file"),

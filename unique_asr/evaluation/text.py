@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..attention import SparseAttentionConfig
 from ..models import resolve_device, resolve_dtype
+from ..overrides import whole_number
 from .decodings import Rows, digest, identity
 from .methods import RivalConfig, Sliding, rivals_active
 from .text_report import TextResult, write_text_results
@@ -31,6 +32,7 @@ def evaluate_text(
     settings, options = OmegaConf.to_container(config), config.text
     if options.model is None:
         raise ValueError(f"text.model is missing: evaluate.py task={config.task} text.model=FOLDER")
+    batch = whole_number(config, "batch", "samples")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     methods = {name: method for name, method in methods.items() if not isinstance(method, Sliding)}
@@ -40,7 +42,7 @@ def evaluate_text(
     folder = Path(config.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: None if options[name] is None else digest(options[name]) for name in ("file", "qa")}
-    about = files | {"task": config.task, "model": identity(options.model), "dtype": str(dtype), "batch": config.batch}
+    about = files | {"task": config.task, "model": identity(options.model), "dtype": str(dtype), "batch": batch}
     for name, attention in methods.items():
         own = {"attention": asdict(attention), "class": type(attention).__name__}
         if isinstance(attention, RivalConfig):
@@ -52,8 +54,8 @@ def evaluate_text(
                 done = f"{len(samples) - len(missing)} of {len(samples)} samples done"
                 print(f"{name} {task} {length}: left out, {done}", file=sys.stderr)
                 continue
-            for first in range(0, len(missing), config.batch):
-                keys = missing[first : first + config.batch]
+            for first in range(0, len(missing), batch):
+                keys = missing[first : first + batch]
                 with torch.no_grad(), rivals_active():
                     for key, value in zip(keys, work.run([samples[key]() for key in keys], attention), strict=True):
                         rows.put(key, value)
