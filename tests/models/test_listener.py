@@ -9,18 +9,16 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, load
-from unique_asr.models.listener import (
-    AHEAD,
+from unique_asr.models.listener import AHEAD, Listener, spikes_after
+from unique_asr.models.reading import (
     ALTERNATIVES,
     MAX_PERIOD,
     MIN_REPETITION,
     UNHEARD,
     ForwardPath,
     Heard,
-    Listener,
-    _Reading,
+    Reading,
     repeating,
-    spikes_after,
 )
 
 STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
@@ -112,7 +110,7 @@ def test_a_reading_that_is_used_again_hears_the_same(listener, states, monkeypat
     )
     groups = [(states[rows], unheard.values[rows]) for rows in (slice(0, 6), slice(2, 5), slice(5, 6))]
     expected = [listener(group, unheard=left) for group, left in groups]
-    held = _Reading(listener, 8, states.shape[1], 20, spikes=True, capture=True)
+    held = Reading(listener, 8, states.shape[1], 20, spikes=True, capture=True)
     monkeypatch.setattr(held, "next", held._step)
     monkeypatch.setattr(listener, "_reading", lambda states, limit, spikes: held)
     for (group, left), one in zip(groups, expected):
@@ -201,7 +199,7 @@ def test_it_needs_whisper(speech_llm):
 def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
     nothing = lambda latest, vocabulary: torch.zeros(len(latest), vocabulary, dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr("unique_asr.models.listener.repeating", nothing)  # weights at random repeat themselves
+    monkeypatch.setattr("unique_asr.models.reading.repeating", nothing)  # weights at random repeat themselves
     monkeypatch.setattr("unique_asr.models.listener.AHEAD", ())
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
