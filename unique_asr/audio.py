@@ -294,7 +294,7 @@ def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, channel
                 mixed = channels.mean(axis=0, dtype=np.float32)
             else:  # a stream may change to fewer channels on the way: its last one stands for those that are gone
                 mixed = channels[:channel][-1].copy()
-            if not math.isfinite(mixed.sum()):  # a fifth of what looking at each sample takes
+            if not math.isfinite(mixed.sum()):
                 np.nan_to_num(mixed, copy=False, posinf=0.0, neginf=0.0)
             yield mixed
 

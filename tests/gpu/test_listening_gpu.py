@@ -8,12 +8,10 @@ import threading
 
 import pytest
 import torch
-from transformers import WhisperConfig
+from small_whisper import SETTINGS, STOP, whisper_config
 
 from unique_asr.models import listener as listening
 from unique_asr.models.listener import CAPTURED, Listener
-
-STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,13 +22,7 @@ pytestmark = [
 @pytest.fixture
 def listener():
     torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
-        decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=STOP, bos_token_id=STOP,
-        eos_token_id=STOP, decoder_start_token_id=PROMPT[0], max_source_positions=300, max_target_positions=80,
-        init_std=0.4,
-    )  # fmt: skip
-    made = Listener(config, PROMPT, STOP, [[0, 1], [1, 0]], [3, STOP]).cuda().eval()
+    made = Listener(whisper_config(80), **SETTINGS).cuda().eval()
     with torch.no_grad():
         table = made.decoder.embed_tokens.weight
         table[STOP] = 1.5 * table[38]  # so that texts end, at different lengths

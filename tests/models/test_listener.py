@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from small_whisper import PROMPT, SETTINGS, STOP, whisper_config
 from transformers import GenerationConfig, GenerationMixin, WhisperConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -21,20 +22,11 @@ from unique_asr.models.reading import (
     repeating,
 )
 
-STOP, PROMPT = 50, [51, 52]  # ids from 51 on are no text
-HEADS = [[0, 1], [1, 0]]
-SETTINGS = {"prompt": PROMPT, "stop": STOP, "heads": HEADS, "suppressed": [3, STOP]}
-
 
 @pytest.fixture(scope="module")
 def whisper():
     torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
-        decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=60, pad_token_id=STOP, bos_token_id=STOP,
-        eos_token_id=STOP, decoder_start_token_id=PROMPT[0], max_source_positions=300, max_target_positions=40,
-        init_std=0.4,
-    )  # fmt: skip
+    config = whisper_config()
     model = WhisperForConditionalGeneration(config).eval()
     with torch.no_grad():
         table = model.model.decoder.embed_tokens.weight

@@ -1,7 +1,5 @@
 """The speech LLM on random weights: windows, merging, prompts, generation, and transformers' conventions."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -24,7 +22,7 @@ from transformers import (
 
 from unique_asr.models import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.models.compose import compose
-from unique_asr.models.modeling import ahead, concatenate
+from unique_asr.models.modeling import concatenate
 from unique_asr.models.projector import Frames, Residual
 
 FRAME = 1280  # samples of a frame of 0.08 s
@@ -437,46 +435,3 @@ def test_context_layers_drop_out_only_while_they_train(speech_llm):
             found[training] = [model.projector(states, directions).logits for _ in range(2)]
     assert not torch.equal(*found[True])
     assert torch.equal(*found[False])
-
-
-# What is made ready while the model is busy
-
-
-def test_the_next_item_is_made_meanwhile():
-    made = [threading.Event() for _ in range(3)]
-
-    def items():
-        for index, event in enumerate(made):
-            event.set()
-            yield index
-
-    for index, item in enumerate(ahead(items())):
-        assert item == index
-        assert all(event.wait(10) for event in made[: index + 2])
-    assert list(ahead(iter([]))) == []
-
-
-def test_an_error_comes_after_what_was_made_before_it():
-    def items():
-        yield 1
-        yield 2
-        raise ValueError("the file is damaged")
-
-    made = ahead(items())
-    assert [next(made), next(made)] == [1, 2]
-    with pytest.raises(ValueError, match="damaged"):
-        next(made)
-
-
-def test_no_more_is_made_for_one_that_stops():
-    made = []
-
-    def items():
-        for index in range(9):
-            made.append(index)
-            yield index
-
-    some = ahead(items())
-    next(some)
-    some.close()
-    assert len(made) <= 2

@@ -6,12 +6,15 @@ for sparse steps, captured anew when the cache grows. Elsewhere the steps run as
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.fused_linear import fuse_linears
+from unique_asr.cuda_graph import captured
 
 
 class Chosen:
@@ -103,7 +106,7 @@ class DecodeStep:
             self.static(sparse)
         else:
             if sparse not in self._graphs:
-                self._graphs[sparse] = self._captured(sparse)
+                self._graphs[sparse] = captured(partial(self.static, sparse), [self.token])
             self._graphs[sparse].replay()
         self.cache.advance()
 
@@ -120,17 +123,3 @@ class DecodeStep:
                 logits_to_keep=1,
             )
         self.choose(output.logits[:, -1])
-
-    def _captured(self, sparse: bool) -> torch.cuda.CUDAGraph:
-        """Capture the step. The warm-up run writes what the first replay writes again, but for the token chosen."""
-        token = self.token.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.static(sparse)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.token.copy_(token)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
-            self.static(sparse)
-        return graph

@@ -174,7 +174,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         parts: list[EncodedAudio] = []
         on_gpu = self.device.type == "cuda"
         groups = processor.window_batches(blocks, batch or (16 if on_gpu else 4))
-        for group in ahead(groups) if on_gpu else groups:
+        for group in prefetched(groups) if on_gpu else groups:
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))
             if progress:
@@ -277,7 +277,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetched(items: Iterator[T]) -> Iterator[T]:
     """The same items; a thread makes the next one while the caller is busy with the last."""
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(next, items, None)

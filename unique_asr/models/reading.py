@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..cuda_graph import captured
+
 if TYPE_CHECKING:
     from .listener import Listener
 
@@ -70,7 +72,7 @@ class Reading:
         weight = decoder.embed_positions.weight
         device, width = weight.device, weight.shape[1]
         attention = decoder.layers[0].self_attn
-        self.windows, self.frames, self.limit, self.spikes, self.capture = windows, frames, limit, spikes, capture
+        self.windows, self.spikes, self.capture = windows, spikes, capture
         self.decoder, self.prompt, self.stop, self.heads = decoder, listener.prompt, listener.stop, listener.heads
         self.attention_heads, self.size = attention.num_heads, attention.head_dim
         self.table = decoder.embed_tokens.weight.T.float()  # in 16 bits the end of a text often ties with a word
@@ -119,7 +121,8 @@ class Reading:
             self._step()
             return
         if self._graph is None:
-            self._graph = self._captured()
+            changed = self.position, self.count, self.token, self.refused, self.ended, self.latest, self.left
+            self._graph = captured(self._step, [*changed, self.unseen, self.path.best])
         self._graph.replay()
 
     def heard(self, windows: int, count: int) -> Heard:
@@ -130,23 +133,6 @@ class Reading:
         )
         frames = self.path.frames(count)[:windows]
         return Heard(tokens, weights, candidates, hidden, frames, (tokens != self.stop).sum(1))
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The step in a graph. A first run, which CUDA's libraries need, is taken back."""
-        changed = self.position, self.count, self.token, self.refused, self.ended, self.latest, self.left, self.unseen
-        changed = *changed, self.path.best
-        before = [state.clone() for state in changed]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        for state, value in zip(changed, before, strict=True):
-            state.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
-            self._step()
-        return graph
 
     def _step(self) -> None:
         state, attention = self._state()
