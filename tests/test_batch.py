@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import unique_asr
 from unique_asr import batch, batch_decoding, pipeline
-from unique_asr.attention import SparseAttentionConfig
+from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.batch import interleave, side_by_side, transcribe_batch
 from unique_asr.batch_decoding import BatchDecoder
@@ -90,6 +90,64 @@ def test_rows_of_any_length_write_what_they_write_alone(llama, static, budget):
         assert tokens == expected
         torch.testing.assert_close(row.log_probs, log_probs, rtol=1e-3, atol=1e-4)
         assert row.statistics.steps == count - 1
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("budget", [None, 4096])
+def test_a_pass_begins_beside_those_under_way(llama, static, budget, monkeypatch):
+    """In the place of one that ended, whether its prompt is longer than all that is there or most of that is empty."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [20, 9, 30, *torch.randint(5, 150, (20,), generator=generator).tolist(), 12, 12, 12, 12, 12]
+    counts = [3, 9, 30, *torch.randint(2, 60, (20,), generator=generator).tolist(), 5, 30, 60, 90, 120]
+    prompts, attention = prompts_of(*lengths), SparseAttentionConfig(budget=budget)
+    rows = BatchDecoder(llama, attention, prefill_chunk=16, static=static)
+    reads, moves, widths = together_read(rows, monkeypatch), [], set()
+    move, resize = PagedCache.move, BatchDecoder._resize
+    monkeypatch.setattr(PagedCache, "move", lambda cache, by: (moves.append(by), move(cache, by)))
+    monkeypatch.setattr(
+        BatchDecoder, "_resize", lambda *how: (resize(*how), widths.add(len(how[0]._places)))[0]
+    )  # fmt: skip
+    results = together(rows, prompts, counts, 5)
+    for (tokens, row), prompt, count in zip(results, prompts, counts, strict=True):
+        expected, log_probs = alone(llama, attention, prompt, count)
+        assert tokens == expected
+        torch.testing.assert_close(row.log_probs, log_probs, rtol=1e-3, atol=1e-4)
+        assert row.statistics.steps == count - 1
+        assert row.statistics.share_of_pages_read == 1
+    assert reads[0] == 5
+    assert len(moves) > 10
+    assert min(moves) < 0 < max(moves)
+    assert len(widths) == (1 if static else 3)  # five places, two, and one
+    assert rows._made.cache.length < 400  # not all that was ever written
+
+
+def test_the_batch_gets_wider_where_more_rows_come(llama):
+    prompts = prompts_of(40, 7, 64)
+    rows, written = BatchDecoder(llama, prefill_chunk=16), []
+    for prompt in prompts:
+        row = rows.row()
+        row.prefill(prompt)
+        written.append(([], row.tokens(30)))
+        for _ in range(4):
+            for tokens, source in written:
+                tokens.extend(token for token in iter(lambda source=source: next(source), PENDING))
+            rows.step()
+    assert len(rows._places) == 3
+    for (tokens, _), prompt in zip(written, prompts, strict=True):
+        assert len(tokens) >= 3
+        assert tokens == alone(llama, None, prompt, 30)[0][: len(tokens)]
+
+
+def test_captured_steps_are_held_up_for_several_rows_only(llama, monkeypatch):
+    prompts, counts = prompts_of(*[20] * 16), [*range(5, 13), *[9] * 8]
+    monkeypatch.setattr(batch_decoding, "PATIENCE", 4)
+    reads = {}
+    for static in (False, True):
+        rows = BatchDecoder(llama, static=static)
+        reads[static] = together_read(rows, monkeypatch)
+        together(rows, prompts, counts, 8)
+    assert reads[False][:4] == [8, 1, 1, 1]
+    assert reads[True][:3] == [8, 2, 2]
 
 
 def test_a_stop_id_ends_its_row_only(llama):
@@ -190,10 +248,10 @@ def test_the_language_is_that_of_the_model(tiny):
         assert transcript.info.settings["language"] == "en"
 
 
-def waves(rows, monkeypatch):
-    """The number of rows in each wave from now on."""
-    counts, prefill = [], rows._prefill
-    monkeypatch.setattr(rows, "_prefill", lambda prompts: (counts.append(len(prompts)), prefill(prompts)))
+def together_read(rows, monkeypatch):
+    """The number of rows whose prompts are read together, each time from now on."""
+    counts, read = [], rows._read
+    monkeypatch.setattr(rows, "_read", lambda some, *how: (counts.append(len(some)), read(some, *how))[1])
     return counts
 
 
@@ -203,7 +261,7 @@ def test_what_does_not_fit_beside_the_others_waits(llama, monkeypatch):
     two = decoding_memory(rows._shape, 64, 64 + HEADROOM, 64, rows.attention, torch.float32, 16, 2).pass_bytes
     # The cache that is there makes room for the next one.
     monkeypatch.setattr(batch_decoding, "free_memory", lambda device: two - rows.held)
-    sizes = waves(rows, monkeypatch)
+    sizes = together_read(rows, monkeypatch)
     results = together(rows, prompts, counts, 4)
     assert [tokens for tokens, _ in results] == [
         alone(llama, rows.attention, prompt, count)[0] for prompt, count in zip(prompts, counts, strict=True)

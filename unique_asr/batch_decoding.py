@@ -1,29 +1,32 @@
 """Recordings side by side: one decode step writes a token for each of them.
 
 Every recording keeps its own transcription with its own passes, and asks a `Row` for tokens as it would ask a
-`GreedyDecoder`. While its token is not there yet, it is set aside. Once all wait, the batch makes a step: for the
-passes that are in it, until the last of them has ended, then for those that wait to begin. A static step begins before
-the tokens of the one before it are looked at, so that the device works while the rows place their words.
+`GreedyDecoder`. While its token is not there yet, it is set aside. Once all wait, the batch makes a step. Where a pass
+has ended, the next one takes its place in the cache while the others go on: its prompt is read beside them and ends
+where they are. A static step begins before the tokens of the one before it are looked at, so that the device works
+while the rows place their words.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
-from .attention.cache import HEADROOM, pages_every_layer
+from .attention.cache import HEADROOM, page_sizes, pages_every_layer
 from .attention.decode_step import Chosen
 from .attention.huggingface import NAME, set_attention, settled
 from .longform import PENDING
 from .memory import decoding_memory, free_memory, held, shape_of
+
+PATIENCE = 4  # captured steps are held up to read prompts once one row waits for so many that run
+THIN, THIN_CAPTURED = 2, 8  # a batch with so many places for each row in use gets narrower, and is captured anew
 
 
 class Row:
@@ -35,6 +38,7 @@ class Row:
         self.statistics = SparsityStatistics()  # its share of the batch's
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # its share of the time
         self.embeds: Tensor | None = None  # [1, N, hidden], a prompt that waits for its prefill
+        self.prompt = self.length = 0  # tokens of the prompt in the cache, and of all that is there
         self.max_new_tokens = 0  # of its answer
         self.progress: Callable[[int, int], None] | None = None
         self.running = False
@@ -48,6 +52,11 @@ class Row:
 
     def reset(self) -> None:
         self.running, self.next, self.embeds = False, None, None
+
+    def begin(self) -> None:
+        """Its prompt is in the cache."""
+        self.prompt = self.length = self.embeds.shape[1]
+        self.embeds, self.running = None, True
 
     def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
         self.embeds, self.progress, self.log_probs = inputs_embeds, progress, []
@@ -94,7 +103,8 @@ class BatchDecoder:
         ...                                   # prefill each, and ask them for tokens until they are PENDING
         rows.step()
 
-    Rows that would not fit into the free memory beside the others wait; `notice` says so.
+    Rows that would not fit into the free memory beside the others wait; `notice` says so. With models whose layers are
+    not all paged, no pass begins before all that are under way have ended.
 
     `static` and `prefill_chunk` as for `GreedyDecoder`.
     """
@@ -109,15 +119,17 @@ class BatchDecoder:
         self.model, self.prefill_chunk = language_model, prefill_chunk
         self.attention = settled(attention or SparseAttentionConfig(), language_model)
         self.device = language_model.get_input_embeddings().weight.device
-        paged = pages_every_layer(language_model.config)
-        self.static = paged and self.device.type == "cuda" if static is None else static
+        self._paged = pages_every_layer(language_model.config)
+        self.static = self._paged and self.device.type == "cuda" if static is None else static
         set_attention(language_model, NAME)
-        self.statistics = SparsityStatistics()
         self.rows: list[Row] = []
-        self._wave: list[Row] = []  # the rows whose passes are in the cache, in its order
-        self._made: DecodeStep | None = None  # for as many rows as the last wave had
-        self._ahead: tuple[Chosen, SparsityStatistics] | None = None  # a step that nobody has looked at yet
+        self._places: list[Row | None] = []  # the row of each place in the cache, if it has one
+        self._starts: list[int] = []  # slots of padding on the left of each place
+        self._made: DecodeStep | None = None  # for as many places
+        self._ahead: Chosen | None = None  # a step that nobody has looked at yet
         self._shape = shape_of(language_model)
+        self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
+        self._thin = THIN_CAPTURED if self.static else THIN
         self._limit: int | None = None  # rows, the last time that memory had no room for all
         self.notice = ""  # one line about it
 
@@ -145,48 +157,55 @@ class BatchDecoder:
         return held(self._made.cache) if self._made is not None else 0
 
     def step(self) -> None:
-        """Give every row in the wave its next token, or begin a wave with those that wait, if memory has room for all.
+        """Give every row that runs its next token, and begin with those that wait, as far as memory has room for them.
 
-        After an error the cache is gone, and with it the wave.
+        After an error the cache is gone, and with it all that was under way.
         """
         try:
             self._step()
         except BaseException:
-            self._wave, self._made, self._ahead = [], None, None
+            self._places, self._made, self._ahead = [], None, None
             raise
 
     @torch.no_grad()
     def _step(self) -> None:
         begin = time.perf_counter()
-        active = [row for row in self._wave if row.running]
-        stage = "decode" if active else "prefill"
-        if active:
-            chosen, counted = self._ahead or self._begin(self._decode)
-        else:
-            self._wave = active = self._fitting([row for row in self.rows if row.embeds is not None])
-            chosen, counted = self._begin(partial(self._prefill, [row.embeds[0] for row in active]))
-            for row in active:
-                row.embeds, row.running = None, True
-        self._ahead = self._begin(self._decode) if self.static and stage == "decode" else None
+        running = {place: row for place, row in enumerate(self._places) if row is not None and row.running}
+        waiting = [row for row in self.rows if row.embeds is not None]
+        if not running:
+            fitting = self._fitting(waiting)
+            self._give(fitting, self._begin(fitting).tolist(), "prefill", begin)
+            return
+        chosen, joined = self._ahead or self._decode(), None
+        joining = self._joining(running, waiting)
+        if joining:
+            joined = self._join(running, joining)
+        elif self._paged and len(running) * self._thin <= len(self._places):
+            self._resize(running, 0)
+        joined_at = time.perf_counter()
+        self._ahead = self._decode() if self.static else None
+        if joined is not None:
+            self._give(joining, joined.tolist(), "prefill", begin + time.perf_counter() - joined_at)
+            begin = joined_at
+        for row in running.values():
+            row.length += 1
+            row.statistics.add(self._made.cache.counted(row.length, row.prompt))
         tokens, log_probs = chosen.tolist()
-        for row, token, log_prob in zip(self._wave, tokens, log_probs, strict=True):
-            if row.running:
-                row.next = int(token), log_prob
-                row.seconds[stage] += (time.perf_counter() - begin) / len(active)
-                self._count(row.statistics, counted)
+        chosen = [[values[place] for place in running] for values in (tokens, log_probs)]
+        self._give(running.values(), chosen, "decode", begin)
 
-    def _begin(self, work: Callable[[], None]) -> tuple[Chosen, SparsityStatistics]:
-        """What `work` chooses, and what it counted."""
-        before = self.statistics.copy()
-        work()
-        return self._made.chosen(), self.statistics.since(before)
+    def _give(self, rows: Collection[Row], chosen: list[list[float]], stage: str, begin: float) -> None:
+        """Each row its token and log-probability, and its share of the time since `begin`."""
+        seconds = (time.perf_counter() - begin) / max(len(rows), 1)
+        for row, token, log_prob in zip(rows, *chosen, strict=True):
+            row.next = int(token), log_prob
+            row.seconds[stage] += seconds
 
     def _fitting(self, rows: list[Row]) -> list[Row]:
         """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""
-        free = free_memory(self.device)
+        free = self._free()
         if free is None:
             return rows
-        free += self.held
         count = len(rows)
         while count > 1 and self._memory(rows[:count]) > free:
             count -= 1
@@ -198,58 +217,139 @@ class BatchDecoder:
             )
         return rows[:count]
 
+    def _joining(self, running: dict[int, Row], waiting: list[Row]) -> list[Row]:
+        """Those that may begin beside the rows that run, by their places."""
+        if not self._paged or (self.static and len(waiting) * PATIENCE < len(running)):
+            return []
+        free, count = self._free(), len(waiting)
+        while free is not None and count and self._memory_beside(running, waiting[:count]) > free:
+            count -= 1
+        return waiting[:count]
+
+    def _free(self) -> int | None:
+        """Bytes, those of the cache included; None where the system does not tell."""
+        free = free_memory(self.device)
+        return None if free is None else free + self.held
+
     def _memory(self, rows: list[Row]) -> int:
-        """Bytes that a wave of these rows may take."""
-        prompt = max(row.embeds.shape[1] for row in rows)
-        tokens = prompt + max(HEADROOM, *(row.max_new_tokens for row in rows))
-        dtype = rows[0].embeds.dtype
-        how = self.attention, dtype, self.prefill_chunk, len(rows), self.device.type
+        """Bytes that these rows may take alone."""
+        prompt = longest_prompt(rows)
+        return self._bytes(rows, len(rows), prompt + max(HEADROOM, *(row.max_new_tokens for row in rows)))
+
+    def _memory_beside(self, running: dict[int, Row], joining: list[Row]) -> int:
+        """Bytes that all of them may take, with the cache in which the prompts are read."""
+        rows = [*running.values(), *joining]
+        length = self._made.cache.length + self._shift(running, joining)
+        tokens = max(self._made.cache.capacity, length + max(row.max_new_tokens for row in rows))
+        return self._bytes(joining, max(len(self._places), len(rows)) + len(joining), tokens)
+
+    def _bytes(self, prompts: list[Row], places: int, tokens: int) -> int:
+        prompt = longest_prompt(prompts)
+        how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
         return decoding_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
-    def _prefill(self, prompts: list[Tensor]) -> None:
-        """Vectors [N_i, hidden] of every row, padded to the longest, densely and in chunks."""
-        longest = max(map(len, prompts))
-        self._starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=self.device)
-        if self._made is None or len(self._made.token) != len(prompts):
-            cache = PagedCache(self.model.config, self.attention, statistics=self.statistics)
-            self._made = DecodeStep(self.model, cache, batch=len(prompts), starts=self._starts.clone())
-        self._made.starts.copy_(self._starts)  # captured steps read it there
-        cache = self._made.cache
-        cache.reset()
-        self._made.reserve(longest + HEADROOM)
-        embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[-1])
-        for row, prompt in zip(embeds, prompts, strict=True):
-            row[longest - len(prompt) :] = prompt
-        size = math.ceil(longest / math.ceil(longest / self.prefill_chunk))  # equal: one token were a decode step
-        for start in range(0, longest, size):
-            logits = self._forward(start, inputs_embeds=embeds[:, start : start + size])
-            for row in self._wave:
+    def _begin(self, rows: list[Row]) -> Chosen:
+        """Rows that have the cache to themselves."""
+        longest = longest_prompt(rows)
+        self._places, self._starts, self._ahead = list(rows), [longest - row.embeds.shape[1] for row in rows], None
+        if self._made is None or len(self._made.token) != len(rows):
+            cache = PagedCache(self.model.config, self.attention)
+            self._made = DecodeStep(self.model, cache, batch=len(rows), starts=self._tensor(self._starts))
+        made = self._made
+        made.starts.copy_(self._tensor(self._starts))  # captured steps read it there
+        made.cache.reset()
+        made.reserve(longest + HEADROOM)
+        made.choose(self._read(rows, made.cache, made.starts, longest))
+        return made.chosen()
+
+    def _join(self, running: dict[int, Row], rows: list[Row]) -> Chosen:
+        """Read the prompts of rows beside those that run, so that they end where these are."""
+        by = self._shift(running, rows)
+        free = self._resize(running, len(rows))
+        made = self._made
+        made.reserve(made.cache.length + by)
+        made.cache.move(by)
+        length = made.cache.length
+        # Pages of the prompts are pages there.
+        longest = longest_prompt(rows)
+        longest += (length - longest) % self._unit
+        starts = self._tensor([longest - row.embeds.shape[1] for row in rows])
+        self._starts = [max(0, start + by) for start in self._starts]
+        for place, row in zip(free, rows, strict=True):
+            self._places[place], self._starts[place] = row, length - row.embeds.shape[1]
+        made.starts.copy_(self._tensor(self._starts))
+        cache, places = PagedCache(self.model.config, self.attention, capacity=longest), self._tensor(free)
+        logits = self._read(rows, cache, starts, longest)
+        made.cache.take(places, cache, starts)
+        return Chosen(made.choose_for(places, logits))
+
+    def _shift(self, running: Iterable[int], joining: list[Row]) -> int:
+        """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where nobody is."""
+        length, unit = self._made.cache.length, self._unit
+        longest = longest_prompt(joining)
+        longest += (length - longest) % unit
+        empty = min(self._starts[place] for place in running) // unit * unit
+        return max(longest - length, -empty if 4 * empty >= length else 0)
+
+    def _resize(self, running: dict[int, Row], count: int) -> list[int]:
+        """Places for `count` rows beside those that run; the batch is made wider if need be, or narrower."""
+        width = len(running) + count
+        if len(self._places) < width * self._thin and width <= len(self._places):
+            free = [place for place in range(len(self._places)) if place not in running]
+            for place in free:
+                self._places[place] = None
+            return free[:count]
+        kept = list(running)
+        kept += kept[:1] * count  # what is there will be written over
+        made, indices = self._made, self._tensor(kept)
+        made.cache.batch_select_indices(indices)
+        self._starts = [self._starts[place] for place in kept]
+        self._places = [*running.values(), *[None] * count]
+        self._made = DecodeStep(self.model, made.cache, batch=width, starts=self._tensor(self._starts))
+        self._made.token.copy_(made.token[indices])
+        return list(range(width - count, width))
+
+    def _read(self, rows: list[Row], cache: PagedCache, starts: Tensor, length: int) -> Tensor:
+        """Prefill the prompts densely and in chunks, padded on the left to `length`: the last logits [rows, V]."""
+        embeds = rows[0].embeds.new_zeros(len(rows), length, rows[0].embeds.shape[-1])
+        for row, padded in zip(rows, embeds, strict=True):
+            padded[length - row.embeds.shape[1] :] = row.embeds[0]
+        size = math.ceil(length / math.ceil(length / self.prefill_chunk))  # equal: one token were a decode step
+        for start in range(0, length, size):
+            logits = self._forward(cache, starts, start, inputs_embeds=embeds[:, start : start + size])
+            for row in rows:
                 if row.progress is not None:
-                    row.progress(min(longest, start + size), longest)
-        self._made.choose(logits)
+                    row.progress(min(length, start + size), length)
+        for row in rows:
+            row.begin()
+        return logits
 
-    def _decode(self) -> None:
+    def _decode(self) -> Chosen:
+        made = self._made
         if self.static:
-            self._made.run()
+            made.run()
         else:
-            self._made.choose(self._forward(self._made.cache.length, input_ids=self._made.token))
+            made.choose(self._forward(made.cache, made.starts, made.cache.length, input_ids=made.token))
+        return made.chosen()
 
-    def _forward(self, start: int, **inputs: Tensor) -> Tensor:
+    def _forward(self, cache: PagedCache, starts: Tensor, start: int, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the last of the positions that begin at `start`."""
         end = start + next(iter(inputs.values())).shape[1]
-        place = torch.arange(end, device=self.device) - self._starts[:, None]  # [B, end]
+        place = torch.arange(end, device=self.device) - starts[:, None]  # [B, end]
         output = self.model(
             **inputs,
             attention_mask=(place >= 0).long(),
             position_ids=place[:, start:].clamp(min=0),
-            past_key_values=self._made.cache,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1]
 
-    def _count(self, counters: SparsityStatistics, counted: SparsityStatistics) -> None:
-        """Add a row's share of what a step of the batch has counted; its padding counts as read."""
-        for name, value in vars(counted).items():
-            share = value if name in ("steps", "sparse_steps") else value // len(self._wave)
-            setattr(counters, name, getattr(counters, name) + share)
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+
+def longest_prompt(rows: Iterable[Row]) -> int:
+    """Tokens."""
+    return max(row.embeds.shape[1] for row in rows)

@@ -141,7 +141,7 @@ def test_heavy_hitters_are_the_column_sums_of_attention(chunks):
         start += count
     method = layer.cache.layers[0].method
     mass = 2 * naive_attention(queries[:300], keys[:300]).sum(dim=0)
-    kept_mass = method.masses[301 % 2, 0, 0, :301]
+    kept_mass = method.masses[0, 0, :301, 301 % 2]
     kept = kept_mass.isfinite().nonzero().flatten().tolist()
     heavy = mass[: 301 - BUDGET // 2].topk(BUDGET // 2).indices.sort().values.tolist()
     assert kept == heavy + list(range(301 - BUDGET // 2, 301))
@@ -252,7 +252,40 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
         for wave in (prompts, prompts[::-1]):
             expected = [(tokens, row.statistics) for tokens, row in together(eager, wave, [16] * 3, 3)]
             assert [(tokens, row.statistics) for tokens, row in together(captured, wave, [16] * 3, 3)] == expected
-            assert expected[0][1].sparse_steps
+            assert any(counted.sparse_steps for _, counted in expected)
+
+
+@pytest.mark.parametrize("name", ["unique", *METHODS])
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_that_begin_beside_others_read_what_they_read_alone(llama, name, static, monkeypatch):
+    """Those whose pages are cut as they are alone; every row, if the method has no pages."""
+    starts, join = {}, BatchDecoder._join
+
+    def joined(rows, running, joining):
+        chosen = join(rows, running, joining)
+        starts.update((row, start) for row, start in zip(rows._places, rows._starts, strict=True) if row in joining)
+        return chosen
+
+    monkeypatch.setattr(BatchDecoder, "_join", joined)
+    generator = torch.Generator().manual_seed(3)
+    lengths = [150, 137, 121, *torch.randint(100, 260, (21,), generator=generator).tolist()]
+    counts = torch.randint(8, 40, (24,), generator=generator).tolist()
+    prompts = [torch.randn(1, length, 90, generator=generator) for length in lengths]
+    config = rival(METHODS[name](), 96, page_size=8) if name in METHODS else SparseAttentionConfig(budget=96)
+    compared = 0
+    with rivals_active():
+        results = together(BatchDecoder(llama, config, static=static), prompts, counts, 3)
+        for (tokens, row), prompt, count in zip(results, prompts, counts, strict=True):
+            if name in ("unique", "infllm") and starts.get(row, 1) % 8:
+                continue
+            expected = together(BatchDecoder(llama, config, static=static), [prompt], [count], 1)[0]
+            assert tokens == expected[0]
+            torch.testing.assert_close(row.log_probs, expected[1].log_probs, rtol=1e-3, atol=1e-4)
+            assert row.statistics == expected[1].statistics
+            assert row.statistics.sparse_steps == count - 1
+            compared += 1
+    assert len(starts) > 15
+    assert compared >= (2 if name in ("unique", "infllm") else 24)
 
 
 @pytest.mark.parametrize(

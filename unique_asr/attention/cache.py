@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +121,19 @@ class PageLevel:
     done: int = 0  # pages whose statistics are up to date
 
 
+class Companion(Protocol):
+    """What somebody else remembers of a layer's tokens, slot by slot."""
+
+    def move(self, by: int, layer: PagedLayer) -> None:
+        """As `PagedLayer.move`, which has moved its own."""
+
+    def take(self, rows: Tensor, layer: PagedLayer, other: PagedLayer) -> None:
+        """As `PagedLayer.take`: what the companion of `other` remembers of its rows."""
+
+    def select(self, indices: Tensor) -> None:
+        """Of rows `indices` only, in that order."""
+
+
 ACTIVE = threading.local()  # .cache: the one in a static step on this thread, for the operator of compiled models
 
 
@@ -145,6 +159,7 @@ class PagedLayer(CacheLayerMixin):
         self.sparse_layer = config.budget is not None
         self.keeps_selection = False  # set it before the first step, which may be captured
         self.selected: Tensor | None = None  # int32 [B, K, k - 1]: pages of the last sparse step, if they are kept
+        self.companion: Companion | None = None
         self.index = 0  # in the cache
 
     @property
@@ -267,9 +282,15 @@ class PagedLayer(CacheLayerMixin):
             self.selected.copy_(pages)
 
     def count_step(self, length: int) -> None:
-        """Count one decode step at a context of `length` tokens, the new one included."""
-        rows = self.keys.shape[0] * self.keys.shape[1]
-        size = self.config.page_size
+        """Count one decode step of all rows at a context of `length` tokens, the new one included."""
+        self.counters.add(self.counted(length), times=self.keys.shape[0])
+        if self.closes_step:
+            self.counters.steps += 1
+            self.counters.sparse_steps += self.sparse_at(length)
+
+    def counted(self, length: int, prompt: int | None = None) -> SparsityStatistics:
+        """What such a step reads of one row, which had a prompt of `prompt` tokens."""
+        heads, size = self.keys.shape[1], self.config.page_size
         token_bytes = (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
         pages = -(-length // size)
         dense_bytes = length * token_bytes
@@ -280,19 +301,17 @@ class PagedLayer(CacheLayerMixin):
             if len(self.levels) > 1:
                 supers = (length - 1) // self.config.super_page_size
                 scored = supers + min(scored, (self.config.super_count + 1) * self.config.fan)
-            read = self.pages_read(length), tokens * token_bytes + scored * page_bytes
+            read = self.pages_read(length, prompt), tokens * token_bytes + scored * page_bytes
         else:
             read = pages, dense_bytes
-        counters = self.counters
-        counters.pages_read += rows * read[0]
-        counters.pages_total += rows * pages
-        counters.bytes_read += rows * read[1]
-        counters.bytes_dense += rows * dense_bytes
-        if self.closes_step:
-            counters.steps += 1
-            counters.sparse_steps += self.sparse_at(length)
+        return SparsityStatistics(
+            pages_read=heads * read[0],
+            pages_total=heads * pages,
+            bytes_read=heads * read[1],
+            bytes_dense=heads * dense_bytes,
+        )
 
-    def pages_read(self, length: int) -> int:
+    def pages_read(self, length: int, prompt: int | None = None) -> int:
         """Pages that a step which selects reads of each KV head, at a context of `length` tokens."""
         return self.config.pages
 
@@ -324,6 +343,41 @@ class PagedLayer(CacheLayerMixin):
         for level in self.levels:
             level.done = min(level.done, self.length // level.size)
 
+    def _buffers(self) -> Iterator[tuple[Tensor, int]]:
+        """[B, K, capacity / S, width] each, and S, the slots that an entry is of."""
+        yield self.keys, 1
+        yield self.values, 1
+        for level in self.levels:
+            for statistic in level.statistics:
+                yield raw(statistic), level.size
+
+    def move(self, by: int) -> None:
+        """Move all tokens `by` slots to the right, or to the left: what would be left of slot 0 is forgotten.
+
+        `by` is a multiple of every size of pages. The slots that become free on the right are padding of every row.
+        """
+        former = self.length
+        self.reserve(former + by)
+        self.length += by
+        for buffer, size in self._buffers():
+            moved(buffer, by // size, former // size)
+        for level in self.levels:
+            level.done = max(0, level.done + by // level.size)
+        if self.companion is not None:
+            self.companion.move(by, self)
+
+    def take(self, rows: Tensor, other: PagedLayer) -> None:
+        """Put all rows of another layer into `rows` of this one, so that they end together.
+
+        The lengths differ by a multiple of every size of pages, and the statistics of `other` are up to date.
+        """
+        offset = self.length - other.length
+        for (buffer, size), (new, _) in zip(self._buffers(), other._buffers(), strict=True):
+            count, first = other.length // size, offset // size
+            buffer[rows, :, first : first + count] = new[:, :, :count]
+        if self.companion is not None:
+            self.companion.take(rows, self, other)
+
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply `function` to the rows that are in use of every buffer."""
         if not self.is_initialized:
@@ -342,6 +396,8 @@ class PagedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_rows(lambda buffer: buffer[indices])
+        if self.companion is not None:
+            self.companion.select(indices)
 
     def offload(self):
         raise NotImplementedError("PagedCache keeps its layers on their device: offloading is not supported")
@@ -357,6 +413,13 @@ def grown(buffer: Tensor, used: int, size: int) -> Tensor:
     new = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[-1])
     new[:, :, :used] = buffer[:, :, :used]
     return new
+
+
+def moved(buffer: Tensor, by: int, used: int) -> None:
+    """Move the first `used` entries of dimension 2 by `by` places, in place."""
+    kept = slice(max(0, -by), used)
+    if kept.start < used:
+        buffer[:, :, kept.start + by : used + by] = buffer[:, :, kept].clone()
 
 
 def pages_every_layer(config: PreTrainedConfig) -> bool:
@@ -429,6 +492,17 @@ class PagedCache(Cache):
             else:
                 self.layers[index] = fresh
 
+    def move(self, by: int) -> None:
+        """See `PagedLayer.move`; for models with full attention in every layer, as all that follows."""
+        for layer in self.paged_layers:
+            layer.move(by)
+
+    def take(self, rows: Tensor, other: PagedCache, starts: Tensor) -> None:
+        """See `PagedLayer.take`; `starts` [rows] is the padding on the left of the rows of `other`."""
+        other.update_statistics(starts)
+        for layer, its in zip(self.paged_layers, other.paged_layers, strict=True):
+            layer.take(rows, its)
+
     @contextmanager
     def static_step(self, position: Tensor, sparse: bool, starts: Tensor | None = None) -> Iterator[None]:
         """Within the block `update` and the attention function run one static step, at `position` (int64 [1]).
@@ -454,6 +528,22 @@ class PagedCache(Cache):
         """Whether a decode step at this context length selects pages in any layer."""
         return any(layer.sparse_at(length) for layer in self.paged_layers)
 
+    def counted(self, length: int, prompt: int | None = None, rows: int = 1) -> SparsityStatistics:
+        """One decode step at a context of `length` tokens, the new one included, after a prompt of `prompt`."""
+        step = SparsityStatistics(steps=1, sparse_steps=int(self.sparse_at(length)))
+        for layer, layers in self._kinds.values():
+            step.add(layer.counted(length, prompt), times=rows * layers)
+        return step
+
+    @cached_property
+    def _kinds(self) -> dict[tuple, tuple[PagedLayer, int]]:
+        """A layer of each kind, and how many of it there are."""
+        kinds: dict[tuple, tuple[PagedLayer, int]] = {}
+        for layer in self.paged_layers:
+            kind = layer.sparse_layer, layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+            kinds[kind] = layer, kinds.get(kind, (layer, 0))[1] + 1
+        return kinds
+
     def update_statistics(self, starts: Tensor | None = None) -> None:
         """Bring the page statistics of every layer up to date; `starts` [B] is the padding on the left of every row."""
         layers = [layer for layer in self.paged_layers if layer.sparse_layer]
@@ -467,7 +557,7 @@ class PagedCache(Cache):
         """Account for one static step on the host: its token, its pages and the counters."""
         for layer in self.paged_layers:
             layer.length += 1
-            layer.count_step(layer.length)
             if layer.sparse_at(layer.length):
                 for level in layer.levels:
                     level.done = layer.length // level.size
+        self.statistics.add(self.counted(self.length, rows=self.paged_layers[0].keys.shape[0]))

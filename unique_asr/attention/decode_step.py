@@ -37,6 +37,13 @@ class Chosen:
         return self._result.tolist()
 
 
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The arg-max of logits [B, V], and its log-probability in nats."""
+    logits = logits.float()
+    value, token = logits.max(dim=-1)
+    return token, value - logits.logsumexp(dim=-1)
+
+
 class DecodeStep:
     """Writes the token last chosen to the cache and chooses the next, for a model switched to UNIQUE attention.
 
@@ -76,11 +83,16 @@ class DecodeStep:
 
     def choose(self, logits: Tensor) -> None:
         """Make the arg-max of logits [B, V] the next token, on the device."""
-        logits = logits.float()
-        best, token = logits.max(dim=-1)
+        token, log_prob = best(logits)
         self.token.copy_(token.unsqueeze(1))
         self.result[0].copy_(token)
-        self.result[1].copy_(best - logits.logsumexp(dim=-1))
+        self.result[1].copy_(log_prob)
+
+    def choose_for(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """The same for some `rows` of the batch (int64 [R]), of logits [R, V]; returns their `result`, [2, R]."""
+        token, log_prob = best(logits)
+        self.token[rows] = token.unsqueeze(1)
+        return torch.stack([token.double(), log_prob.double()])
 
     def chosen(self) -> Chosen:
         """The tokens last chosen, and their log-probabilities."""

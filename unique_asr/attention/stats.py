@@ -21,9 +21,9 @@ class SparsityStatistics:
     def share_of_pages_read(self) -> float:
         return self.pages_read / self.pages_total if self.pages_total else 1.0
 
-    def add(self, other: "SparsityStatistics") -> None:
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    def add(self, other: "SparsityStatistics", times: int = 1) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + times * value)
 
     def since(self, before: "SparsityStatistics") -> "SparsityStatistics":
         """What was counted after the copy `before`."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention import SparseAttentionConfig
-from ...attention.cache import PagedLayer, StaticStep
+from ...attention.cache import PagedLayer, StaticStep, moved
 from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
 from ...attention.reference import attend_biased, attention_weights, group_queries
 
@@ -35,12 +35,13 @@ class Method(ABC):
 
     What it remembers of a sequence lies in buffers over the slots of the cache, and every step writes them by its own
     slot: a captured step finds them again, and a step that runs twice (a capture's warm-up, or one that was taken back)
-    writes the same again.
+    writes the same again. Rows begin anew beside others, and slots move (`unique_asr.attention.cache.Companion`).
     """
 
     name: ClassVar[str]
     watches: ClassVar[bool] = False  # wants to know what attention the tokens got
     slots: int  # of the cache, when its buffers were made
+    kept: ClassVar[tuple[str, ...]] = ()  # its buffers [B, K, slots / S, width]
 
     def begin(self, config: SparseAttentionConfig) -> None:
         """Take the settings. Raises ValueError if the budget is too small for the method."""
@@ -65,13 +66,43 @@ class Method(ABC):
     def attended(self, weights: Tensor, read: Tensor, last: Tensor) -> None:  # noqa: B027
         """The attention [B, K, G, N] of a decode step, and what was read [B or 1, K or 1, N], if the method watches."""
 
-    def reads(self, length: int) -> int:
-        """Tokens that a step reads of each KV head at a context of `length` tokens, in a row without padding."""
+    def reads(self, length: int, prompt: int | None = None) -> int:
+        """Tokens that a step reads of each KV head at a context of `length` tokens, in a row without padding.
+
+        prompt: tokens of the row's prompt; None: of the prompt that all rows had.
+        """
         return self.config.budget
 
-    def pages_read(self, length: int) -> int:
+    def pages_read(self, length: int, prompt: int | None = None) -> int:
         """Pages that they would fill."""
-        return -(-self.reads(length) // self.config.page_size)
+        return -(-self.reads(length, prompt) // self.config.page_size)
+
+    def fit(self, layer: PagedLayer) -> None:
+        """Have room for all slots of the layer."""
+        if self.slots != layer.capacity:
+            self.grow(layer.keys)
+            self.slots = layer.capacity
+
+    def buffers(self) -> Iterator[tuple[Tensor, int]]:
+        """What is `kept`, and S."""
+        for name in self.kept:
+            buffer = getattr(self, name)
+            yield buffer, self.slots // buffer.shape[2]
+
+    def move(self, by: int, layer: PagedLayer) -> None:
+        self.fit(layer)
+        for buffer, size in self.buffers():
+            moved(buffer, by // size, (layer.length - by) // size)
+
+    def take(self, rows: Tensor, layer: PagedLayer, other: PagedLayer) -> None:
+        self.fit(layer)
+        for (buffer, size), (new, _) in zip(self.buffers(), other.companion.buffers(), strict=True):
+            count, first = -(-other.length // size), (layer.length - other.length) // size
+            buffer[rows, :, first : first + count] = new[:, :, :count]
+
+    def select(self, indices: Tensor) -> None:
+        for name in self.kept:
+            setattr(self, name, getattr(self, name)[indices])
 
 
 @dataclass(frozen=True)
@@ -126,13 +157,12 @@ def method_of(layer: PagedLayer, new_sequence: bool = False) -> Method:
     if not hasattr(layer, "method"):
         layer.method = copy.copy(layer.config.method)
         layer.method.begin(layer.config)
-        layer.pages_read = layer.method.pages_read
+        layer.pages_read, layer.companion = layer.method.pages_read, layer.method
         new_sequence = True
     if new_sequence:
         layer.method.reset(layer.keys)
-    elif layer.method.slots != layer.capacity:
-        layer.method.grow(layer.keys)
-    layer.method.slots = layer.capacity
+        layer.method.slots = layer.capacity
+    layer.method.fit(layer)
     return layer.method
 
 

@@ -21,17 +21,17 @@ class H2O(Method):
 
     name: ClassVar[str] = "h2o"
     watches: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ("masses",)
     recent: float = 0.5  # share of the budget for the latest tokens; the paper's choice
 
     def reset(self, keys):
-        if getattr(self, "masses", None) is None or self.masses.shape[1:] != keys.shape[:3]:
-            # float32 [2, B, K, N]: attention that each token has got, -inf once it is evicted. A step at slot t reads
+        if getattr(self, "masses", None) is None or self.masses.shape[:3] != keys.shape[:3]:
+            # float32 [B, K, N, 2]: attention that each token has got, -inf once it is evicted. A step at slot t reads
             # the one of t % 2 and writes the other.
-            self.masses = torch.zeros(2, *keys.shape[:3], device=keys.device)
+            self.masses = torch.zeros(*keys.shape[:3], 2, device=keys.device)
 
     def grow(self, keys):
-        rows = self.masses.flatten(0, 1).unsqueeze(-1)
-        self.masses = grown(rows, rows.shape[2], keys.shape[2]).squeeze(-1).unflatten(0, (2, -1))
+        self.masses = grown(self.masses, self.masses.shape[2], keys.shape[2])
 
     def prompt(self, query, keys, position, scaling):
         new, total = query.shape[3], keys.shape[2]
@@ -63,9 +63,9 @@ class H2O(Method):
 
     def _mass(self, slot, total):
         """[B, K, total] before the token of `slot` (int64 [1]) is read; the tokens from it on have got nothing yet."""
-        mass = self.masses.index_select(0, slot % 2)[0, :, :, :total]
+        mass = self.masses.index_select(3, slot % 2)[:, :, :total, 0]
         return mass.masked_fill(torch.arange(total, device=slot.device) >= slot, 0)
 
     def _keep(self, mass, slot):
         """What there is when the token of `slot` comes."""
-        self.masses[:, :, :, : mass.shape[2]].index_copy_(0, slot % 2, mass.unsqueeze(0))
+        self.masses[:, :, : mass.shape[2]].index_copy_(3, slot % 2, mass.unsqueeze(3))

@@ -22,6 +22,7 @@ class InfLLM(Method):
     """
 
     name: ClassVar[str] = "infllm"
+    kept: ClassVar[tuple[str, ...]] = ("represented",)
     representatives: int = 4  # tokens of a block; the paper's choice
     local: float = 0.5  # share of the budget for the latest tokens
 
@@ -50,6 +51,18 @@ class InfLLM(Method):
 
     def grow(self, keys):
         self.represented = grown(self.represented, self.represented.shape[2], keys.shape[2] // self.block)
+
+    def move(self, by, layer):
+        super().move(by, layer)
+        self.sums.copy_(self.sums.roll(by, dims=2))
+
+    def take(self, rows, layer, other):
+        super().take(rows, layer, other)
+        self.sums[rows] = other.companion.sums.roll(layer.length - other.length, dims=2)
+
+    def select(self, indices):
+        super().select(indices)
+        self.sums = self.sums[indices]
 
     def prompt(self, query, keys, position, scaling):
         total, device = keys.shape[2], keys.device
@@ -102,7 +115,7 @@ class InfLLM(Method):
         latest = torch.arange(slots, device=keys.device) >= first
         return F.pad(chosen.repeat_interleave(self.block, dim=-1), (0, slots % self.block)) | latest
 
-    def reads(self, length):
+    def reads(self, length, prompt=None):
         local = length - self._represented(length)
         return (self._blocks(local) + self.config.sink_pages) * self.block + local
 

@@ -34,9 +34,22 @@ class Murmur(Method):
                 raise ValueError(f"attention.budget is {config.budget}: Murmur's sinks alone are {sinks} tokens")
 
     def reset(self, keys):
-        if not hasattr(self, "prompted"):
-            self.prompted = torch.zeros(1, dtype=torch.long, device=keys.device)  # slots of the prompt, with padding
-        self.prompt_tokens = 0  # the same on the host
+        if getattr(self, "prompted", None) is None or len(self.prompted) != len(keys):
+            # Of every row, the slots up to the end of its prompt, with padding.
+            self.prompted = torch.zeros(len(keys), 1, 1, dtype=torch.long, device=keys.device)
+        self.prompt_tokens = 0  # of all rows, on the host
+
+    def move(self, by, layer):
+        super().move(by, layer)
+        self.prompted += by
+
+    def take(self, rows, layer, other):
+        super().take(rows, layer, other)
+        self.prompted[rows] = layer.length
+
+    def select(self, indices):
+        super().select(indices)
+        self.prompted = self.prompted[indices]
 
     def prompt(self, query, keys, position, scaling):
         self.prompt_tokens = keys.shape[2]
@@ -52,8 +65,9 @@ class Murmur(Method):
         evicted |= (output >= self.output_sink) & (output < elapsed - self.window)
         return ~evicted
 
-    def reads(self, length):
-        elapsed = length - self.prompt_tokens
-        most = max(0, self.prompt_tokens - self.sink - self.window)
+    def reads(self, length, prompt=None):
+        prompt = self.prompt_tokens if prompt is None else prompt
+        elapsed = length - prompt
+        most = max(0, prompt - self.sink - self.window)
         gone = min(max(0, int(self.rate * (elapsed - self.delay))), most)
         return length - gone - max(0, elapsed - self.window - self.output_sink)
