@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_batch import together as ragged_together
 
+from unique_asr import batch_decoding
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.decoding import GreedyDecoder
@@ -24,7 +26,7 @@ pytestmark = [
 
 
 def together(rows, prompts, count):
-    """All prompts at once, in one wave."""
+    """All prompts at once."""
     decoding = []
     for prompt in prompts:
         row = rows.row()
@@ -45,7 +47,7 @@ def together(rows, prompts, count):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("budget", [None, 1024])
 def test_rows_write_what_they_write_alone(llama, budget, backend):
-    """Dense, in float32; a second wave finds the captured steps of the first, and other padding."""
+    """Dense, in float32; a second batch finds the captured steps of the first, and other padding."""
     llama.to("cuda")
     attention = SparseAttentionConfig(budget=budget, backend=backend)
     generator = torch.Generator().manual_seed(1)
@@ -71,10 +73,49 @@ def test_sparse_rows_are_those_of_uncaptured_steps(llama, backend):
     assert captured == eager
 
 
+def ragged(count=16):
+    """Prompts of 20 to 400 tokens on the GPU, and how many tokens are to follow."""
+    generator = torch.Generator().manual_seed(1)
+    lengths, counts = (torch.randint(*span, (count,), generator=generator).tolist() for span in ((20, 400), (4, 60)))
+    return [torch.randn(1, length, 90, generator=generator).cuda() for length in lengths], counts
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("budget", [None, 1024])
+def test_rows_that_begin_beside_others_write_what_they_write_alone(llama, budget, backend, monkeypatch):
+    """In the places of those that ended, one at a time and several together."""
+    llama.to("cuda")
+    attention, (prompts, counts) = SparseAttentionConfig(budget=budget, backend=backend), ragged()
+    for patience in (4, 1):
+        monkeypatch.setattr(batch_decoding, "PATIENCE", patience)
+        for (tokens, _), prompt, count in zip(
+            ragged_together(BatchDecoder(llama, attention), prompts, counts, 4), prompts, counts, strict=True
+        ):
+            decoder = GreedyDecoder(llama, attention, capacity=1024)
+            decoder.prefill(prompt)
+            assert tokens == list(decoder.tokens(count))
+
+
+@pytest.mark.parametrize("config", ["torch", "triton", *METHODS])
+def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llama, config, monkeypatch):
+    monkeypatch.setattr(batch_decoding, "PATIENCE", 1000)  # as uncaptured ones begin
+    llama.to("cuda")
+    if config in METHODS:
+        attention = RivalConfig(budget=96, score="mean", method=METHODS[config]())
+    else:
+        attention = SparseAttentionConfig(budget=64, backend=config)
+    with rivals_active():
+        captured, eager = (
+            ragged_together(BatchDecoder(llama, attention, static=static), *ragged(), 4) for static in (True, False)
+        )
+    assert [tokens for tokens, _ in captured] == [tokens for tokens, _ in eager]
+    assert [row.statistics for _, row in captured] == [row.statistics for _, row in eager]
+
+
 @pytest.mark.parametrize("budget", [96, 320])
 @pytest.mark.parametrize("name", METHODS)
 def test_captured_rivals_choose_what_eager_ones_do(llama, name, budget):
-    """Two waves: the second finds the captured steps of the first, and other prompts."""
+    """Twice: the second time finds the captured steps of the first, and other prompts."""
     llama.to("cuda")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (250, 237, 301)]
