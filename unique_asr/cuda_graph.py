@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
+ALONE = threading.Lock()  # beginning a capture waits for the whole device, which no other capture survives
+
 
 def captured(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-    """The graph of a step that reads and writes tensors in place, and nothing on the host.
+    """The graph of a step that reads and writes tensors in place, and nothing on the host; threads may call it.
 
     changed: the tensors that a step must not change twice. A first run, which CUDA's libraries need, is taken back in
         them; what it wrote elsewhere the first replay writes again.
     """
     before = [state.clone() for state in changed]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    for state, value in zip(changed, before, strict=True):
-        state.copy_(value)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
-        step()
+    with ALONE:
+        stream = capture_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        for state, value in zip(changed, before, strict=True):
+            state.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # others may use the device
+            step()
     return graph
+
+
+@cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: PyTorch has 32 streams in all, and gives them out again, to other threads too."""
+    return torch.cuda.Stream(device)

@@ -3,6 +3,7 @@
 python -m pytest tests/gpu/test_batch_gpu.py -m gpu
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_rows_that_begin_beside_others_write_what_they_write_alone(llama, budget
             decoder = GreedyDecoder(llama, attention, capacity=1024)
             decoder.prefill(prompt)
             assert tokens == list(decoder.tokens(count))
+
+
+def test_threads_decode_beside_each_other(llama):
+    """Each on a stream of its own; captures of one do not disturb the others."""
+    llama.to("cuda")
+    attention = SparseAttentionConfig(budget=64)
+    expected = [tokens for tokens, _ in ragged_together(BatchDecoder(llama, attention), *ragged(), 4)]
+
+    def decoded(_):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [tokens for tokens, _ in ragged_together(BatchDecoder(llama, attention), *ragged(), 4)]
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decoded, range(8))) == [expected] * 8
 
 
 @pytest.mark.parametrize("config", ["torch", "triton", *METHODS])
