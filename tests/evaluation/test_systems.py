@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -228,6 +229,56 @@ def test_recordings_of_all_lengths_in_the_same_batches(speech_llm, tmp_path, mon
         assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("together", ["true", "false"])
+def test_methods_and_budgets_at_a_time(speech_llm, tmp_path, monkeypatch, together):
+    """In threads, after dense, from which those take what they would write too; each encoded once; all of it scored."""
+    model = speech_llm[0]
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    threads, decode, encoded, encode_windows = {}, BatchedSpeechLLM.transcribe, [], model.encode_windows
+
+    def noted(system, recordings):
+        threads.setdefault(system.name, []).append((threading.get_ident(), len(recordings)))
+        yield from decode(system, recordings)
+
+    monkeypatch.setattr(BatchedSpeechLLM, "transcribe", noted)
+    monkeypatch.setattr(model, "encode_windows", lambda features: (encoded.append(1), encode_windows(features))[1])
+    methods = ["dense", "unique", "h2o", "streaming_llm"]
+    options = [f"methods=[{','.join(methods)}]", "attention.budget=[64,8192]", "data.join_minutes=[0.05,0.1]"]
+    options += ["data.limit=2", "batch=4", f"together={together}"]
+    tables, windows = [], []
+    for concurrent in (1, 3):
+        folder = tmp_path / str(concurrent)
+        assert run(*options, f"concurrent={concurrent}", f"output.dir={folder}") == 0
+        tables.append({path.name: [json.loads(row)["pred_text"] for row in path.open()] for path in folder.glob("*@*")})
+        windows.append(len(encoded))
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 14
+    assert windows[1] == 2 * windows[0]
+    assert {name for name, turns in threads.items() if any(count for _, count in turns)} == {
+        "dense", "unique-64", "h2o-64", "streaming_llm-64"
+    }  # fmt: skip
+    main_thread = threading.get_ident()
+    others = {thread for name, turns in threads.items() if name != "dense" for thread, _ in turns} - {main_thread}
+    assert 1 < len(others) <= 3
+    assert {thread for thread, _ in threads["dense"]} == {main_thread}
+
+
+def test_a_method_that_fails_does_not_stop_those_beside_it(speech_llm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
+    decode = SpeechLLM.transcribe
+
+    def fails(system, recordings):
+        if system.name == "h2o-64":
+            raise ValueError("no more memory")
+        return decode(system, recordings)
+
+    monkeypatch.setattr(SpeechLLM, "transcribe", fails)
+    options = ["methods=[dense,unique,h2o,quest]", "attention.budget=[64]", "data.limit=1", f"output.dir={tmp_path}"]
+    assert run(*options, "concurrent=2") == 1
+    assert capsys.readouterr().err == "error: no more memory\n"
+    assert run(*options, "methods=[dense,unique,quest]", "decode=false") == 0
+
+
 def test_what_was_decoded_is_scored_without_the_model(speech_llm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name, device, dtype: speech_llm)
     copied = tmp_path / "elsewhere"
@@ -376,6 +427,7 @@ def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
         (["batch=none"], "batch=none: give a whole number of recordings"),
         (["parallel_passes=0"], "parallel_passes=0: give a whole number of passes"),
         (["batch=2", "parallel_passes=2"], "set one to 1"),
+        (["concurrent=many"], "concurrent=many: give a whole number of methods and budgets"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ from .methods import METHODS, RivalConfig, Sliding
 from .readers import read_recordings
 from .report import dense_of, write_results
 from .scoring import relative_difference
+from .streams import side_by_side
 
 PATHS = (
     "data.manifest",
@@ -80,11 +82,24 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
     folder = Path(config.output.dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = OmegaConf.to_container(config)
-    dense = Dense()
-    for system, made_of in build_systems(config):
-        decodings = Decodings(folder / "decodings", made_of, config.resume)
-        if config.together and config.decode:
-            decode_together(system, [(each, dense.same(each, made_of)) for each in sets.values()], decodings)
+    dense, concurrent = Dense(), whole_number(config, "concurrent", "methods and budgets")
+    systems = [
+        (system, made_of, Decodings(folder / "decodings", made_of, config.resume))
+        for system, made_of in build_systems(config)
+    ]
+
+    def decode(system: System, made_of: dict[str, Any], decodings: Decodings) -> None:
+        pending = [(each, dense.same(each, made_of)) for each in sets.values()]
+        for together in [pending] if config.together else [[each] for each in pending]:
+            decode_together(system, together, decodings)
+
+    beside = [each for each in systems if "attention" in each[1] and each[0].name != "dense"] if concurrent > 1 else []
+    for system, made_of, decodings in systems:
+        if config.decode and system in (each[0] for each in beside):
+            side_by_side([functools.partial(decode, *each) for each in beside], concurrent, config.device)
+            beside = []
+        elif config.decode and config.together:
+            decode(system, made_of, decodings)
         for name, recordings in sets.items():
             known = dense.same(recordings, made_of)
             there = sum(recording in known or decodings.get(recording) is not None for recording in recordings)
@@ -231,15 +246,19 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
     chosen = attention_systems(config)
     pretrained = adapters.find(name) is not None
     batch, passes = whole_number(config, "batch", "recordings"), whole_number(config, "parallel_passes", "passes")
+    concurrent = whole_number(config, "concurrent", "methods and budgets")
     if batch > 1 and passes > 1:
         raise ValueError(f"batch={batch} parallel_passes={passes}: recordings or passes go side by side; set one to 1")
-    if pretrained and (
-        batch > 1 or passes > 1 or config.ctc or any(isinstance(method, Sliding) for method in chosen.values())
-    ):
-        raise ValueError(f"model={name}: batch, parallel_passes, ctc and sliding are for this package's own models")
+    sliding = any(isinstance(method, Sliding) for method in chosen.values())
+    if pretrained and (batch > 1 or passes > 1 or concurrent > 1 or config.ctc or sliding):
+        raise ValueError(
+            f"model={name}: batch, parallel_passes, concurrent, ctc and sliding are for this package's own models"
+        )
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     model = identity(name)
     decoding = OmegaConf.to_container(config.decoding)
+
+    loading = threading.Lock()
 
     @functools.cache
     def loaded() -> Any:
@@ -279,7 +298,9 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
             kind = systems.SpeechLLM
 
         def make(kind=kind, label=label, attention=attention, options=options) -> System:
-            return kind(label, loaded(), attention, **options)
+            with loading:
+                own = loaded().shared() if concurrent > 1 else loaded()
+            return kind(label, own, attention, **options)
 
         yield systems.Deferred(label, make), made_of | about
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -49,6 +51,13 @@ class Encoder:
         self.model, self.processor, self.keep = model, processor, keep
         self.folder = None if folder is None else folder / hearing_fingerprint(model)
         self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
+        self._lock = threading.Lock()
+
+    def shared(self) -> Encoder:
+        """The same for another thread: a tokenizer serves one at a time."""
+        other = copy.copy(self)
+        other.processor = copy.deepcopy(self.processor)
+        return other
 
     def __call__(self, recording: Recording) -> tuple[EncodedAudio, float]:
         """The encoded recording, and the seconds that encoding took when it was done."""
@@ -80,11 +89,15 @@ class Encoder:
             self._put(recording, own, seconds)
             start = end
 
-    def _alone(self) -> AbstractContextManager:
-        if self.folder is None:
-            return nullcontext()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / "lock")
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of all threads, and with a folder of all processes; what was encoded is there for every stream then."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock, nullcontext() if self.folder is None else FileLock(self.folder / "lock"):
+            yield
+            if self.model.device.type == "cuda":
+                torch.cuda.current_stream(self.model.device).synchronize()
 
     def _file(self, recording: Recording) -> Path:
         return self.folder / f"{recording_key(recording)}.pt"

@@ -14,6 +14,7 @@ Shapes: B batch, K KV heads, G query heads of a group, T new tokens, N slots, D 
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from ...attention import SparseAttentionConfig
 from ...attention.cache import PagedLayer, StaticStep, moved
 from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
 from ...attention.reference import attend_biased, attention_weights, group_queries
+
+active, ACTIVE = 0, threading.Lock()  # blocks of `rivals_active` that are under way
 
 
 class Method(ABC):
@@ -201,9 +204,18 @@ def tokens_read(
 
 @contextmanager
 def rivals_active() -> Iterator[None]:
-    """Within the block, caches with a `RivalConfig` are read by its method; every other cache as before."""
-    AttentionInterface.register(NAME, rival_attention_forward)
+    """Within the block, caches with a `RivalConfig` are read by its method; every other cache as before.
+
+    Blocks of several threads may overlap.
+    """
+    global active
+    with ACTIVE:
+        active += 1
+        AttentionInterface.register(NAME, rival_attention_forward)
     try:
         yield
     finally:
-        AttentionInterface.register(NAME, unique_attention_forward)
+        with ACTIVE:
+            active -= 1
+            if not active:
+                AttentionInterface.register(NAME, unique_attention_forward)
