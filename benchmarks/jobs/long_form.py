@@ -2,8 +2,9 @@
 
     python benchmarks/jobs/long_form.py eval.jsonl | python scripts/run_jobs.py --gpus 0,1,2,3
 
-Dense comes first at every length, with what is heard, which the others share. Six or seven of them at a time keep an
-H100 busy; together they take hours of it. The table of what is there, at any time:
+Dense comes first at every length, with what is heard, which the others share. A job of several budgets decodes them in
+threads beside each other. Six or seven jobs at a time keep an H100 busy; together they take hours of it. The table of
+what is there, at any time:
 
     python scripts/evaluate.py study=long_form data.manifest=eval.jsonl decode=false
 """
@@ -27,9 +28,10 @@ def job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *mo
     if len(lengths) > 1:
         command.append("together=true")
     if budgets:
-        command.append(f"attention.budget={budgets}")
+        command += [f"attention.budget={budgets}", f"concurrent={len(budgets)}"]
     after = [] if methods == ["dense"] else [f"dense@{each}" for each in lengths]
-    print(json.dumps({"name": name, "command": command, "after": after}))
+    room = 10 * max(1, len(budgets))
+    print(json.dumps({"name": name, "command": command, "after": after, "gigabytes": room}))
 
 
 def main(manifest: str) -> None:
@@ -47,9 +49,8 @@ def main(manifest: str) -> None:
         job(manifest, [method], [512], "60,20,2")
     for method in ["unique", *RIVALS[:-1]]:
         job(manifest, [method], [256, 128], "2")
-    for budget in (256, 128, 1024, 2048):
-        for method in ["unique", *RIVALS[:-1]]:
-            job(manifest, [method], [budget], "60,20,10")
+    for method in ["unique", *RIVALS[:-1]]:
+        job(manifest, [method], [256, 128, 1024, 2048], "60,20,10")
     for method in ["unique", *RIVALS[:-1]]:
         job(manifest, [method], [256, 128], "0.5")
 
