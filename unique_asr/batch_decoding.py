@@ -174,32 +174,31 @@ class BatchDecoder:
         waiting = [row for row in self.rows if row.embeds is not None]
         if not running:
             fitting = self._fitting(waiting)
-            self._give(fitting, self._begin(fitting).tolist(), "prefill", begin)
+            chosen = self._begin(fitting).tolist()
+            self._give(fitting, chosen, "prefill", time.perf_counter() - begin)
             return
-        chosen, joined = self._ahead or self._decode(), None
+        chosen, joined, reading = self._ahead or self._decode(), None, 0.0
         joining = self._joining(running, waiting)
         if joining:
             joined = self._join(running, joining)
+            reading = time.perf_counter() - begin
         elif self._paged and len(running) * self._thin <= len(self._places):
             self._resize(running, 0)
-        joined_at = time.perf_counter()
         self._ahead = self._decode() if self.static else None
         if joined is not None:
-            self._give(joining, joined.tolist(), "prefill", begin + time.perf_counter() - joined_at)
-            begin = joined_at
+            self._give(joining, joined.tolist(), "prefill", reading)
         for row in running.values():
             row.length += 1
             row.statistics.add(self._made.cache.counted(row.length, row.prompt))
-        tokens, log_probs = chosen.tolist()
-        chosen = [[values[place] for place in running] for values in (tokens, log_probs)]
-        self._give(running.values(), chosen, "decode", begin)
+        of_places = chosen.tolist()  # of those before any row joined
+        chosen = [[values[place] for place in running] for values in of_places]
+        self._give(running.values(), chosen, "decode", time.perf_counter() - begin - reading)
 
-    def _give(self, rows: Collection[Row], chosen: list[list[float]], stage: str, begin: float) -> None:
-        """Each row its token and log-probability, and its share of the time since `begin`."""
-        seconds = (time.perf_counter() - begin) / max(len(rows), 1)
+    def _give(self, rows: Collection[Row], chosen: list[list[float]], stage: str, seconds: float) -> None:
+        """Each row its token and log-probability, and its share of the seconds."""
         for row, token, log_prob in zip(rows, *chosen, strict=True):
             row.next = int(token), log_prob
-            row.seconds[stage] += seconds
+            row.seconds[stage] += seconds / len(rows)
 
     def _fitting(self, rows: list[Row]) -> list[Row]:
         """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""
