@@ -26,7 +26,7 @@ from .longform import PENDING
 from .memory import decoding_memory, free_memory, held, shape_of
 
 PATIENCE = 4  # captured steps are held up to read prompts once one row waits for so many that run
-THIN, THIN_CAPTURED = 2, 8  # a batch with so many places for each row in use gets narrower, and is captured anew
+THIN, THIN_CAPTURED = 2, 8  # see `BatchDecoder`; a capture takes as long as many steps
 
 
 class Row:
@@ -107,6 +107,7 @@ class BatchDecoder:
     not all paged, no pass begins before all that are under way have ended.
 
     `static` and `prefill_chunk` as for `GreedyDecoder`.
+    thin: the batch gets narrower, and on CUDA is captured anew, once it has as many places for each row in use.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class BatchDecoder:
         attention: SparseAttentionConfig | None = None,
         prefill_chunk: int = 2048,
         static: bool | None = None,
+        thin: int | None = None,
     ) -> None:
         self.model, self.prefill_chunk = language_model, prefill_chunk
         self.attention = settled(attention or SparseAttentionConfig(), language_model)
@@ -129,7 +131,7 @@ class BatchDecoder:
         self._ahead: Chosen | None = None  # a step that nobody has looked at yet
         self._shape = shape_of(language_model)
         self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
-        self._thin = THIN_CAPTURED if self.static else THIN
+        self._thin = thin or (THIN_CAPTURED if self.static else THIN)
         self._limit: int | None = None  # rows, the last time that memory had no room for all
         self.notice = ""  # one line about it
 

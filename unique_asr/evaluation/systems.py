@@ -243,7 +243,8 @@ class BatchedSpeechLLM(SpeechLLM):
 
         transcriber = self.transcriber()
         model = self.encoder.model
-        decoder = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk)
+        # Rivals and dense attention read the whole cache for every place, and the longest recordings go on for long.
+        decoder = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk, thin=2)
         for first in range(0, len(recordings), self.batch):
             group = recordings[first : first + self.batch]
             self.encoder.together(group)
