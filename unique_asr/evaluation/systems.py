@@ -13,14 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
 from ..attention.huggingface import settled
 from ..data import Recording
 from ..models.fingerprint import hearing_fingerprint
-from ..models.modeling import EncodedAudio, concatenate
+from ..models.listener import CAPTURED
+from ..models.modeling import EncodedAudio, concatenate, prefetched
 from .decodings import recording_key
 from .harness import Hypothesis, System
 from .methods import rivals_active
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..batch_decoding import BatchDecoder
     from ..longform import LongformReport, LongformTranscriber
     from ..models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..models.processing import WindowBatch
     from ..transcript import Segment
     from .methods import Sliding
 
@@ -69,25 +70,53 @@ class Encoder:
                 self._put(recording, encoded, time.perf_counter() - started)
         return self._encoded[recording] if self.keep else self._encoded.pop(recording)
 
-    def together(self, recordings: Sequence[Recording], windows: int = 64) -> None:
-        """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded."""
+    def together(self, recordings: Sequence[Recording], windows: int | None = None) -> None:
+        """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded.
+
+        windows: None: as many as the listener reads in a CUDA graph, 4 on a CPU.
+        """
         if not self.keep:
             self._encoded.clear()
         with self._alone():
-            self._encode([each for each in recordings if not self._has(each)], windows)
+            fresh = [each for each in recordings if not self._has(each)]
+            if fresh:
+                self._encode(fresh, windows or (CAPTURED if self._on_gpu else 4))
 
     def _encode(self, fresh: Sequence[Recording], windows: int) -> None:
-        started = time.perf_counter()
-        cut = [list(self.processor.windows(recording.blocks())) for recording in fresh]
-        flat = [window for of_one in cut for window in of_one]
-        parts = [self._joined(flat[first : first + windows]) for first in range(0, len(flat), windows)]
-        joined, start = concatenate(parts) if parts else None, 0
-        seconds = (time.perf_counter() - started) / max(len(fresh), 1)
-        for recording, of_one in zip(fresh, cut, strict=True):
-            end = start + sum(last - first for _, first, last in of_one)
-            own = replace(joined.slice(start, end), duration=self.processor.kept_seconds(of_one))
-            self._put(recording, own, seconds)
-            start = end
+        started, kept = time.perf_counter(), []
+        batches = self._batches(fresh, windows, kept)
+        with torch.no_grad():
+            joined = concatenate(
+                [
+                    self.model.join_windows(self.model.encode_windows(batch.features), batch.spans, batch.duration)
+                    for batch in (prefetched(batches) if self._on_gpu else batches)
+                ]
+            )
+        start, seconds = 0, (time.perf_counter() - started) / len(fresh)
+        for recording, (frames, duration) in zip(fresh, kept, strict=True):
+            self._put(recording, replace(joined.slice(start, start + frames), duration=duration), seconds)
+            start += frames
+
+    def _batches(
+        self, recordings: Sequence[Recording], windows: int, kept: list[tuple[int, float]]
+    ) -> Iterator[WindowBatch]:
+        """Windows of all recordings in batches; `kept` gets the frames and the seconds of each recording."""
+        group = []
+        for recording in recordings:
+            frames, seconds = 0, 0.0
+            for window in self.processor.windows(recording.blocks()):
+                frames, seconds = frames + window[2] - window[1], seconds + self.processor.kept_seconds([window])
+                group.append(window)
+                if len(group) == windows:
+                    yield self.processor.window_batch(group)
+                    group = []
+            kept.append((frames, seconds))
+        if group:
+            yield self.processor.window_batch(group)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.model.device.type == "cuda"
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -96,7 +125,7 @@ class Encoder:
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock, nullcontext() if self.folder is None else FileLock(self.folder / "lock"):
             yield
-            if self.model.device.type == "cuda":
+            if self._on_gpu:
                 torch.cuda.current_stream(self.model.device).synchronize()
 
     def _file(self, recording: Recording) -> Path:
@@ -116,12 +145,6 @@ class Encoder:
             values = {name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in vars(encoded).items()}
             torch.save((values, seconds), part)
             part.replace(self._file(recording))
-
-    def _joined(self, windows: Sequence[tuple[np.ndarray, int, int]]) -> EncodedAudio:
-        """Windows as if they were of one recording."""
-        batch = self.processor.window_batch(windows)
-        with torch.no_grad():
-            return self.model.join_windows(self.model.encode_windows(batch.features), batch.spans, batch.duration)
 
 
 class SpeechLLM:
