@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
-from .attention.cache import HEADROOM, page_sizes, pages_every_layer
+from .attention.cache import HEADROOM, pages_every_layer
 from .attention.decode_step import Chosen
 from .attention.huggingface import NAME, set_attention, settled
+from .attention.static_step import page_sizes
 from .longform import PENDING
 from .memory import decoding_memory, free_memory, held, shape_of
 
@@ -220,7 +221,7 @@ class BatchDecoder:
 
     def _joining(self, running: dict[int, Row], waiting: list[Row]) -> list[Row]:
         """Those that may begin beside the rows that run, by their places."""
-        if not self._paged or (self.static and len(waiting) * PATIENCE < len(running)):
+        if not waiting or not self._paged or (self.static and len(waiting) * PATIENCE < len(running)):
             return []
         free, count = self._free(), len(waiting)
         while free is not None and count and self._memory_beside(running, waiting[:count]) > free:
@@ -293,7 +294,7 @@ class BatchDecoder:
         return max(longest - length, -empty if 4 * empty >= length else 0)
 
     def _resize(self, running: dict[int, Row], count: int) -> list[int]:
-        """Places for `count` rows beside those that run; the batch is made wider if need be, or narrower."""
+        """Places for `count` rows beside those that run, in a wider batch if need be, or a narrower one (`thin`)."""
         width = len(running) + count
         if len(self._places) < width * self._thin and width <= len(self._places):
             free = [place for place in range(len(self._places)) if place not in running]

@@ -331,7 +331,7 @@ class LongformTranscriber:
             decoder.reset()
             decoder.prefill(embeds, partial(progress, "prefill") if progress else None)
             if embeds.is_cuda:
-                torch.cuda.current_stream().synchronize()
+                torch.cuda.current_stream(embeds.device).synchronize()
         words, loops, segmenter = WordStream(self.processor.tokenizer), LoopDetector(), Segmenter(self.segmentation)
         pending: list[DraftWord] = []
         reads = self.reads

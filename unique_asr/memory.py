@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from .attention import PagedCache, SparseAttentionConfig
-from .attention.cache import page_sizes
 from .attention.huggingface import BATCHED_TOKENS
 from .attention.reference import PARTIAL_SUM
 from .attention.scores import SCORES
+from .attention.static_step import page_sizes
 
 
 @dataclass(frozen=True)

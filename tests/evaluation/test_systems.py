@@ -427,6 +427,7 @@ def test_a_run_goes_on_where_it_was_cut_off(speech_llm, recordings, tmp_path):
         (["batch=none"], "batch=none: give a whole number of recordings"),
         (["parallel_passes=0"], "parallel_passes=0: give a whole number of passes"),
         (["batch=2", "parallel_passes=2"], "set one to 1"),
+        (["concurrent=32"], "concurrent=32: give at most 31"),
         (["concurrent=many"], "concurrent=many: give a whole number of methods and budgets"),
     ],
 )

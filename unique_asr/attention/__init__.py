@@ -1,7 +1,7 @@
 """UNIQUE attention: any transformers decoder reads its KV cache by pages.
 
 The method is `reference.py` and `scores.py`; `cache.py` keeps the pages, `huggingface.py` joins them to transformers,
-`decode_step.py` captures a step, and `backend.py` finds the Triton kernels; `soft_mask.py` is for training. Nothing
+`static_step.py` is a step as the device sees it, `decode_step.py` captures it, and `backend.py` finds the Triton kernels; `soft_mask.py` is for training. Nothing
 here knows of speech.
 """
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import SparseAttentionConfig, SparsityStatistics, reference
-from ..attention.cache import PagedLayer, StaticStep, grown
+from ..attention.cache import PagedLayer, grown
 from ..attention.huggingface import select_pages, static_attention
+from ..attention.static_step import StaticStep
 from ..kernels import page_scores, sparse_decode, sparse_step, top_pages
 from .timing import attempt, copy_bandwidth, graph_seconds
 

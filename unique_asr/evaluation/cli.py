@@ -26,7 +26,7 @@ from .methods import METHODS, RivalConfig, Sliding
 from .readers import read_recordings
 from .report import dense_of, write_results
 from .scoring import relative_difference
-from .streams import side_by_side
+from .streams import STREAMS, in_threads
 
 PATHS = (
     "data.manifest",
@@ -83,6 +83,8 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = OmegaConf.to_container(config)
     dense, concurrent = Dense(), whole_number(config, "concurrent", "methods and budgets")
+    if concurrent > STREAMS:
+        raise ValueError(f"concurrent={concurrent}: give at most {STREAMS}, one for each CUDA stream")
     systems = [
         (system, made_of, Decodings(folder / "decodings", made_of, config.resume))
         for system, made_of in build_systems(config)
@@ -95,8 +97,8 @@ def evaluate_systems(config: DictConfig, results: list[Result]) -> None:
 
     beside = [each for each in systems if "attention" in each[1] and each[0].name != "dense"] if concurrent > 1 else []
     for system, made_of, decodings in systems:
-        if config.decode and system in (each[0] for each in beside):
-            side_by_side([functools.partial(decode, *each) for each in beside], concurrent, config.device)
+        if config.decode and beside and system is beside[0][0]:
+            in_threads([functools.partial(decode, *each) for each in beside], concurrent, config.device)
             beside = []
         elif config.decode and config.together:
             decode(system, made_of, decodings)
@@ -130,6 +132,8 @@ def decode_together(
         for recording in recordings
         if recording not in known and decodings.get(recording) is None
     }
+    if not missing:
+        return
     pending = sorted(missing, key=lambda recording: -recording.duration)
     for index, hypothesis in system.transcribe(pending):
         decodings.put(pending[index], hypothesis)

@@ -10,12 +10,14 @@ import torch
 
 from ..models import resolve_device
 
+STREAMS = 31  # PyTorch has 32, of which one captures graphs (`unique_asr.cuda_graph`), and gives them out again
 
-def side_by_side(work: Iterable[Callable[[], None]], threads: int, device: str = "auto") -> None:
+
+def in_threads(work: Iterable[Callable[[], None]], threads: int, device: str = "auto") -> None:
     """Do all of `work`, `threads` at a time, each on a stream of `device` if that is CUDA.
 
-    The first error is raised once the others have come to their end. The threads do not outlive the program, so that
-    an interrupt ends them.
+    threads: at most `STREAMS`. The first error of the work is raised once the others have come to their end. The
+    threads do not outlive the program, so that an interrupt ends them.
     """
     waiting, errors = iter(list(work)), []
     cuda = (chosen := resolve_device(device)).type == "cuda"

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..batch_decoding import BatchDecoder
     from ..longform import LongformReport, LongformTranscriber
     from ..models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from ..models.processing import WindowBatch
     from ..transcript import Segment
     from .methods import Sliding
 
@@ -84,7 +84,7 @@ class Encoder:
 
     def _encode(self, fresh: Sequence[Recording], windows: int) -> None:
         started, kept = time.perf_counter(), []
-        batches = self._batches(fresh, windows, kept)
+        batches = self.processor.window_batches(self._windows(fresh, kept), windows)
         with torch.no_grad():
             joined = concatenate(
                 [
@@ -97,22 +97,16 @@ class Encoder:
             self._put(recording, replace(joined.slice(start, start + frames), duration=duration), seconds)
             start += frames
 
-    def _batches(
-        self, recordings: Sequence[Recording], windows: int, kept: list[tuple[int, float]]
-    ) -> Iterator[WindowBatch]:
-        """Windows of all recordings in batches; `kept` gets the frames and the seconds of each recording."""
-        group = []
+    def _windows(
+        self, recordings: Sequence[Recording], kept: list[tuple[int, float]]
+    ) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Those of all recordings; `kept` gets the frames and the seconds of each recording."""
         for recording in recordings:
             frames, seconds = 0, 0.0
             for window in self.processor.windows(recording.blocks()):
                 frames, seconds = frames + window[2] - window[1], seconds + self.processor.kept_seconds([window])
-                group.append(window)
-                if len(group) == windows:
-                    yield self.processor.window_batch(group)
-                    group = []
+                yield window
             kept.append((frames, seconds))
-        if group:
-            yield self.processor.window_batch(group)
 
     @property
     def _on_gpu(self) -> bool:

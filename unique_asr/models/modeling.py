@@ -173,7 +173,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         parts: list[EncodedAudio] = []
         on_gpu = self.device.type == "cuda"
-        groups = processor.window_batches(blocks, batch or (16 if on_gpu else 4))
+        groups = processor.window_batches(processor.windows(blocks), batch or (16 if on_gpu else 4))
         for group in prefetched(groups) if on_gpu else groups:
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))

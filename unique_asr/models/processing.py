@@ -124,10 +124,10 @@ class SpeechLLMProcessor(ProcessorMixin):
             return {"input_features": self.feature_extractor(list(windows), **options)["input_features"]}
         return dict(self.feature_extractor(list(windows), padding=True, **options))
 
-    def window_batches(self, blocks: Iterable[np.ndarray], size: int) -> Iterator[WindowBatch]:
-        """Windows in groups of `size`, so that an hour never has all its features in memory."""
+    def window_batches(self, windows: Iterable[tuple[np.ndarray, int, int]], size: int) -> Iterator[WindowBatch]:
+        """What `windows` yields in groups of `size`, so that an hour never has all its features in memory."""
         group: list[tuple[np.ndarray, int, int]] = []
-        for window in self.windows(blocks):
+        for window in windows:
             group.append(window)
             if len(group) == size:
                 yield self.window_batch(group)

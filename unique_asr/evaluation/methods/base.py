@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention import SparseAttentionConfig
-from ...attention.cache import PagedLayer, StaticStep, moved
+from ...attention.cache import PagedLayer, moved
 from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
 from ...attention.reference import attend_biased, attention_weights, group_queries
-
-active, ACTIVE = 0, threading.Lock()  # blocks of `rivals_active` that are under way
+from ...attention.static_step import StaticStep
 
 
 class Method(ABC):
@@ -202,20 +201,23 @@ def tokens_read(
     return bias
 
 
+class Active:
+    """How many blocks of `rivals_active` are under way, in all threads."""
+
+    blocks = 0
+    lock = threading.Lock()
+
+
 @contextmanager
 def rivals_active() -> Iterator[None]:
-    """Within the block, caches with a `RivalConfig` are read by its method; every other cache as before.
-
-    Blocks of several threads may overlap.
-    """
-    global active
-    with ACTIVE:
-        active += 1
+    """Within the block, caches with a `RivalConfig` are read by its method; every other cache as before."""
+    with Active.lock:
+        Active.blocks += 1
         AttentionInterface.register(NAME, rival_attention_forward)
     try:
         yield
     finally:
-        with ACTIVE:
-            active -= 1
-            if not active:
+        with Active.lock:
+            Active.blocks -= 1
+            if not Active.blocks:
                 AttentionInterface.register(NAME, unique_attention_forward)
