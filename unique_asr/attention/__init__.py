@@ -1,8 +1,8 @@
 """UNIQUE attention: any transformers decoder reads its KV cache by pages.
 
 The method is `reference.py` and `scores.py`; `cache.py` keeps the pages, `huggingface.py` joins them to transformers,
-`static_step.py` is a step as the device sees it, `decode_step.py` captures it, and `backend.py` finds the Triton kernels; `soft_mask.py` is for training. Nothing
-here knows of speech.
+`static_step.py` is a step as the device sees it, `decode_step.py` captures it, and `backend.py` finds the Triton
+kernels; `soft_mask.py` is for training. Nothing here knows of speech.
 """
 
 from unique_asr.attention.cache import PagedCache
