@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -28,9 +30,21 @@ def captured(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.
         for state, value in zip(changed, before, strict=True):
             state.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # others may use the device
-            step()
+        with garbage_kept(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()  # other threads may use the device
     return graph
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """No cycle is collected meanwhile: one may hold a graph, and to free a graph ends the capture of another."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache

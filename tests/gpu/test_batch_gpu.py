@@ -3,6 +3,7 @@
 python -m pytest tests/gpu/test_batch_gpu.py -m gpu
 """
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_batch import together as ragged_together
 from unique_asr import batch_decoding
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.cuda_graph import captured
 from unique_asr.decoding import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
 from unique_asr.longform import PENDING, LongformConfig
@@ -180,3 +182,25 @@ def test_passes_of_one_recording_side_by_side(attention):
         assert all(info.timings[stage] > 0 for stage in ("prefill", "decode"))
     if attention == "dense":
         assert texts[0] == texts[1]
+
+
+def test_a_capture_outlives_what_is_collected_meanwhile():
+    """A graph in a cycle, as that of a batch that got wider, is freed whenever Python collects."""
+    numbers = torch.zeros(4, device="cuda")
+    old = [captured(lambda: numbers.add_(1), [numbers]) for _ in range(4)]
+
+    def step():  # runs twice, captured the second time
+        loop = [old.pop(), old.pop()]
+        loop.append(loop)
+        del loop
+        kept = [[each] for each in range(100)]
+        numbers.add_(len(kept))
+
+    before = gc.get_threshold()
+    gc.set_threshold(1)  # collect with every second container that is made
+    try:
+        graph = captured(step, [numbers])
+    finally:
+        gc.set_threshold(*before)
+    graph.replay()
+    assert numbers.tolist() == [100.0] * 4
