@@ -13,6 +13,7 @@ import torch
 
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
+from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.data import join, read_manifest
 from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
@@ -66,6 +67,21 @@ def test_a_batch_writes_what_single_recordings_do(speech_llm, recordings):
         assert together.coverage == pytest.approx(alone.coverage, abs=0.05)
     assert batched.total("sparse_steps") == 0
     assert result(BatchedSpeechLLM, 64, batch=2).total("sparse_steps") > 0
+
+
+def test_a_recording_begins_where_another_has_ended(speech_llm, monkeypatch):
+    recordings = join(read_manifest(MANIFEST), seconds=4)[:5]
+    beside, heard, step = [], [], BatchDecoder.step
+    monkeypatch.setattr(BatchDecoder, "step", lambda rows: (beside.append(len(rows.rows)), step(rows))[1])
+    encoder = Encoder(*speech_llm, keep=False)
+    together = encoder.together
+    monkeypatch.setattr(encoder, "together", lambda group: (heard.append(len(group)), together(group))[1])
+    system = BatchedSpeechLLM("it", encoder, BUDGET, batch=2)
+    result = evaluate(system, recordings)
+    assert all(each.passes for each in result.hypotheses)
+    assert beside == sorted(beside, reverse=True)  # two, until nobody is left to begin
+    assert heard == [2, 2, 1]
+    assert not encoder._encoded
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -253,6 +253,8 @@ def draw(
             axis.minorticks_off()
         if max(values) > 5 * min(values) > 0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.set(title=title, xlabel=label)
         axis.grid(alpha=0.3, which="both")
         axis.tick_params(axis="x", rotation=0 if join else 60)

@@ -75,8 +75,6 @@ class Encoder:
 
         windows: None: as many as the listener reads in a CUDA graph, 4 on a CPU.
         """
-        if not self.keep:
-            self._encoded.clear()
         with self._alone():
             fresh = [each for each in recordings if not self._has(each)]
             if fresh:
@@ -247,7 +245,8 @@ class PretrainedLLM:
 class BatchedSpeechLLM(SpeechLLM):
     """The same for `batch` recordings at a time: one decode step writes a token for each of them.
 
-    Their windows are encoded together; times are those of the batch, counted once.
+    One begins where another has ended. The windows of the next `batch` are encoded together; times are those of the
+    batch, counted once.
     """
 
     def __init__(self, *args: Any, batch: int = 16, **options: Any) -> None:
@@ -262,16 +261,22 @@ class BatchedSpeechLLM(SpeechLLM):
         model = self.encoder.model
         # Rivals and dense attention read the whole cache for every place, and the longest recordings go on for long.
         decoder = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk, thin=2)
-        for first in range(0, len(recordings), self.batch):
-            group = recordings[first : first + self.batch]
-            self.encoder.together(group)
-            tasks = (self._transcribed(recording, transcriber, decoder) for recording in group)
-            last = time.perf_counter()
-            with rivals_active():
-                for index, hypothesis in interleave(tasks, self.batch, decoder.step):
-                    now = time.perf_counter()
-                    yield first + index, replace(hypothesis, seconds=hypothesis.seconds + now - last)
-                    last = now
+        heard = 0.0  # seconds of hearing since the last hypothesis, which the recordings count themselves
+
+        def begun() -> Iterator[Generator[None, None, Hypothesis]]:
+            nonlocal heard
+            for first in range(0, len(recordings), self.batch):
+                group, started = recordings[first : first + self.batch], time.perf_counter()
+                self.encoder.together(group)
+                heard += time.perf_counter() - started
+                yield from (self._transcribed(recording, transcriber, decoder) for recording in group)
+
+        last = time.perf_counter()
+        with rivals_active():
+            for index, hypothesis in interleave(begun(), self.batch, decoder.step):
+                now = time.perf_counter()
+                yield index, replace(hypothesis, seconds=hypothesis.seconds + now - last - heard)
+                last, heard = now, 0.0
 
     def _transcribed(
         self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
