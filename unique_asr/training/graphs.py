@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from unique_asr.cuda_graph import garbage_kept
+
 if TYPE_CHECKING:
     from unique_asr.attention.soft_mask import TrainingAttention
 
@@ -49,11 +51,12 @@ class GraphedDecoder:
         kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
-            self.graphs[kind] = torch.cuda.make_graphed_callables(
-                Decoder(self.decoder),
-                samples,
-                num_warmup_iters=2,
-                allow_unused_input=True,  # embeddings may be trained, and take no part: the inputs are vectors
-                pool=self.pool,
-            )
+            with garbage_kept():
+                self.graphs[kind] = torch.cuda.make_graphed_callables(
+                    Decoder(self.decoder),
+                    samples,
+                    num_warmup_iters=2,
+                    allow_unused_input=True,  # embeddings may be trained, and take no part: the inputs are vectors
+                    pool=self.pool,
+                )
         return self.graphs[kind](*inputs)
