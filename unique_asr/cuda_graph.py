@@ -37,7 +37,10 @@ def captured(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """No cycle is collected meanwhile: one may hold a graph, and to free a graph ends the capture of another."""
+    """No cycle is collected meanwhile: one may hold a graph, and to free a graph ends the capture of another.
+
+    For the whole process, so for one thread at a time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
