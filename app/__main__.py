@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from unique_asr.cli import load_transcriber
-from unique_asr.overrides import run, whole_number
+from unique_asr.application.cli import load_transcriber
+from unique_asr.application.overrides import run, whole_number
 
 LITERAL_KEYS = ("jobs", "folders", "examples", "models")
 

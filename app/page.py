@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
-from unique_asr.console import format_time
-from unique_asr.models.adapters import check_hotwords, check_language
+from unique_asr.models.pretrained import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
 from .comparison import COLUMNS, DENSE, SPARSE, compare

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unique_asr.jobs import Job
+from unique_asr.application.jobs import Job
 from unique_asr.transcript import Segment, Transcript
 from unique_asr.writers import WRITERS, SegmentLog, read_transcript
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unique_asr.application.cli import Transcriber, made_with, transcribe_one
+from unique_asr.application.display import STAGES, summarize
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
-from unique_asr.cli import Transcriber, made_with, transcribe_one
-from unique_asr.console import STAGES, summarize
-from unique_asr.page_reads import PageReads
+from unique_asr.longform.page_reads import PageReads
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import WRITERS, SegmentLog
 

@@ -19,14 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, spread
 from unique_asr.generation import load_text_model
-from unique_asr.models import ModelError, adapters, load, resolve_device
-from unique_asr.models.compose import compose
-from unique_asr.models.packing import save_packed_model
-from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
+from unique_asr.models import ModelError, load, resolve_device
+from unique_asr.models import pretrained as adapters
+from unique_asr.models.speech_llm.compose import compose
+from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
 from unique_asr.training.distributed import Processes
 from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
+from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
 from unique_asr.training.precision import rounded
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.speech import Speech

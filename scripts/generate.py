@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from unique_asr.overrides import run
+from unique_asr.application.overrides import run
 
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 LITERAL_KEYS = ("model.name_or_path", "prompt", "context", "system")

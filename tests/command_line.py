@@ -63,7 +63,7 @@ SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from command_line import FakeTranscriber
-from unique_asr import cli
+from unique_asr.application import cli
 
 class Slow(FakeTranscriber):
     def segments(self, *arguments):

@@ -68,7 +68,7 @@ def byte_tokenizer():
 def speech_llm(byte_tokenizer):
     """Makes a tiny speech LLM of random weights, encoder included, and its processor; Whisper-like, windows of 6 s."""
     from unique_asr.models import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from unique_asr.models.ctc import ctc_vocabulary
+    from unique_asr.models.speech_llm.ctc import ctc_vocabulary
 
     def make(encoder=None, feature_extractor=None, **options):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def talk(tmp_path, monkeypatch):
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Runs the command with a FakeTranscriber; gives its exit code, standard output and standard error."""
-    from unique_asr import cli
+    from unique_asr.application import cli
 
     monkeypatch.setattr(FakeTranscriber, "loaded", 0)
     monkeypatch.setattr(FakeTranscriber, "decoded", [])

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from unique_asr.models.ctc import ctc_text
-from unique_asr.models.modeling import EncodedAudio
+from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.modeling import EncodedAudio
 
 FRAME_SECONDS = 0.08
 HIDDEN = 4

@@ -12,7 +12,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile, load_audio
 from unique_asr.evaluation.scoring import Score
 from unique_asr.models import load
-from unique_asr.pipeline import Transcriber
+from unique_asr.transcribers.speech_llm import Transcriber
 
 DATA = Path(__file__).parent / "data"
 CLIPS = {row["audio_filepath"]: row for row in map(json.loads, (DATA / "manifest.jsonl").read_text().splitlines())}

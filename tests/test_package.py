@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import unique_asr
+from unique_asr.application.overrides import conf_folder
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.overrides import conf_folder
-from unique_asr.pipeline import Transcriber
+from unique_asr.transcribers.speech_llm import Transcriber
 
 ROOT = Path(__file__).parents[1]
 CONF = conf_folder()
@@ -26,7 +26,8 @@ GROUPS = sorted(path.parent.name + "=" + path.stem for path in CONF.glob("*/*.ya
 
 def test_importing_is_quick():
     """Neither torch nor transformers, which take seconds."""
-    code = "import sys, unique_asr, unique_asr.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    modules = "import sys, unique_asr, unique_asr.application.cli"
+    code = f"{modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

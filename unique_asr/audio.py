@@ -219,7 +219,7 @@ def speech_blocks(stream: Iterable[np.ndarray], seconds: float, source: Any) -> 
     if not source.vad:
         yield from reblocked(stream, seconds)
         return
-    from .vad import SpeechFilter
+    from unique_asr.vad import SpeechFilter
 
     speech, total = SpeechFilter(), 0
     for block in reblocked(speech(stream), seconds):
@@ -260,7 +260,7 @@ def spooled(blocks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def check_vad() -> None:
-    from .vad import is_installed
+    from unique_asr.vad import is_installed
 
     if not is_installed():
         raise AudioError("vad=true: needs the package silero-vad (pip install silero-vad); vad=false goes without")

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.huggingface import settled
-from unique_asr.decoding import GreedyDecoder
+from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.models import ModelError, loading, resolve_device, resolve_dtype
-from unique_asr.models.adapters.formats import TextStream
+from unique_asr.models.pretrained.formats import TextStream
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")  # rotary embeddings that change with the length of what is read at once
 

@@ -23,8 +23,8 @@ from unique_asr.attention import (
     huggingface,
     sparse_attention,
 )
-from unique_asr.batch_decoding import BatchDecoder
-from unique_asr.decoding import GreedyDecoder
+from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.greedy import GreedyDecoder
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,

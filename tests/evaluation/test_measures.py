@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unique_asr.evaluation.entities import EntityErrors, entity_errors, names_in
-from unique_asr.evaluation.memory import PeakMemory
+from unique_asr.evaluation.peak_memory import PeakMemory
 from unique_asr.evaluation.repetition import longest_repeated_run
 
 

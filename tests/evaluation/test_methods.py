@@ -3,13 +3,13 @@
 import pytest
 import torch
 from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
-from test_batch import together
+from test_transcribe_batch import together
 from transformers import LlamaConfig
 
-from unique_asr import batch_decoding
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import unique_attention_forward
-from unique_asr.batch_decoding import BatchDecoder
+from unique_asr.decoding import batch as batch_decoding
+from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.evaluation.methods import (
     H2O,
     METHODS,
@@ -21,7 +21,7 @@ from unique_asr.evaluation.methods import (
     rivals_active,
 )
 from unique_asr.evaluation.methods.base import rival_attention_forward
-from unique_asr.longform import LongformReport, LongformTranscriber
+from unique_asr.longform.passes import LongformReport, LongformTranscriber
 
 DIM, PROMPT, NEEDLE, BUDGET = 16, 512, 200, 64
 SCALING = DIM**-0.5

@@ -13,8 +13,8 @@ import torch
 
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.batch_decoding import BatchDecoder
 from unique_asr.data import join, read_manifest
+from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
 from unique_asr.evaluation.harness import evaluate
@@ -364,7 +364,6 @@ def test_the_jobs_of_a_multirun_are_one_table(speech_llm, tmp_path, capsys, monk
 
 
 def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "models")
     import speech_models
 
     pair = speech_models.make("moss_transcribe_diarize")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from test_batch import together as ragged_together
 
-from unique_asr import batch_decoding
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.batch_decoding import BatchDecoder
-from unique_asr.cuda_graph import captured
-from unique_asr.decoding import GreedyDecoder
+from unique_asr.attention.cuda_graph import captured
+from unique_asr.decoding import batch as batch_decoding
+from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
-from unique_asr.longform import PENDING, LongformConfig
-from unique_asr.pipeline import Transcriber
+from unique_asr.longform.passes import PENDING, LongformConfig
+from unique_asr.transcribers.speech_llm import Transcriber
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.opus"
 

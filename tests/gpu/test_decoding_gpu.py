@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unique_asr import decoding
 from unique_asr.attention import SparseAttentionConfig, huggingface, reference
 from unique_asr.attention.huggingface import dense_attention, flash_takes, unique_mask
-from unique_asr.decoding import GreedyDecoder
+from unique_asr.decoding import greedy as decoding
+from unique_asr.decoding.greedy import GreedyDecoder
 
 pytestmark = [
     pytest.mark.gpu,

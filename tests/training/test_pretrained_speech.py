@@ -13,12 +13,12 @@ sys.path.append(str(ROOT / "tests" / "models"))
 import speech_models
 import transformers
 
-from unique_asr.cli import saved_attention
-from unique_asr.models.adapters import ADAPTERS, load, make_transcriber, merge_lora
-from unique_asr.models.adapters.prompting import prompt_embeds
-from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
+from unique_asr.application.cli import saved_attention
+from unique_asr.models.pretrained import ADAPTERS, load, make_transcriber, merge_lora
+from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.trainer import Trainer
 
@@ -174,7 +174,7 @@ def test_lora_that_came_with_a_model_is_merged(make_material, tmp_path, monkeypa
         torch.testing.assert_close(model(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("unique_asr.models.adapters.AutoProcessor.from_pretrained", lambda *_: None)
+    monkeypatch.setattr("unique_asr.models.pretrained.AutoProcessor.from_pretrained", lambda *_: None)
     loaded, _ = load(tmp_path, "cpu")  # without a folder of LoRA weights
     with torch.no_grad():
         torch.testing.assert_close(loaded(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
@@ -236,7 +236,7 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
     import finetune
 
     monkeypatch.setattr("unique_asr.training.validation.text_tokens", lambda *_: 8)
-    monkeypatch.setattr("unique_asr.models.adapters.transcriber.text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda *_: 8)
     model, processor = speech_models.make(name)
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")

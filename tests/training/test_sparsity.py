@@ -10,9 +10,9 @@ from test_trainer import CLEAN, ROOT, SEGMENTS, metrics, stage
 
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
-from unique_asr.models.packing import save_packed_model
-from unique_asr.training.adapters import AdapterConfig, add_adapters, without_adapters
+from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
 from unique_asr.training.speech import Speech
 from unique_asr.training.trainer import StageConfig, Trainer
 

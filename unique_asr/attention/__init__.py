@@ -7,10 +7,10 @@ kernels; `soft_mask.py` is for training. Nothing here knows of speech.
 
 from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.counters import SparsityStatistics
 from unique_asr.attention.decode_step import DecodeStep
 from unique_asr.attention.huggingface import SparseAttention, sparse_attention
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig, training_attention
-from unique_asr.attention.stats import SparsityStatistics
 
 __all__ = [
     "DecodeStep",

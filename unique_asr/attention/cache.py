@@ -22,9 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from unique_asr.attention import reference
 from unique_asr.attention.backend import kernels, uses_triton
 from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.counters import SparsityStatistics
 from unique_asr.attention.scores import LARGEST, SCORES
 from unique_asr.attention.static_step import StaticStep, page_sizes
-from unique_asr.attention.stats import SparsityStatistics
 
 HEADROOM = 1024  # tokens allocated beyond the first prompt
 GROWTH = 1.5  # of the capacity, each time it is full

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention.cache import PagedCache
+from unique_asr.attention.cuda_graph import captured
 from unique_asr.attention.fused_linear import fuse_linears
-from unique_asr.cuda_graph import captured
 
 
 class Chosen:

@@ -23,7 +23,7 @@ from unique_asr.attention import reference
 from unique_asr.attention.backend import kernels
 from unique_asr.attention.cache import ACTIVE, PagedCache, PagedLayer
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.stats import SparsityStatistics
+from unique_asr.attention.counters import SparsityStatistics
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries

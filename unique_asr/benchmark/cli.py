@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..overrides import run
+from unique_asr.application.overrides import run
 
 PATHS = ("selection.text", "selection.audio", "selection.model", "models.output")
 
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def benchmark(config: DictConfig) -> None:
     import torch
 
-    from ..attention import SparseAttentionConfig
-    from . import decode, selection
-    from .timing import describe
+    from unique_asr.attention import SparseAttentionConfig
+    from unique_asr.benchmark import decode, selection
+    from unique_asr.benchmark.timing import describe
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -51,7 +51,7 @@ def benchmark(config: DictConfig) -> None:
     if config.task == "kernel":
         if device.type != "cuda":
             raise ValueError("task=kernel measures CUDA kernels: it needs a GPU")
-        from . import kernel
+        from unique_asr.benchmark import kernel
 
         kernel.benchmark(device=device, dtype=dtype, **options["kernel"])
     elif config.task == "decode":
@@ -69,7 +69,7 @@ def benchmark(config: DictConfig) -> None:
             raise ValueError("task=selection needs selection.text=FILE or selection.audio=FILE")
         probe.report()
     elif config.task == "models":
-        from . import models
+        from unique_asr.benchmark import models
 
         models.benchmark(attention=attention, device=device, dtype=dtype, **options["models"])
     else:

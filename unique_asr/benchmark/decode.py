@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from ..attention import DecodeStep, PagedCache, SparseAttentionConfig
-from ..attention.fused_linear import fuse_linears
-from ..attention.huggingface import NAME, set_attention
-from .flash import FLASH
-from .timing import attempt
+from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig
+from unique_asr.attention.fused_linear import fuse_linears
+from unique_asr.attention.huggingface import NAME, set_attention
+from unique_asr.benchmark.flash import FLASH
+from unique_asr.benchmark.timing import attempt
 
 SHAPES = {
     "qwen3-1.7b": Qwen3Config(

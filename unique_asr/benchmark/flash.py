@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..attention.cache import ACTIVE
-from ..attention.huggingface import unique_mask
+from unique_asr.attention.cache import ACTIVE
+from unique_asr.attention.huggingface import unique_mask
 
 FLASH = "dense_baseline"  # of the attention implementation
 

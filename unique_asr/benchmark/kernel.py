@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import SparseAttentionConfig, SparsityStatistics, reference
-from ..attention.cache import PagedLayer, grown
-from ..attention.huggingface import select_pages, static_attention
-from ..attention.static_step import StaticStep
-from ..kernels import page_scores, sparse_decode, sparse_step, top_pages
-from .timing import attempt, copy_bandwidth, graph_seconds
+from unique_asr.attention import SparseAttentionConfig, SparsityStatistics, reference
+from unique_asr.attention.cache import PagedLayer, grown
+from unique_asr.attention.huggingface import select_pages, static_attention
+from unique_asr.attention.static_step import StaticStep
+from unique_asr.benchmark.timing import attempt, copy_bandwidth, graph_seconds
+from unique_asr.kernels import page_scores, sparse_decode, sparse_step, top_pages
 
 WORKING_SET = 4  # times the L2 cache: what is read between two reads of the same memory
 

@@ -27,13 +27,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from ..attention import PagedCache, SparseAttentionConfig
-from ..attention.huggingface import NAME, set_attention
-from ..models.adapters import ADAPTERS, Adapter, Memory, estimate
-from ..models.adapters.memory import prompt_tokens, shape_of
-from .decode import WARM_UP, measure
-from .flash import FLASH
-from .timing import attempt, describe
+from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.huggingface import NAME, set_attention
+from unique_asr.benchmark.decode import WARM_UP, measure
+from unique_asr.benchmark.flash import FLASH
+from unique_asr.benchmark.timing import attempt, describe
+from unique_asr.models.pretrained import ADAPTERS, Adapter, Memory, estimate
+from unique_asr.models.pretrained.memory import prompt_tokens, shape_of
 
 # The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
 LLMS: dict[str, tuple[str, PreTrainedConfig]] = {

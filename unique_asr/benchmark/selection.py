@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..attention import PagedCache, SparseAttentionConfig, reference
-from ..attention.huggingface import NAME, set_attention, unique_attention_forward
-from ..attention.scores import SCORES
+from unique_asr.attention import PagedCache, SparseAttentionConfig, reference
+from unique_asr.attention.huggingface import NAME, set_attention, unique_attention_forward
+from unique_asr.attention.scores import SCORES
 
 
 class Probe:
@@ -151,7 +151,7 @@ def benchmark_text(
     model: str, text: str, context: int, steps: int, probe: Probe, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A causal language model reads `context` tokens of a text file, then the next ones one at a time."""
-    from ..generation import load_text_model
+    from unique_asr.generation import load_text_model
 
     language_model, tokenizer = load_text_model(model, str(device), str(dtype).removeprefix("torch."))
     ids = tokenizer(Path(text).read_text(encoding="utf-8")[: 12 * context], return_tensors="pt").input_ids.to(device)
@@ -170,8 +170,8 @@ def benchmark_speech(model: str, audio: Sequence[str], minutes: float, probe: Pr
     """A speech LLM transcribes the files in one pass, joined and repeated to a recording of so many minutes."""
     import numpy as np
 
-    from ..audio import load_audio
-    from ..pipeline import Transcriber
+    from unique_asr.audio import load_audio
+    from unique_asr.transcribers.speech_llm import Transcriber
 
     transcriber = Transcriber(
         model, attention=SparseAttentionConfig(budget=None, backend="torch"), device=device, dtype=dtype,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import garbage_kept
 
 REPLAYS = 25
 GRAPH_SECONDS = 4e-3  # of work in a graph, at least: what starting it costs disappears

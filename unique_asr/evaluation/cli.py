@@ -17,16 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from ..attention import SparseAttentionConfig
-from ..data import Recording, join, spread
-from ..overrides import conf_folder, run, whole_number
-from .decodings import Decodings, identity
-from .harness import Hypothesis, Result, System, evaluate
-from .methods import METHODS, RivalConfig, Sliding
-from .readers import read_recordings
-from .report import dense_of, write_results
-from .scoring import relative_difference
-from .streams import STREAMS, in_threads
+from unique_asr.application.overrides import conf_folder, run, whole_number
+from unique_asr.attention import SparseAttentionConfig
+from unique_asr.data import Recording, join, spread
+from unique_asr.evaluation.decodings import Decodings, identity
+from unique_asr.evaluation.harness import Hypothesis, Result, System, evaluate
+from unique_asr.evaluation.methods import METHODS, RivalConfig, Sliding
+from unique_asr.evaluation.readers import read_recordings
+from unique_asr.evaluation.report import dense_of, write_results
+from unique_asr.evaluation.scoring import relative_difference
+from unique_asr.evaluation.streams import STREAMS, in_threads
 
 PATHS = (
     "data.manifest",
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.task == "speech":
                 evaluate_systems(config, tables.setdefault(config.output.dir, []))
             else:
-                from .text import evaluate_text
+                from unique_asr.evaluation.text import evaluate_text
 
                 evaluate_text(config, attention_systems(config), tables.setdefault(config.output.dir, []))
         except (OSError, ValueError, ImportError) as error:
@@ -235,8 +235,9 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
 
     Models are loaded when there is something to decode.
     """
-    from ..models import adapters, resolve_device, resolve_dtype
-    from . import systems
+    from unique_asr.evaluation import systems
+    from unique_asr.models import pretrained as adapters
+    from unique_asr.models import resolve_device, resolve_dtype
 
     if config.reference is not None:
 
@@ -269,7 +270,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
         """The pair of model and processor, or for this package's own models the encoder that holds it."""
         import torch
 
-        from .. import models
+        from unique_asr import models
 
         if config.threads is not None:
             torch.set_num_threads(config.threads)

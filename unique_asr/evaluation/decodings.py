@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data import Recording
-from ..transcript import Segment, Word
-from .harness import Hypothesis
+from unique_asr.data import Recording
+from unique_asr.evaluation.harness import Hypothesis
+from unique_asr.transcript import Segment, Word
 
 
 class Rows:
@@ -102,7 +102,7 @@ def recording_key(recording: Recording) -> str:
 
 def identity(model: str | Path) -> str | list[str]:
     """What a model is: the contents of its weights if it is a folder or a file, else its name."""
-    from ..models import PRETRAINED
+    from unique_asr.models import PRETRAINED
 
     folder = PRETRAINED / model if (PRETRAINED / model).is_dir() else Path(model)
     if folder.is_file():

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scoring import english_normalizer
+from unique_asr.evaluation.scoring import english_normalizer
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 LONGEST_NAME = 6  # words

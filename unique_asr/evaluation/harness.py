@@ -15,16 +15,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from ..data import Recording
-from ..transcript import Segment
-from .entities import EntityErrors, entity_errors
-from .memory import PeakMemory
-from .repetition import longest_repeated_run
-from .scoring import Errors, Score
-from .timing import TimingErrors, timing_errors
+from unique_asr.data import Recording
+from unique_asr.evaluation.entities import EntityErrors, entity_errors
+from unique_asr.evaluation.peak_memory import PeakMemory
+from unique_asr.evaluation.repetition import longest_repeated_run
+from unique_asr.evaluation.scoring import Errors, Score
+from unique_asr.evaluation.timing import TimingErrors, timing_errors
+from unique_asr.transcript import Segment
 
 if TYPE_CHECKING:
-    from .decodings import Decodings
+    from unique_asr.evaluation.decodings import Decodings
 
 
 @dataclass

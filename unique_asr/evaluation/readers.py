@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import ManifestError, Recording, Span, Utterance, read_manifest
+from unique_asr.data import ManifestError, Recording, Span, Utterance, read_manifest
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".m4a", ".sph", ".mp4", ".webm")
 AUDIO_FOLDERS = ("", "audio", "media", "sph", "wav", "../audio", "../media", "../sph", "../wav")  # beside a reference
@@ -177,7 +177,7 @@ def audio_duration(path: Path) -> float:
     try:
         return soundfile.info(path).duration
     except soundfile.LibsndfileError:
-        from ..audio import SAMPLE_RATE, load_audio
+        from unique_asr.audio import SAMPLE_RATE, load_audio
 
         return len(load_audio(path)) / SAMPLE_RATE
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import Result
-from .scoring import relative_difference
+from unique_asr.evaluation.harness import Result
+from unique_asr.evaluation.scoring import relative_difference
 
 COLUMNS = (
     "system", "set", "budget", "recordings", "wer", "low", "high", "to_dense", "to_dense_low", "to_dense_high",

@@ -8,9 +8,11 @@ from contextlib import nullcontext
 
 import torch
 
-from ..models import resolve_device
+from unique_asr.models import resolve_device
 
-STREAMS = 31  # PyTorch has 32, of which one captures graphs (`unique_asr.cuda_graph`), and gives them out again
+STREAMS = (
+    31  # PyTorch has 32, of which one captures graphs (`unique_asr.attention.cuda_graph`), and gives them out again
+)
 
 
 def in_threads(work: Iterable[Callable[[], None]], threads: int, device: str = "auto") -> None:

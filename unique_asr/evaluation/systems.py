@@ -17,22 +17,22 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from ..attention.huggingface import settled
-from ..data import Recording
-from ..models.fingerprint import hearing_fingerprint
-from ..models.listener import CAPTURED
-from ..models.modeling import EncodedAudio, concatenate, prefetched
-from .decodings import recording_key
-from .harness import Hypothesis, System
-from .methods import rivals_active
+from unique_asr.attention.huggingface import settled
+from unique_asr.data import Recording
+from unique_asr.evaluation.decodings import recording_key
+from unique_asr.evaluation.harness import Hypothesis, System
+from unique_asr.evaluation.methods import rivals_active
+from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
+from unique_asr.models.speech_llm.listener import CAPTURED
+from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetched
 
 if TYPE_CHECKING:
-    from ..attention import SparseAttentionConfig, SparsityStatistics
-    from ..batch_decoding import BatchDecoder
-    from ..longform import LongformReport, LongformTranscriber
-    from ..models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from ..transcript import Segment
-    from .methods import Sliding
+    from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+    from unique_asr.decoding.batch import BatchDecoder
+    from unique_asr.evaluation.methods import Sliding
+    from unique_asr.longform.passes import LongformReport, LongformTranscriber
+    from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from unique_asr.transcript import Segment
 
 
 class Encoder:
@@ -163,7 +163,7 @@ class SpeechLLM:
             self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or encoder.model.config.max_pass_seconds)
 
     def transcriber(self, kind: type[LongformTranscriber] | None = None) -> LongformTranscriber:
-        from ..longform import LongformConfig, LongformTranscriber
+        from unique_asr.longform.passes import LongformConfig, LongformTranscriber
 
         config = LongformConfig(max_pass_seconds=self.max_pass_seconds)
         kind = kind or LongformTranscriber
@@ -177,8 +177,8 @@ class SpeechLLM:
         return transcriber.transcribe(encoded, decoder, report)
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from ..decoding import GreedyDecoder
-        from ..longform import LongformReport
+        from unique_asr.decoding.greedy import GreedyDecoder
+        from unique_asr.longform.passes import LongformReport
 
         transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
@@ -197,7 +197,7 @@ class SpeechLLM:
 
 
 class PretrainedLLM:
-    """A speech LLM of transformers that has an adapter (`unique_asr.models.adapters`), in passes as users run it."""
+    """A speech LLM of transformers that has an adapter (`unique_asr.models.pretrained`), in passes as users run it."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class PretrainedLLM:
         prefill_chunk: int = 2048,
         chunk_seconds: float | None = None,
     ) -> None:
-        from ..models import adapters
+        from unique_asr.models import pretrained as adapters
 
         self.name, self.model, self.attention, self.prompt = name, model, attention, prompt
         self.max_pass_seconds, self.prefill_chunk = max_pass_seconds, prefill_chunk
@@ -217,7 +217,7 @@ class PretrainedLLM:
             self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or adapters.find(model[0]).pass_seconds)
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from ..models.adapters import make_transcriber
+        from unique_asr.models.pretrained import make_transcriber
 
         options = {"max_pass_seconds": self.max_pass_seconds, "prefill_chunk": self.prefill_chunk}
         transcriber = make_transcriber(self.model, attention=self.attention, **options)
@@ -254,8 +254,8 @@ class BatchedSpeechLLM(SpeechLLM):
         self.batch = batch
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from ..batch import interleave
-        from ..batch_decoding import BatchDecoder
+        from unique_asr.decoding.batch import BatchDecoder
+        from unique_asr.transcribers.batch import interleave
 
         transcriber = self.transcriber()
         model = self.encoder.model
@@ -282,7 +282,7 @@ class BatchedSpeechLLM(SpeechLLM):
         self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
     ) -> Generator[None, None, Hypothesis]:
         """Yields where the batch has to make a step; the seconds are those of encoding."""
-        from ..longform import LongformReport
+        from unique_asr.longform.passes import LongformReport
 
         encoded, encode_seconds = self.encoder(recording)
         row, report, segments = decoder.row(), LongformReport(), []
@@ -305,9 +305,9 @@ class ParallelSpeechLLM(SpeechLLM):
         self.passes = passes
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from ..batch_decoding import BatchDecoder
-        from ..longform import LongformReport
-        from ..parallel_passes import ParallelTranscriber
+        from unique_asr.decoding.batch import BatchDecoder
+        from unique_asr.longform.parallel import ParallelTranscriber
+        from unique_asr.longform.passes import LongformReport
 
         transcriber, model = self.transcriber(ParallelTranscriber), self.encoder.model
         batch = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk)

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ..attention import SparseAttentionConfig
-from ..models import resolve_device, resolve_dtype
-from ..overrides import whole_number
-from .decodings import Rows, digest, identity
-from .methods import RivalConfig, Sliding, rivals_active
-from .text_report import TextResult, write_text_results
-from .text_tasks import RUNS, LanguageModel
+from unique_asr.application.overrides import whole_number
+from unique_asr.attention import SparseAttentionConfig
+from unique_asr.evaluation.decodings import Rows, digest, identity
+from unique_asr.evaluation.methods import RivalConfig, Sliding, rivals_active
+from unique_asr.evaluation.text_report import TextResult, write_text_results
+from unique_asr.evaluation.text_tasks import RUNS, LanguageModel
+from unique_asr.models import resolve_device, resolve_dtype
 
 
 def evaluate_text(

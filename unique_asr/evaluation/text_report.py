@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .report import draw, write_csv
+from unique_asr.evaluation.report import draw, write_csv
 
 SHOWN: dict[str, Callable[[float], float]] = {
     "ruler": lambda share: 100 * share,

@@ -15,13 +15,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ..attention import PagedCache, SparseAttentionConfig
-from ..attention.huggingface import NAME, set_attention, settled
-from ..batch import interleave
-from ..batch_decoding import BatchDecoder
-from ..generation import load_text_model, load_text_tokenizer
-from ..longform import PENDING
-from .ruler import Item, Sources, listed, make_item, sentences
+from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.huggingface import NAME, set_attention, settled
+from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.evaluation.ruler import Item, Sources, listed, make_item, sentences
+from unique_asr.generation import load_text_model, load_text_tokenizer
+from unique_asr.longform.passes import PENDING
+from unique_asr.transcribers.batch import interleave
 
 PREFILL_CHUNK = 2048  # tokens
 

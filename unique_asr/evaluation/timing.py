@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Utterance
-from ..transcript import Word
+from unique_asr.data import Utterance
+from unique_asr.transcript import Word
 
 TOLERANCE = 0.2  # s
 

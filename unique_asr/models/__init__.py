@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .configuration import SpeechLLMConfig
-from .modeling import EncodedAudio, SpeechLLMForConditionalGeneration
-from .packing import INDEX, load_packed
-from .processing import SpeechLLMProcessor
+from unique_asr.models.speech_llm.configuration import SpeechLLMConfig
+from unique_asr.models.speech_llm.modeling import EncodedAudio, SpeechLLMForConditionalGeneration
+from unique_asr.models.speech_llm.packing import INDEX, load_packed
+from unique_asr.models.speech_llm.processing import SpeechLLMProcessor
 
 __all__ = [
     "EncodedAudio",

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from unique_asr.models.processing import SAMPLE_RATE
-
-from .augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
-from .corpus import Item, Source
+from unique_asr.models.speech_llm.processing import SAMPLE_RATE
+from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
+from unique_asr.training.corpus import Item, Source
 
 
 @dataclass

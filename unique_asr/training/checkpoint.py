@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import Processes
+from unique_asr.training.distributed import Processes
 
 if TYPE_CHECKING:
-    from .trainer import Material
+    from unique_asr.training.trainer import Material
 
 FILE = "checkpoint.pt"
 

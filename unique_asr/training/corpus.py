@@ -20,8 +20,8 @@ from torch import Tensor
 
 from unique_asr.audio import load_audio
 from unique_asr.evaluation.readers import HUB_NAME, read_hub
-from unique_asr.models.ctc import ctc_text
-from unique_asr.models.processing import SAMPLE_RATE
+from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 
 LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
 MIN_SAMPLES = SAMPLE_RATE // 20  # of an utterance
@@ -299,11 +299,11 @@ def log_uniform(random: np.random.Generator, low: float, high: float) -> float:
 
 
 def read_synthetic(folder: str | Path, weights: dict[str, float], device: torch.device) -> list[Source]:
-    """Sources from the shards of scripts/synthesize.py: the lines of one synthetic speaker are one recording."""
+    """Sources from shards of scripts/recipes/synthesize.py: the lines of one synthetic speaker are one recording."""
     folder = Path(folder)
     index = folder / "index.jsonl"
     if not index.is_file():
-        raise ValueError(f"{index}: no such file; make it with scripts/synthesize.py speak")
+        raise ValueError(f"{index}: no such file; make it with scripts/recipes/synthesize.py speak")
     rows = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
     shards = sorted({row["shard"] for row in rows})
     audio = {shard: np.load(folder / shard, mmap_mode="r") for shard in shards}

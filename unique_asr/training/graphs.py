@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from unique_asr.cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import garbage_kept
 
 if TYPE_CHECKING:
     from unique_asr.attention.soft_mask import TrainingAttention

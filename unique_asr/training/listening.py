@@ -26,17 +26,16 @@ import torch
 from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from unique_asr.models.fingerprint import hearing_fingerprint
-from unique_asr.models.processing import SAMPLE_RATE
-
-from .augment import AugmentConfig
-from .batches import Batcher
-from .case import normalise, restore
-from .corpus import Item, Source, Utterance
-from .distributed import Processes
+from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
+from unique_asr.models.speech_llm.processing import SAMPLE_RATE
+from unique_asr.training.augment import AugmentConfig
+from unique_asr.training.batches import Batcher
+from unique_asr.training.case import normalise, restore
+from unique_asr.training.corpus import Item, Source, Utterance
+from unique_asr.training.distributed import Processes
 
 if TYPE_CHECKING:
-    from .trainer import StageConfig
+    from unique_asr.training.trainer import StageConfig
 
 WINDOWS = 128  # that the listener hears at once
 MAX_PAUSE = 1.0  # seconds between two utterances; what lies in a longer pause may be speech that has no text
@@ -104,7 +103,7 @@ def save_heard(path: Path, values: dict) -> None:
 
 
 def read_heard(path: Path) -> list[Source]:
-    """Of a file that `heard_sources` or scripts/listen.py wrote."""
+    """Of a file that `heard_sources` or scripts/recipes/listen.py wrote."""
     return parts_to_sources(_load(path)["sources"])
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unique_asr.models import SpeechLLMForConditionalGeneration
-from unique_asr.models.projector import Frames
-
-from .batches import Batch, send
-from .graphs import Decoder
+from unique_asr.models.speech_llm.projector import Frames
+from unique_asr.training.batches import Batch, send
+from unique_asr.training.graphs import Decoder
 
 
 def ctc_loss(frames: Frames, batch: Batch) -> Tensor:

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 from unique_asr.generation import stop_ids
-from unique_asr.models.adapters import Utterance, find
-from unique_asr.models.adapters.prompting import prompt_embeds
-from unique_asr.models.processing import SAMPLE_RATE
-
-from .augment import AugmentConfig, Perturbation
-from .batches import Batch, timeline, waveforms
-from .corpus import Corpus, Item, log_uniform
-from .graphs import Decoder, GraphedDecoder
-from .losses import language_model_loss
-from .speech import described
+from unique_asr.models.pretrained import Utterance, find
+from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.speech_llm.processing import SAMPLE_RATE
+from unique_asr.training.augment import AugmentConfig, Perturbation
+from unique_asr.training.batches import Batch, timeline, waveforms
+from unique_asr.training.corpus import Corpus, Item, log_uniform
+from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.losses import language_model_loss
+from unique_asr.training.speech import described
 
 if TYPE_CHECKING:
-    from .trainer import StageConfig
+    from unique_asr.training.trainer import StageConfig
 
 TEXT_TOKENS_A_SECOND = 5.0  # of speech
 PROMPT_TOKENS = 32  # of the request beside the audio

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-
-from .augment import AugmentConfig
-from .batches import Batch, Batcher, send
-from .corpus import Corpus, Item, log_uniform
-from .graphs import GraphedDecoder
-from .losses import ctc_loss, language_model_loss
+from unique_asr.training.augment import AugmentConfig
+from unique_asr.training.batches import Batch, Batcher, send
+from unique_asr.training.corpus import Corpus, Item, log_uniform
+from unique_asr.training.graphs import GraphedDecoder
+from unique_asr.training.losses import ctc_loss, language_model_loss
 
 if TYPE_CHECKING:
-    from .trainer import StageConfig
+    from unique_asr.training.trainer import StageConfig
 
 TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import send
-from .graphs import Decoder, GraphedDecoder
+from unique_asr.training.batches import send
+from unique_asr.training.graphs import Decoder, GraphedDecoder
 
 if TYPE_CHECKING:
-    from .trainer import StageConfig
+    from unique_asr.training.trainer import StageConfig
 
 
 class Text:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from unique_asr.models.compose import listener_tokens
-from unique_asr.models.listener import Listener
-from unique_asr.models.processing import SAMPLE_RATE
-
-from .corpus import Source, Utterance, has_case, log_uniform
+from unique_asr.models.speech_llm.compose import listener_tokens
+from unique_asr.models.speech_llm.listener import Listener
+from unique_asr.models.speech_llm.processing import SAMPLE_RATE
+from unique_asr.training.corpus import Source, Utterance, has_case, log_uniform
 
 WORDS_A_SECOND = 2.7  # of speech that was read aloud
 STRETCH = 4, 200  # lines that are read one after the other, log-uniform

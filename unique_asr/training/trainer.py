@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
-
-from .adapters import PART as LORA
-from .adapters import language_model, parts
-from .checkpoint import Checkpoint, random_states, restore_random
-from .distributed import Processes
-from .graphs import GraphedDecoder
-from .precision import MasterWeights
+from unique_asr.training.checkpoint import Checkpoint, random_states, restore_random
+from unique_asr.training.distributed import Processes
+from unique_asr.training.graphs import GraphedDecoder
+from unique_asr.training.lora import PART as LORA
+from unique_asr.training.lora import language_model, parts
+from unique_asr.training.precision import MasterWeights
 
 
 @dataclass

@@ -14,15 +14,14 @@ import torch
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.attention.huggingface import set_attention, text_decoder
 from unique_asr.data import Recording
-from unique_asr.decoding import GreedyDecoder
+from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.scoring import Score
 from unique_asr.generation import stop_ids
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from unique_asr.models.adapters import find
-from unique_asr.models.adapters.memory import text_tokens
-from unique_asr.models.adapters.prompting import prompt_embeds
-
-from .precision import rounded
+from unique_asr.models.pretrained import find
+from unique_asr.models.pretrained.memory import text_tokens
+from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.training.precision import rounded
 
 TOKENS_A_SECOND = 9.0  # of fast speech
 

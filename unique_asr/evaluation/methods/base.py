@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ...attention import SparseAttentionConfig
-from ...attention.cache import PagedLayer, moved
-from ...attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
-from ...attention.reference import attend_biased, attention_weights, group_queries
-from ...attention.static_step import StaticStep
+from unique_asr.attention import SparseAttentionConfig
+from unique_asr.attention.cache import PagedLayer, moved
+from unique_asr.attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
+from unique_asr.attention.reference import attend_biased, attention_weights, group_queries
+from unique_asr.attention.static_step import StaticStep
 
 
 class Method(ABC):

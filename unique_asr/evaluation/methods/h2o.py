@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from ...attention.cache import grown
-from .base import Method
+from unique_asr.attention.cache import grown
+from unique_asr.evaluation.methods.base import Method
 
 LOGITS = 1 << 24  # attention weights computed at once in the prefill, and on CUDA 4 times as many
 

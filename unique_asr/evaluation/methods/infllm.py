@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ...attention.cache import grown
-from .base import Method
+from unique_asr.attention.cache import grown
+from unique_asr.evaluation.methods.base import Method
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Murmur-style decoding (arXiv 2606.01483): chunks of 300 s, and within a chunk windows over speech and output.
 
 Two evictions: with every decoded token the oldest speech positions go, until `speech_window` of them are left; and of
-the decoded tokens only the first and the latest are kept. The chunks are passes of `unique_asr.longform`.
+the decoded tokens only the first and the latest are kept. The chunks are passes of `unique_asr.longform.passes`.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Method
+from unique_asr.evaluation.methods.base import Method
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...longform import LongformReport, LongformTranscriber
-from ...transcript import Segment
+from unique_asr.longform.passes import LongformReport, LongformTranscriber
+from unique_asr.transcript import Segment
 
 
 @dataclass(frozen=True)

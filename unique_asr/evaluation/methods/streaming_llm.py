@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Method
+from unique_asr.evaluation.methods.base import Method
 
 
 @dataclass

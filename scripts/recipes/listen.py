@@ -1,0 +1,35 @@
+"""Write down what the listener hears, for scripts/recipes/teach_reading.py and for `data.heard` of scripts/finetune.py.
+
+    python scripts/recipes/listen.py --model outputs/reader --manifest speech/train.jsonl --output heard.pt
+
+unique_asr/training/listening.py says what is kept. Recordings of which less was heard than 70 % of the words are left
+out: a prompt that was misread.
+"""
+
+import argparse
+from pathlib import Path
+
+from unique_asr.models import load
+from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
+from unique_asr.training.corpus import read_manifests
+from unique_asr.training.listening import listen, save_heard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=128, help="windows at a time")
+    arguments = parser.parse_args()
+    model, processor = load(arguments.model)
+    sources = read_manifests([arguments.manifest], {}, model.device)
+    found = listen(model, processor, sources, windows=arguments.batch)
+    save_heard(arguments.output, {"listener": hearing_fingerprint(model), "sources": found})
+    recordings = [recording for each in found.values() for recording in each]
+    count = sum(len(source.recordings) for source in sources)
+    print(f"{arguments.output}: {len(recordings)} of {count} recordings, {sum(map(len, recordings))} parts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What writes tokens: one sequence, rows of a batch, and the memory they take."""

@@ -1,0 +1,151 @@
+"""Greedy decoding of one long sequence: a chunked prefill of vectors, then one token a step over a paged cache.
+
+On CUDA the step is `unique_asr.attention.DecodeStep`, captured in a CUDA graph, and the next one begins before the
+token of the last is looked at, so that the device does not wait for the host. Elsewhere it runs eagerly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention.cache import HEADROOM, pages_every_layer
+from unique_asr.attention.decode_step import Chosen
+from unique_asr.attention.huggingface import NAME, set_attention, settled
+from unique_asr.decoding.memory import held
+
+
+class GreedyDecoder:
+    """Decodes with a transformers causal LM, whose attention it switches to UNIQUE (the same as sdpa elsewhere).
+
+        decoder = GreedyDecoder(model.language_model, SparseAttentionConfig(budget=512), capacity=32768)
+        decoder.prefill(inputs_embeds)                       # [1, N, hidden]
+        for token in decoder.tokens(max_new_tokens=4096, stop_ids={tokenizer.eos_token_id}):
+            ...
+        print(decoder.stop_reason, decoder.statistics)
+
+    `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
+    `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA if every
+    layer has full attention), `capture` captures it, and `compile` runs it through torch.compile first. Static steps
+    begin ahead unless a layer keeps its selection, which is that of the token last yielded.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        attention: SparseAttentionConfig | None = None,
+        capacity: int = 32768,
+        prefill_chunk: int = 2048,
+        static: bool | None = None,
+        capture: bool | None = None,
+        compile: bool = False,
+    ):
+        self.model = language_model
+        self.capacity = capacity
+        self.prefill_chunk = prefill_chunk
+        device = language_model.get_input_embeddings().weight.device
+        paged = pages_every_layer(language_model.config)
+        self.static = paged and device.type == "cuda" if static is None else static
+        capture = self.static and device.type == "cuda" if capture is None else capture
+        set_attention(language_model, NAME)
+        attention = settled(attention or SparseAttentionConfig(), language_model)
+        self.cache = PagedCache(language_model.config, attention)
+        self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
+        self.log_probs: list[float] = []  # of the tokens yielded since the last prefill
+        self.stop_reason: str | None = None  # of the last `tokens`: "end" (a stop id), "length" or None (closed early)
+        self._chosen: Chosen | None = None  # a token that nobody has looked at yet
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache. The last token yielded is not among them unless the next step has begun."""
+        return self.cache.length
+
+    @property
+    def statistics(self) -> SparsityStatistics:
+        return self.cache.statistics
+
+    @property
+    def held(self) -> int:
+        """Bytes of the cache."""
+        return held(self.cache)
+
+    def reset(self) -> None:
+        """Forget the sequence; memory, captured graphs and counters are kept."""
+        self.cache.reset()
+
+    @torch.no_grad()
+    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
+        """Append vectors [1, N, hidden] to the sequence, densely and in chunks; `progress(done, total)` counts them."""
+        total = inputs_embeds.shape[1]
+        needed = self.length + total
+        if needed > self.capacity:
+            raise ValueError(
+                f"the prompt needs {needed} positions and the decoder has {self.capacity}: "
+                "raise its capacity or give it shorter audio"
+            )
+        self.step.reserve(min(self.capacity, needed + HEADROOM))
+        size = math.ceil(total / math.ceil(total / self.prefill_chunk))  # equal: one token alone were a decode step
+        for start in range(0, total, size):
+            chunk = inputs_embeds[:, start : start + size]
+            positions = torch.arange(self.length, self.length + chunk.shape[1], device=chunk.device).unsqueeze(0)
+            logits = self._forward(inputs_embeds=chunk, position_ids=positions)
+            if progress is not None:
+                progress(min(total, start + size), total)
+        self.step.choose(logits)
+        self._chosen = self.step.chosen()
+        self.log_probs = []
+
+    def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
+        """Yield the answer token by token, without the stop id; `log_probs` grows beside it.
+
+        The first token after a prefill needs no step. A later call goes on after the last token yielded. When the
+        generator ends, `stop_reason` says why.
+        """
+        self.stop_reason = None
+        ahead = self.static and not any(layer.keeps_selection for layer in self.cache.paged_layers)
+        for left in range(max_new_tokens - 1, -1, -1):
+            if self._chosen is None:
+                if self.length == self.capacity:
+                    break
+                self._step()
+            chosen, self._chosen, before = self._chosen, None, self.statistics.copy()
+            if ahead and left and self.length < self.capacity:
+                self._step()
+            (token,), (log_prob,) = chosen.tolist()
+            token = int(token)
+            if token in stop_ids:
+                if self._chosen is not None:
+                    self._undo_step(token, before)
+                self.stop_reason = "end"
+                return
+            self.log_probs.append(log_prob)
+            yield token
+        self.stop_reason = "length"
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """Logits [1, V] of the last position."""
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Write the chosen token to the cache and choose the next one."""
+        if self.static:
+            self.step.run()
+        else:
+            position = self.step.position.fill_(self.length)
+            self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
+        self._chosen = self.step.chosen()
+
+    def _undo_step(self, token: int, counters: SparsityStatistics) -> None:
+        """Take back the step that wrote a token too many to the cache."""
+        for layer in self.cache.paged_layers:
+            layer.crop(-1)
+        self.step.token.fill_(token)
+        vars(self.statistics).update(vars(counters))
+        self._chosen = None

@@ -1,0 +1,126 @@
+"""What decoding takes on a device, before it begins, and what is free there. All in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.huggingface import BATCHED_TOKENS
+from unique_asr.attention.reference import PARTIAL_SUM
+from unique_asr.attention.scores import SCORES
+from unique_asr.attention.static_step import page_sizes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What memory depends on."""
+
+    hub_id: str
+    parameters: float  # billions
+    layers: int  # of the LLM
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    feed_forward: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    weights: int
+    cache: int  # keys and values
+    statistics: int  # of their pages
+    audio: int  # embeddings, and the copy of them in the prompt
+    scratch: int  # of the largest operation on a prefill chunk
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.statistics + self.audio + self.scratch
+
+    @property
+    def pass_bytes(self) -> int:
+        """What comes on top of a loaded model."""
+        return self.total - self.weights
+
+
+def shape_of(model: Any) -> Checkpoint:
+    """What memory depends on, of a loaded model."""
+    config = model.config.get_text_config(decoder=True)
+    return Checkpoint(
+        hub_id=getattr(config, "name_or_path", ""),
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hidden=config.hidden_size,
+        feed_forward=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+    )
+
+
+def decoding_memory(
+    shape: Checkpoint,
+    prompt: int,
+    tokens: int,
+    audio: int,
+    attention: SparseAttentionConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    prefill_chunk: int | None = 2048,
+    batch: int = 1,
+    device: str = "cuda",
+) -> Memory:
+    """For `batch` rows of `tokens` positions, of which `prompt` are the prompt's and `audio` those of audio.
+
+    prefill_chunk: None where a prompt is read as a whole; device: its type.
+    """
+    attention = attention or SparseAttentionConfig()
+    capacity = -(-tokens // PARTIAL_SUM) * PARTIAL_SUM
+    heads = batch * shape.layers * shape.kv_heads
+    statistics = 0
+    if attention.budget is not None:
+        buffers = SCORES[attention.score].buffers(shape.head_dim, dtype, attention.statistics_dtype)
+        page = sum(width * each.itemsize for width, each in buffers)
+        statistics = sum(heads * (capacity // size) * page for size in page_sizes(attention))
+    positions = min(prefill_chunk or tokens, tokens)
+    feed_forward = batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize
+    repeated = padding = 0
+    flash = device == "cuda" and dtype.itemsize == 2 and (batch == 1 or prompt > BATCHED_TOKENS)
+    if prefill_chunk is not None and not flash:
+        # Behind a mask, which every chunk but the first has, `sdpa` repeats keys and values for the heads of a group.
+        if shape.heads != shape.kv_heads:
+            repeated = 2 * batch * shape.heads * min(prompt, tokens) * shape.head_dim * dtype.itemsize
+        # A byte for each position that a row may not read.
+        padding = batch * positions * min(prompt, tokens) if batch > 1 else 0
+    return Memory(
+        weights=int(shape.parameters * 1e9 * dtype.itemsize),
+        cache=2 * heads * capacity * shape.head_dim * dtype.itemsize,
+        statistics=statistics,
+        audio=2 * batch * audio * shape.hidden * dtype.itemsize,
+        scratch=max(feed_forward, repeated) + padding,
+    )
+
+
+def held(cache: PagedCache) -> int:
+    """What a cache has allocated."""
+    layers = [layer for layer in cache.paged_layers if layer.is_initialized]
+    buffers = (each for layer in layers for each in (layer.keys, layer.values, *layer.statistics))
+    return sum(each.nbytes for each in buffers)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """None where the system does not tell."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return available[0] if device.type == "cpu" and available else None

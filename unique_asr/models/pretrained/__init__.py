@@ -1,0 +1,148 @@
+"""Pretrained speech LLMs of transformers: one entry each in `catalogue.py`, decoded on the paged cache.
+
+    segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
+
+`formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time,
+`prompting.py` puts it into a request, `memory.py` says what a recording takes, and `transcriber.py` puts all together.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoProcessor, PreTrainedConfig
+
+from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
+from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
+from unique_asr.models.pretrained.catalogue import ADAPTERS, Adapter, Checkpoint
+from unique_asr.models.pretrained.formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
+from unique_asr.models.pretrained.memory import Memory, estimate
+
+MERGED = "lora_merged"  # in the configuration of a model whose LoRA weights for speech are in its own
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "BracketParser",
+    "Checkpoint",
+    "JsonParser",
+    "Memory",
+    "Parser",
+    "PlainParser",
+    "Utterance",
+    "check_hotwords",
+    "check_language",
+    "estimate",
+    "find",
+    "load",
+    "make_transcriber",
+    "merge_lora",
+]
+
+
+def find(model: Any) -> Adapter | None:
+    """The adapter of a loaded model, a (model, processor) pair, a folder or a hub id; None for any other model."""
+    return ADAPTERS.get(_model_type(model))
+
+
+def check_language(language: str | None, model: str | PathLike[str]) -> str | None:
+    """The code of a language (None for none), or a ValueError if the model cannot be told it, which is not loaded."""
+    if not language:
+        return None
+    kind = _model_type(model)
+    if kind is None:
+        return language  # there is no such model: `models.load` says so
+    adapter = ADAPTERS.get(kind)
+    taken = adapter.languages if adapter else SHIPPED.get(str(model), ())
+    return chosen_language(language, taken, str(model))
+
+
+def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | None:
+    """Hotwords as a transcript's settings keep them, or a ValueError if the model, which is not loaded, takes none."""
+    if not hotwords:
+        return None
+    kind = _model_type(model)
+    adapter = ADAPTERS.get(kind)
+    taken = kind is None or (adapter is not None and adapter.hotwords is not None)
+    return chosen_hotwords(hotwords, taken, str(model))
+
+
+def _model_type(model: Any) -> str | None:
+    if isinstance(model, tuple):
+        model = model[0]
+    if hasattr(model, "config"):
+        return getattr(model.config, "model_type", None)
+    source, options = located(PRETRAINED / model if (PRETRAINED / model).is_dir() else model)
+    try:
+        return PreTrainedConfig.get_config_dict(source, **options)[0].get("model_type")
+    except (OSError, ValueError):
+        return None  # `models.load` says what is wrong
+
+
+def load(name_or_path: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """A speech LLM that has an adapter, and its processor; see `unique_asr.models.load`.
+
+    `name@revision` is a revision of a hub id.
+    """
+    chosen = resolve_device(device)
+    adapter = find(name_or_path)
+    kind = getattr(transformers, adapter.model_class, None)
+    if kind is None:
+        raise ModelError(f"model={name_or_path}: transformers {transformers.__version__} does not know it; upgrade it")
+    source, options = located(name_or_path)
+    with loading(name_or_path, "speech LLM", "; try model=default"):
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = kind.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
+        if adapter.lora and not getattr(model.config, MERGED, False):
+            load_lora(model, adapter.lora, source, **options)
+    return model.to(chosen).eval(), processor
+
+
+def located(name_or_path: str | Path) -> tuple[str, dict[str, str]]:
+    """A folder or a hub id, and the revision after an @."""
+    name, _, revision = str(name_or_path).partition("@")
+    if not revision or Path(name_or_path).exists():
+        return str(name_or_path), {}
+    return name, {"revision": revision}
+
+
+@torch.no_grad()
+def merge_lora(model: Any) -> None:
+    """Make LoRA weights that came with a model part of its own; saved, it is loaded without them."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    if layers:
+        model._hf_peft_config_loaded = False
+        setattr(model.config, MERGED, True)
+
+
+def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
+    """Switch on the LoRA weights that a model keeps for speech in a folder of their own."""
+    if Path(source).is_dir():
+        model.load_adapter(str(Path(source) / folder), adapter_name="speech")
+    else:
+        model.load_adapter(source, adapter_name="speech", adapter_kwargs={"subfolder": folder, **options})
+    model.set_adapter("speech")
+
+
+def make_transcriber(model: Any = "default", **settings: Any) -> Any:
+    """What transcribes with a model: `AdapterTranscriber` if it has an adapter, else `pipeline.Transcriber`.
+
+    `parallel_passes` is for the latter alone: a pretrained model gets passes as long as it can, one after the other.
+    """
+    if find(model) is None:
+        from unique_asr.transcribers.speech_llm import Transcriber
+
+        return Transcriber(model, **settings)
+    from unique_asr.transcribers.pretrained import AdapterTranscriber
+
+    settings.pop("parallel_passes", None)
+    return AdapterTranscriber(model, **settings)

@@ -1,0 +1,1 @@
+"""Our speech LLM in the conventions of transformers."""

@@ -1,0 +1,303 @@
+"""A speech LLM: audio encoder -> projector -> causal LM.
+
+A recording of any length becomes one sequence of positions in the LLM's context: it is encoded in windows of
+`window_seconds` that overlap by their margins, and the kept frames are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from unique_asr.models.speech_llm.configuration import SpeechLLMConfig
+from unique_asr.models.speech_llm.listener import Listener
+from unique_asr.models.speech_llm.projector import Frames, Positions, Projector, Residual
+
+if TYPE_CHECKING:
+    from unique_asr.models.speech_llm.processing import SpeechLLMProcessor
+
+T = TypeVar("T")
+
+
+@dataclass
+class EncodedAudio:
+    """A recording (or a span of one) as the LLM and the aligner see it: M positions, T frames of `frame_seconds`.
+
+    `best` holds token ids of the LLM's vocabulary, or `blank_id`; log-probabilities are those of the CTC head.
+    """
+
+    embeds: Tensor  # [M, text hidden]
+    frames: Tensor  # [M] first frame of each position, increasing
+    ctc: Tensor  # [T, text hidden]
+    log_z: Tensor  # [T] log-sum-exp of the CTC logits
+    best: Tensor  # [T]
+    best_log_prob: Tensor  # [T]
+    blank_log_prob: Tensor  # [T]
+    duration: float  # seconds
+    frame_seconds: float
+
+    def slice(self, start_frame: int, end_frame: int | None = None) -> EncodedAudio:
+        """The frames [start_frame, end_frame) and the positions that begin in them, counted from start_frame."""
+        total = len(self.best)
+        end = total if end_frame is None else min(end_frame, total)
+        start = min(max(start_frame, 0), end)
+        inside = (self.frames >= start) & (self.frames < end)
+        duration = self.duration if end == total else end * self.frame_seconds
+        per_frame = {
+            name: getattr(self, name)[start:end] for name in ("ctc", "log_z", "best", "best_log_prob", "blank_log_prob")
+        }
+        return replace(
+            self,
+            embeds=self.embeds[inside],
+            frames=self.frames[inside] - start,
+            duration=max(duration - start * self.frame_seconds, 0.0),
+            **per_frame,
+        )
+
+
+class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Transcribes speech with a causal LM that reads the whole recording as one sequence of positions."""
+
+    config_class = SpeechLLMConfig
+    config: SpeechLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_features"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = ["listener"]  # greedy choices between words that are nearly as likely
+    _no_split_modules = ["WhisperEncoderLayer", "LlamaDecoderLayer"]
+
+    def __init__(self, config: SpeechLLMConfig) -> None:
+        super().__init__(config)
+        encoder = AutoModel.from_config(config.audio_config)
+        self.encoder = encoder.get_encoder() if config.audio_config.is_encoder_decoder else encoder
+        self.projector = Projector(config)
+        if config.merge == "decoder":
+            self.listener = Listener(config.audio_config, **config.listener)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.register_buffer("ctc_tokens", torch.arange(config.ctc_vocabulary_size))  # ids that the CTC head may emit
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Residual):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def ctc_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the CTC tokens and their unit vectors, each [C, text hidden]."""
+        embeddings = self.get_input_embeddings().weight[self.ctc_tokens]
+        return embeddings, nn.functional.normalize(embeddings.float(), dim=-1).to(embeddings.dtype)
+
+    def encode_windows(self, features: dict[str, Tensor]) -> Frames:
+        """Features of W windows -> frames [W, T', ...]; padding at a window's end is not removed."""
+        features = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in features.items()
+        }
+        states = self.encoder(**features).last_hidden_state
+        frames = self.projector(states, self.ctc_embeddings()[1])
+        return replace(frames, states=states) if self.config.merge == "decoder" else frames
+
+    def window_positions(self, frames: Frames, spans: Tensor) -> Positions:
+        """Positions of the frames [start, end) of each window; spans: [W, 2]."""
+        if self.config.merge == "decoder":
+            embeddings = self.get_input_embeddings().weight
+            return self.listener.positions(frames, spans, self.config.stack_factor, embeddings)
+        index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
+        spans = spans.to(index.device)
+        keep = (index >= spans[:, :1]) & (index < spans[:, 1:])
+        return self.projector.positions(frames, keep, self.ctc_embeddings()[0])
+
+    def embed_positions(self, positions: Positions) -> Tensor:
+        """The LLM's input embeddings [M, text hidden] of merged positions."""
+        return self.projector.embed(positions)
+
+    def join_windows(self, frames: Frames, spans: Tensor, duration: float) -> EncodedAudio:
+        """Join windows of one recording, of which the frames [start, end) are kept; spans: [W, 2]."""
+        spans = spans.clamp(max=frames.logits.shape[1])
+        positions = self.window_positions(frames, spans)
+        lengths = spans[:, 1] - spans[:, 0]
+        shift = lengths.cumsum(0) - lengths - spans[:, 0]  # from a window's frames to the joined ones
+        firsts = positions.frames + shift.to(positions.frames.device).repeat_interleave(positions.counts)
+        kept = [slice(start, end) for start, end in spans.tolist()]
+        logits = torch.cat([frames.logits[window, span] for window, span in enumerate(kept)]).float()
+        log_z = logits.logsumexp(-1)
+        top, best = logits.max(-1)
+        ids = torch.cat([self.ctc_tokens, self.ctc_tokens.new_tensor([self.config.blank_id])])
+        return EncodedAudio(
+            embeds=self.embed_positions(positions),
+            frames=firsts,
+            ctc=torch.cat([frames.ctc[window, span] for window, span in enumerate(kept)]),
+            log_z=log_z,
+            best=ids[best],
+            best_log_prob=top - log_z,
+            blank_log_prob=logits[:, -1] - log_z,
+            duration=duration,
+            frame_seconds=self.config.frame_seconds,
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        blocks: Iterable[np.ndarray],
+        processor: SpeechLLMProcessor,
+        progress: Callable[[float], None] | None = None,
+        batch: int | None = None,
+    ) -> EncodedAudio:
+        """Encode a recording given as blocks of float32 samples at 16 kHz.
+
+        batch: windows at a time; None: 16 on a GPU, for which the next ones are made ready meanwhile, else 4.
+        progress: called with the seconds encoded so far. Raises ValueError for a recording without samples.
+        """
+        parts: list[EncodedAudio] = []
+        on_gpu = self.device.type == "cuda"
+        groups = processor.window_batches(processor.windows(blocks), batch or (16 if on_gpu else 4))
+        for group in prefetched(groups) if on_gpu else groups:
+            frames = self.encode_windows(group.features)
+            parts.append(self.join_windows(frames, group.spans, group.duration))
+            if progress:
+                progress(sum(part.duration for part in parts))
+        return concatenate(parts)
+
+    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """Log-probabilities [T, L] that the CTC head gives to L token ids at each of the frames [start, end)."""
+        table = self.get_input_embeddings().weight
+        directions = nn.functional.normalize(table[token_ids.to(table.device)].float(), dim=-1)
+        return encoded.ctc[start:end].float() @ directions.T - encoded.log_z[start:end, None]
+
+    def _inputs_embeds(
+        self, input_ids: Tensor, attention_mask: Tensor | None, audio: list[Tensor], labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put each row's audio positions in the place of its placeholder; rows are padded on the left."""
+        table = self.get_input_embeddings()
+        rows, row_labels = [], []
+        for row, ids in enumerate(input_ids):
+            real = attention_mask[row].bool() if attention_mask is not None else torch.ones_like(ids, dtype=torch.bool)
+            ids = ids[real]
+            places = (ids == self.config.audio_token_id).nonzero().flatten().tolist()
+            if len(places) != 1:
+                raise ValueError(f"each prompt needs exactly one audio placeholder, row {row} has {len(places)}")
+            at, positions = places[0], audio[row].to(table.weight.dtype)
+            rows.append(torch.cat([table(ids[:at]), positions, table(ids[at + 1 :])]))
+            if labels is not None:
+                values = labels[row][real]
+                ignored = values.new_full((len(positions),), -100)
+                row_labels.append(torch.cat([values[:at], ignored, values[at + 1 :]]))
+        longest = max(len(row) for row in rows)
+        embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
+        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=embeds.device)
+        padded = None if labels is None else mask.new_full(mask.shape, -100)
+        for row, values in enumerate(rows):
+            embeds[row, longest - len(values) :] = values
+            mask[row, longest - len(values) :] = 1
+            if padded is not None:
+                padded[row, longest - len(values) :] = row_labels[row]
+        return embeds, mask, padded
+
+    def audio_embeds(
+        self,
+        input_features: Tensor,
+        window_frames: Tensor,
+        window_counts: Tensor,
+        feature_attention_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Positions [M, text hidden] of each recording of a batch.
+
+        input_features: the W windows of all recordings, one after the other; window_frames: [W, 2], the frames kept of
+        each; window_counts: [B], windows of each recording; feature_attention_mask: the encoder's, if it has one.
+        """
+        features = {"input_features": input_features}
+        if feature_attention_mask is not None:
+            features["attention_mask"] = feature_attention_mask
+        frames = self.encode_windows(features)
+        positions = self.window_positions(frames, window_frames)
+        recording = torch.repeat_interleave(window_counts).to(positions.counts.device)
+        counts = torch.zeros_like(window_counts, device=recording.device).index_add_(0, recording, positions.counts)
+        return list(self.embed_positions(positions).split(counts.tolist()))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        window_frames: Tensor | None = None,
+        window_counts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N]: -100 where no loss is."""
+        if input_features is not None:
+            audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
+            inputs_embeds, attention_mask, labels = self._inputs_embeds(input_ids, attention_mask, audio, labels)
+            input_ids = None
+        return self.language_model(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        window_frames: Tensor | None = None,
+        window_counts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The new tokens [B, N'] only; every option of transformers' `generate` goes to the LLM."""
+        if input_features is None:
+            return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
+        embeds, mask, _ = self._inputs_embeds(input_ids, attention_mask, audio)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+def prefetched(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the caller is busy with the last."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+
+
+def concatenate(parts: Sequence[EncodedAudio]) -> EncodedAudio:
+    """Join consecutive spans of one recording."""
+    if not parts:
+        raise ValueError("no audio to encode: the recording is empty")
+    offsets = np.cumsum([0, *(len(part.best) for part in parts)])
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("embeds", "ctc", "log_z", "best", "best_log_prob", "blank_log_prob")
+    }
+    frames = torch.cat([part.frames + int(offset) for part, offset in zip(parts, offsets, strict=False)])
+    duration = sum(part.duration for part in parts)
+    return EncodedAudio(frames=frames, duration=duration, frame_seconds=parts[0].frame_seconds, **joined)
+
+
+AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)

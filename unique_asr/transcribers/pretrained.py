@@ -1,0 +1,260 @@
+"""Recordings of any length with a pretrained speech LLM: passes as long as the model knows, one by one or side by side.
+
+`recording.py` says what a pass hears and what becomes of its answer; here it is encoded, prefilled and decoded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention.huggingface import settled
+from unique_asr.audio import spooled
+from unique_asr.decoding.batch import BatchDecoder, Row
+from unique_asr.decoding.greedy import GreedyDecoder
+from unique_asr.decoding.memory import free_memory, shape_of
+from unique_asr.generation import stop_ids
+from unique_asr.longform.page_reads import PageReads
+from unique_asr.longform.passes import PENDING, Progress
+from unique_asr.longform.timestamped import Pass, PassConfig, Recording
+from unique_asr.models.languages import chosen_hotwords, chosen_language
+from unique_asr.models.pretrained import find, load
+from unique_asr.models.pretrained.memory import estimate, text_tokens
+from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.transcribers.speech_llm import Audio, LoadedModel, PipelineError, open_audio
+from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
+
+
+class AdapterTranscriber(LoadedModel):
+    """A pretrained speech LLM with its settings; used as `unique_asr.transcribers.speech_llm.Transcriber`.
+
+    Args:
+        model: a folder, a hub id, or a (model, processor) pair.
+        attention, budget, device, dtype, progress: see `unique_asr.transcribe`.
+        max_pass_seconds: the longest audio that the LLM gets at once; by default what its authors say.
+        prefill_chunk: positions that the LLM reads at once, which bounds the memory of the prefill.
+        passes: finer settings.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | tuple[Any, Any],
+        *,
+        attention: str | SparseAttentionConfig = "unique",
+        budget: int | None = 512,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_pass_seconds: float | None = None,
+        prefill_chunk: int = 2048,
+        passes: PassConfig | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        adapter = find(model)
+        if adapter is None:
+            raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
+        self.adapter, self.languages, self.passes = adapter, adapter.languages, passes or PassConfig()
+        if max_pass_seconds is None:
+            max_pass_seconds = self.passes.max_pass_seconds
+        super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
+        self.passes = replace(self.passes, max_pass_seconds=max_pass_seconds)
+        self.stop_ids = stop_ids(self.model, self.processor.tokenizer)
+        self.decoder = self.make_decoder()
+
+    def make_decoder(self) -> GreedyDecoder:
+        """For one recording after the other: it keeps its memory and CUDA graphs."""
+        chunk = self.prefill_chunk if self.adapter.chunked else 1 << 30
+        static = None if self.adapter.static else False
+        return GreedyDecoder(self.model, self.attention, capacity=0, prefill_chunk=chunk, static=static)
+
+    def with_attention(self, attention: SparseAttentionConfig) -> AdapterTranscriber:
+        """A transcriber with the same model in memory that reads its KV cache in another way."""
+        other = copy(self)
+        other.attention, other.load_seconds = settled(attention, self.model), 0.0
+        other.decoder = other.make_decoder()
+        return other
+
+    def transcribe(
+        self,
+        audio: Audio,
+        *,
+        prompt: str | None = None,
+        language: str | None = None,
+        hotwords: str | None = None,
+        progress: Progress | None = None,
+        unfinished: Unfinished | None = None,
+        on_pass: Callable[[Any], None] | None = None,
+        row: Row | None = None,
+        reads: PageReads | None = None,
+    ) -> tuple[Iterator[Segment | None], TranscriptionInfo]:
+        """Segments of one recording as they are decoded, and how they were made; see `Transcriber.transcribe`.
+
+        row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
+        """
+        if reads is not None:
+            raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
+        source = open_audio(audio)
+        language = chosen_language(language, self.languages, self.name)
+        hotwords = chosen_hotwords(hotwords, self.adapter.hotwords is not None, self.name)
+        info = self.describe(source, self.model, prompt=prompt, language=language, hotwords=hotwords)
+        info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
+        keywords: list[str] = []
+        if hotwords and self.adapter.hotwords == "keywords":
+            keywords = hotwords.split(", ")
+        elif hotwords:
+            prompt = ", ".join(filter(None, (prompt, hotwords)))
+        told = prompt, language, keywords
+        return self._segments(source, *told, info, progress, unfinished, on_pass, row), info
+
+    def batch_decoder(self) -> BatchDecoder | None:
+        """For recordings side by side; None where the length of one would change the text of another."""
+        if not self.adapter.static:
+            return None
+        return BatchDecoder(self.model, self.attention, self.prefill_chunk)
+
+    def _segments(
+        self,
+        source: Any,
+        prompt: str | None,
+        language: str | None,
+        keywords: Sequence[str],
+        info: TranscriptionInfo,
+        progress: Progress | None,
+        unfinished: Unfinished | None,
+        on_pass: Callable[[Any], None] | None,
+        row: Row | None,
+    ) -> Iterator[Segment | None]:
+        samples = spooled(source.blocks())
+        info.warnings += source.warnings
+        info.dropped = source.dropped
+        tokenizer, decoder = self.processor.tokenizer, row or self.decoder
+        recording = Recording(samples, self.adapter, tokenizer, self.passes, info, prompt, source.start, unfinished)
+        earlier = SparsityStatistics(**recording.place.sparsity)
+        before = decoder.statistics.copy()
+
+        def sparsity() -> SparsityStatistics:
+            counted = decoder.statistics.since(before)
+            counted.add(earlier)
+            return counted
+
+        try:
+            while recording.unheard:
+                if on_pass is not None:
+                    on_pass(recording.state(vars(sparsity())))
+                yield from self._decode(recording, decoder, language, keywords, info, progress)
+            if progress:
+                progress("decode", info.duration, info.duration)
+        except torch.OutOfMemoryError as error:
+            raise PipelineError(
+                f"{info.audio}: out of memory on {info.device} ({info.dtype}); lower max_pass_seconds or prefill_chunk"
+            ) from error
+        finally:
+            info.stop_reason = info.stop_reason or "interrupted"
+            info.sparsity = sparsity().to_dict()
+            if row is not None:
+                info.timings |= row.seconds
+
+    def _decode(
+        self,
+        recording: Recording,
+        decoder: GreedyDecoder | Row,
+        language: str | None,
+        keywords: Sequence[str],
+        info: TranscriptionInfo,
+        progress: Progress | None,
+    ) -> Iterator[Segment | None]:
+        """Segments of the next pass."""
+        asked = recording.begin()
+        with clocked(info, "encode"):
+            report = partial(progress, "encode") if progress else None
+            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report, keywords)
+        budget = self._token_budget(embeds.shape[1], asked, info, decoder)
+        report = partial(progress, "prefill") if progress else None
+        with clocked(info, "prefill"):
+            if decoder is self.decoder:
+                self.prefill(embeds, embeds.shape[1] + budget, report)
+            else:
+                decoder.reset()
+                decoder.prefill(embeds, report)
+        tokens = decoder.tokens(budget, self.stop_ids)
+        while not recording.looped:
+            with clocked(info, "decode"):
+                token = next(tokens, None)
+            if token is None:
+                break
+            if token == PENDING:
+                yield None
+                continue
+            yield from recording.push(token, decoder.log_probs[-1])
+            if progress:
+                progress("decode", recording.reached, info.duration)
+        tokens.close()
+        yield from recording.end("loop" if recording.looped else decoder.stop_reason)
+
+    def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> int:
+        """The most tokens of the answer, or an error if a prompt of so many positions leaves no room for one."""
+        seconds, room = asked.end - asked.start, self.adapter.context - prompt
+        if room <= 0:
+            raise PipelineError(
+                f"{info.audio}: {seconds / 60:.0f} minutes are {prompt} positions and {self.name} knows "
+                f"{self.adapter.context}; lower max_pass_seconds"
+            )
+        budget = min(text_tokens(self.adapter, seconds), room)
+        self._check_memory(prompt + budget, seconds, info, decoder)
+        return budget
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self,
+        samples: np.ndarray,
+        prompt: str | None = None,
+        language: str | None = None,
+        progress: Any = None,
+        keywords: Sequence[str] = (),
+    ) -> Tensor:
+        """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
+        told = prompt, language, keywords, self.passes.encode_windows, progress
+        return prompt_embeds(self.adapter, self.model, self.processor, samples, *told)
+
+    def prefill(self, embeds: Tensor, capacity: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Begin a sequence of `capacity` tokens with [1, N, hidden].
+
+        The cache is allocated at once: it neither grows on the way nor fails after an hour.
+        """
+        self.decoder.capacity = max(self.decoder.capacity, capacity)
+        self.decoder.step.reserve(capacity)
+        self.decoder.reset()
+        self.decoder.prefill(embeds, progress)
+
+    def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> None:
+        if decoder is self.decoder and tokens <= decoder.cache.capacity:
+            return
+        shape, adapter = shape_of(self.model), self.adapter
+        how = self.attention, self.model.dtype, self.prefill_chunk
+        needed = estimate(adapter, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
+        free = free_memory(self.model.device)
+        room = None if free is None else free + decoder.held  # the pass before leaves its place to the next
+        if room is not None and needed > room:
+            fits = int(seconds * room / needed * 0.9)
+            raise PipelineError(
+                f"{info.audio}: {seconds / 60:.0f} minutes in one pass need {needed / 1e9:.1f} GB beside the weights "
+                f"and {free / 1e9:.1f} GB are free on {info.device}; try max_pass_seconds={fits} or another device"
+            )
+
+
+@contextmanager
+def clocked(info: TranscriptionInfo, stage: str) -> Iterator[None]:
+    """Add the seconds of a block to a stage of the timings."""
+    begin = time.perf_counter()
+    yield
+    info.timings[stage] += time.perf_counter() - begin
