@@ -27,7 +27,7 @@ from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
 from unique_asr.training.distributed import Processes
 from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
-from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
+from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.precision import rounded
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.speech import Speech
@@ -52,7 +52,7 @@ def finetune(config: DictConfig) -> None:
     # Dropout stays off: the augmentation regularises, and frozen parts must give what they give at inference.
     model.eval()
     if config.lora:
-        add_adapters(model, AdapterConfig(**OmegaConf.to_container(config.lora)))
+        add_lora(model, LoraSettings(**OmegaConf.to_container(config.lora)))
     material: Material
     if config.text.model:
         material = Text(model, reader, config.text.files, config.seed + processes.rank)
@@ -85,16 +85,16 @@ def finetune(config: DictConfig) -> None:
         if attention:  # what the model was made for, for those who load it
             model.config.sparse_attention = attention.sparse.to_dict()
         if config.text.model:
-            without_adapters(model).save_pretrained(folder)
+            without_lora(model).save_pretrained(folder)
             reader.save_pretrained(folder)
         elif pretrained:
-            plain = without_adapters(model)
+            plain = without_lora(model)
             with rounded(plain, dtype):
                 plain.save_pretrained(folder)
             reader.save_pretrained(folder)
         else:
             bits = OmegaConf.to_container(config.output.bits) if config.output.bits else {}
-            save_packed_model(without_adapters(model), reader, folder, bits)
+            save_packed_model(without_lora(model), reader, folder, bits)
 
     trainer.save = save
     if config.validation.manifest and not config.text.model:

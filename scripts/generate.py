@@ -51,7 +51,7 @@ def write(config: DictConfig) -> int:
         print(f"error: context={config.context}: {error}", file=sys.stderr)
         return FAILED
 
-    from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+    from unique_asr.attention import SparseAttentionConfig, SparsityCounters
     from unique_asr.generation import TextGenerator
 
     def read(done: int, total: int) -> None:
@@ -91,7 +91,7 @@ def write(config: DictConfig) -> int:
     note(
         f"{info.prompt_tokens} tokens read in {info.timings['prefill']:.1f} s, {info.tokens} written in {seconds:.1f} s"
         f" (stopped at the {'end' if info.stop_reason == 'end' else 'limit of max_new_tokens'});"
-        f" {SparsityStatistics(**sparsity)}"
+        f" {SparsityCounters(**sparsity)}"
     )
     return SUCCESS
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 
-from unique_asr.models.pretrained import ADAPTERS
+from unique_asr.models.pretrained import KNOWN_MODELS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio|>", "<|audio_start|>", "<|audio_end|>", "<|image|>"]
 TEMPLATE = (
@@ -209,7 +209,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "glmasr": glm, "audioflamingo3": audio_flamingo, "granite_speech": granite, "fun_asr_nano": fun_asr,
     "qwen2_audio": qwen2_audio, "phi4_multimodal": phi4,
 }  # fmt: skip
-assert set(MAKERS) == set(ADAPTERS)
+assert set(MAKERS) == set(KNOWN_MODELS)
 
 
 def make(name: str) -> tuple[Any, Any]:
@@ -217,7 +217,7 @@ def make(name: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     config, processor = MAKERS[name]()
     config.tie_word_embeddings = False  # tied random embeddings make it repeat itself
-    model = getattr(transformers, ADAPTERS[name].model_class)._from_config(config, dtype=torch.float32).eval()
+    model = getattr(transformers, KNOWN_MODELS[name].model_class)._from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight[256:] = 0  # it writes bytes only
     model.generation_config.eos_token_id = None

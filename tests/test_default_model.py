@@ -12,7 +12,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile, load_audio
 from unique_asr.evaluation.scoring import Score
 from unique_asr.models import load
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parent / "data"
 CLIPS = {row["audio_filepath"]: row for row in map(json.loads, (DATA / "manifest.jsonl").read_text().splitlines())}
@@ -26,7 +26,7 @@ def default():
 
 @pytest.fixture(scope="module")
 def transcripts(default):
-    transcriber = Transcriber(default, attention="unique", budget=64)
+    transcriber = SpeechLLMTranscriber(default, attention="unique", budget=64)
     results = {}
     for name in CLIPS:
         segments, info = transcriber.transcribe(DATA / name)
@@ -85,7 +85,7 @@ def test_a_budget_beyond_the_context_writes_what_dense_attention_writes(default)
     audio = load_audio(DATA / "repose.opus")
     texts = []
     for attention in ("dense", SparseAttentionConfig(budget=65536)):
-        segments, info = Transcriber(default, attention=attention).transcribe(audio)
+        segments, info = SpeechLLMTranscriber(default, attention=attention).transcribe(audio)
         texts.append((text_of(segments), info.sparsity["sparse_steps"]))
     assert texts[0] == texts[1]
     assert texts[0][1] == 0
@@ -114,14 +114,14 @@ def test_an_hour_takes_little_memory(default):
 
 
 def test_lower_case_on_request(default):
-    transcriber = Transcriber(default)
+    transcriber = SpeechLLMTranscriber(default)
     segments, _ = transcriber.transcribe(load_audio(DATA / "nomads.opus"), prompt="lower case")
     text = text_of(segments)
     assert text == text.lower()
 
 
 def test_silence_gives_no_text(default):
-    segments, info = Transcriber(default).transcribe(np.zeros(16_000 * 5, np.float32))
+    segments, info = SpeechLLMTranscriber(default).transcribe(np.zeros(16_000 * 5, np.float32))
     assert list(segments) == []
     assert info.stop_reason == "silence"
 

@@ -117,7 +117,7 @@ def test_generate_itself_within_the_block(family):
         assert plain(model, tokenizer) == expected
     with sparse_attention(model, budget=64) as sparse:
         plain(model, tokenizer)
-    assert sparse.statistics.sparse_steps == NEW_TOKENS - 1
+    assert sparse.counters.sparse_steps == NEW_TOKENS - 1
 
 
 def test_the_text_comes_in_pieces(tokenizer):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import unique_asr
 from unique_asr.application.overrides import conf_folder
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 ROOT = Path(__file__).parents[1]
 CONF = conf_folder()
@@ -56,7 +56,10 @@ def test_options_are_those_of_the_code():
         unique, dense = (compose("transcribe", [f"attention={name}"]) for name in ("unique", "dense"))
     assert OmegaConf.to_container(unique.attention) == asdict(SparseAttentionConfig())
     assert OmegaConf.to_container(dense.attention) == asdict(SparseAttentionConfig(budget=None))
-    parameters = {*inspect.signature(Transcriber).parameters, *inspect.signature(Transcriber.transcribe).parameters}
+    parameters = {
+        *inspect.signature(SpeechLLMTranscriber).parameters,
+        *inspect.signature(SpeechLLMTranscriber.transcribe).parameters,
+    }
     assert set(unique.decoding) <= parameters
 
 

@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.attention.huggingface import settled
+from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.models import ModelError, loading, resolve_device, resolve_dtype
 from unique_asr.models.pretrained.formats import TextStream
@@ -42,7 +42,7 @@ class GenerationInfo:
     prompt_tokens: int
     tokens: int = 0
     stop_reason: str = ""  # end or length
-    sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityStatistics.to_dict()
+    sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityCounters.to_dict()
     timings: dict[str, float] = field(default_factory=dict)  # s: prefill, decode
     warnings: list[str] = field(default_factory=list)
 
@@ -72,7 +72,7 @@ class TextGenerator:
                 raise GenerationError(f"attention={attention}: use unique or dense, or give a SparseAttentionConfig")
             attention = SparseAttentionConfig(budget=budget if attention == "unique" else None)
         self.model, self.tokenizer = model if isinstance(model, tuple) else load_text_model(model, device, dtype)
-        self.attention, self.prefill_chunk = settled(attention, self.model), prefill_chunk
+        self.attention, self.prefill_chunk = resolve_combine(attention, self.model), prefill_chunk
         self.stop_ids = stop_ids(self.model, self.tokenizer)
 
     def generate(
@@ -148,7 +148,7 @@ class TextGenerator:
             for token in decoder.tokens(max_new_tokens, self.stop_ids):
                 info.tokens += 1
                 info.timings["decode"] = time.perf_counter() - read
-                info.sparsity = decoder.statistics.to_dict()
+                info.sparsity = decoder.counters.to_dict()
                 if piece := stream.push(token):
                     yield piece
             info.stop_reason = decoder.stop_reason or ""

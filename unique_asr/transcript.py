@@ -55,7 +55,7 @@ class TranscriptionInfo:
     coverage: float = 0.0  # share of the audio up to the last segment's end, 0 to 1
     dropped: float = 0.0  # s that voice activity detection took for anything but speech
     passes: int = 0  # times that decoding started: 1 unless it had to be continued
-    sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityStatistics.to_dict()
+    sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityCounters.to_dict()
     timings: dict[str, float] = field(default_factory=dict)  # s a stage: load, encode, prefill, decode
     warnings: list[str] = field(default_factory=list)
 

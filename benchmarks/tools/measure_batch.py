@@ -19,11 +19,11 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
 from unique_asr.evaluation.scoring import word_errors
 from unique_asr.transcribers.batch import side_by_side
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Transcript
 
 
-def timed(transcriber: Transcriber, clips: list[np.ndarray], batch: int) -> tuple[list[Transcript], float]:
+def timed(transcriber: SpeechLLMTranscriber, clips: list[np.ndarray], batch: int) -> tuple[list[Transcript], float]:
     begin = time.perf_counter()
     transcripts = dict(side_by_side(transcriber, clips, batch))
     return [transcripts[index] for index in range(len(clips))], time.perf_counter() - begin
@@ -44,7 +44,7 @@ def main() -> None:
     paths = [arguments.manifest.parent / rows[len(rows) * i // count]["audio_filepath"] for i in range(count)]
     clips = [np.concatenate(list(AudioFile(path, end=arguments.seconds).blocks())) for path in paths]
     attention = SparseAttentionConfig(budget=arguments.budget or None)
-    transcriber = Transcriber(arguments.model, attention=attention, device=arguments.device)
+    transcriber = SpeechLLMTranscriber(arguments.model, attention=attention, device=arguments.device)
     timed(transcriber, clips[:1], 1)  # warm
     alone, alone_seconds = timed(transcriber, clips, 1)
     beside, beside_seconds = timed(transcriber, clips, arguments.batch)

@@ -28,7 +28,7 @@ import numpy as np
 from unique_asr.audio import SAMPLE_RATE, AudioFile
 from unique_asr.longform.alignment import align_text
 from unique_asr.models import load
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Word
 
 FRAME = SAMPLE_RATE // 100  # samples
@@ -143,7 +143,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Statistics of starts and ends for (file, segments) pairs, of which the first `seconds` are taken."""
     late: dict[str, list[float]] = {}
-    transcriber = Transcriber((model, processor)) if transcribe else None
+    transcriber = SpeechLLMTranscriber((model, processor)) if transcribe else None
     for path, segments in rows:
         samples = np.concatenate(list(AudioFile(path, end=seconds).blocks()))
         truth = utterances(segments, samples)

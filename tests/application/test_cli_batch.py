@@ -14,12 +14,12 @@ import pytest
 import torch
 from command_line import DATA, ROOT, FakeTranscriber, names
 from rich.console import Console
-from test_pipeline import noise
+from test_speech_llm_transcriber import noise
 
 from unique_asr.application import cli
 from unique_asr.application.display import Bars
 from unique_asr.longform.passes import LongformConfig
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.writers import SegmentLog, read_transcript
 
 
@@ -286,7 +286,7 @@ def transcribe(tiny, talks):
     longform = LongformConfig(retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
     def load(model, **settings):
-        transcriber = Transcriber(tiny, longform=longform, **settings)
+        transcriber = SpeechLLMTranscriber(tiny, longform=longform, **settings)
         transcriber.name = model
         return transcriber
 

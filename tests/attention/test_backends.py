@@ -7,7 +7,7 @@ from unique_asr.attention import (
     DecodeStep,
     PagedCache,
     SparseAttentionConfig,
-    SparsityStatistics,
+    SparsityCounters,
     backend,
     sparse_attention,
 )
@@ -40,7 +40,7 @@ def layers(config, length, batch=2, heads=2, group=3, dim=16, seed=0):
     pair = []
     for name in ("torch", "triton"):
         options = config | {"backend": name}
-        layer = PagedLayer(SparseAttentionConfig(**options), SparsityStatistics())
+        layer = PagedLayer(SparseAttentionConfig(**options), SparsityCounters())
         layer.update(keys.to(DEVICE), values.to(DEVICE))
         pair.append(layer)
     return *pair, torch.randn(batch, heads * group, 1, dim).to(DEVICE)
@@ -137,7 +137,7 @@ def test_dense_steps_write_the_token_alone(step, monkeypatch):
 
 
 def test_values_of_another_width_are_left_to_pytorch():
-    layer = PagedLayer(SparseAttentionConfig(budget=96, backend="triton"), SparsityStatistics())
+    layer = PagedLayer(SparseAttentionConfig(budget=96, backend="triton"), SparsityCounters())
     layer.update(torch.randn(1, 2, 301, 16, device=DEVICE), torch.randn(1, 2, 301, 8, device=DEVICE))
     assert not layer.triton
 
@@ -160,7 +160,7 @@ def test_generate(llama, attention):
     for name in ("torch", "triton"):
         with sparse_attention(llama, budget=64, backend=name, **attention) as sparse:
             outputs[name] = llama.generate(**inputs, max_new_tokens=3, do_sample=False)
-        assert sparse.statistics.sparse_steps == 2
+        assert sparse.counters.sparse_steps == 2
     assert torch.equal(outputs["triton"], outputs["torch"])
 
 
@@ -188,7 +188,7 @@ def test_a_batch_by_static_steps(llama, name, attention, monkeypatch):
             step.run()
             tokens.append(step.result[0].tolist())
     assert torch.tensor(tokens).T.tolist() == expected.tolist()
-    assert sparse.statistics.sparse_steps == 2 * 2
+    assert sparse.counters.sparse_steps == 2 * 2
     if name == "triton":
         # two steps; on CUDA the first one's warm-up and capture
         assert len(calls) == 2 * (3 - attention.get("dense_layers", 0))
@@ -221,12 +221,12 @@ def test_eight_bits_hold_the_scores(score, statistics_dtype, dtype):
 
 def test_a_cache_in_eight_bits_follows_its_rows():
     torch.manual_seed(0)
-    layer = PagedLayer(SparseAttentionConfig(statistics_dtype="fp8", super_page_size=64), SparsityStatistics())
+    layer = PagedLayer(SparseAttentionConfig(statistics_dtype="fp8", super_page_size=64), SparsityCounters())
     keys, values = torch.randn(2, 3, 2, 200, 16)
     layer.update(keys, values)
     layer.update_statistics()
     layer.reorder_cache(torch.tensor([2, 0]))
-    other = PagedLayer(layer.config, SparsityStatistics())
+    other = PagedLayer(layer.config, SparsityCounters())
     other.update(keys[[2, 0]], values[[2, 0]])
     other.update_statistics()
     assert [level.done for level in layer.levels] == [25, 3]
@@ -238,7 +238,7 @@ def test_a_cache_in_eight_bits_follows_its_rows():
 @pytest.mark.parametrize(("statistics_dtype", "share"), [("keys", 0.064), ("fp8", 0.033), ("int8", 0.033)])
 def test_statistics_memory(statistics_dtype, share):
     """Of the KV cache, at pages of 8 tokens and head dim 128."""
-    layer = PagedLayer(SparseAttentionConfig(statistics_dtype=statistics_dtype), SparsityStatistics())
+    layer = PagedLayer(SparseAttentionConfig(statistics_dtype=statistics_dtype), SparsityCounters())
     layer.update(*torch.zeros(2, 1, 8, 1024, 128, dtype=torch.bfloat16))
     size = sum(statistic.nbytes for statistic in layer.statistics)
     assert size <= share * (layer.keys.nbytes + layer.values.nbytes)

@@ -63,8 +63,8 @@ def test_a_budget_over_the_context_is_sdpa_bit_by_bit(llama, batch, budget, rows
         output = generate(llama, inputs, **options)
     assert torch.equal(output.sequences, expected.sequences)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(output.logits, expected.logits))
-    assert sparse.statistics.sparse_steps == 0
-    assert sparse.statistics.share_of_pages_read == 1
+    assert sparse.counters.sparse_steps == 0
+    assert sparse.counters.share_of_pages_read == 1
 
 
 def test_sparse_steps_read_less_and_change_little(llama, batch):
@@ -72,8 +72,8 @@ def test_sparse_steps_read_less_and_change_little(llama, batch):
     dense = generate(llama, inputs, max_new_tokens=2)
     with sparse_attention(llama, budget=128) as sparse:
         output = generate(llama, inputs, max_new_tokens=2)
-    assert sparse.statistics.steps == sparse.statistics.sparse_steps == 1
-    assert sparse.statistics.pages_read == 3 * 3 * 16
+    assert sparse.counters.steps == sparse.counters.sparse_steps == 1
+    assert sparse.counters.pages_read == 3 * 3 * 16
     assert not torch.equal(output.logits[1], dense.logits[1])
     similarity = torch.cosine_similarity(output.logits[1], dense.logits[1])
     assert similarity > 0.8
@@ -84,7 +84,7 @@ def test_sparse_generation_runs(llama, batch, options):
     with sparse_attention(llama, budget=64) as sparse:
         output = generate(llama, batch, **options)
     assert output.sequences.shape[1] == 170
-    assert sparse.statistics.sparse_steps == sparse.statistics.steps == 19
+    assert sparse.counters.sparse_steps == sparse.counters.steps == 19
     assert torch.isfinite(torch.stack(output.logits)).all()
 
 
@@ -165,9 +165,9 @@ def test_the_inner_block_counts(llama, batch):
     with sparse_attention(llama, budget=1024) as outer:
         with sparse_attention(llama, budget=64) as inner:
             generate(llama, batch)
-        assert (outer.statistics.steps, inner.statistics.sparse_steps) == (0, 19)
+        assert (outer.counters.steps, inner.counters.sparse_steps) == (0, 19)
         generate(llama, batch)
-        assert (outer.statistics.steps, inner.statistics.steps) == (19, 19)
+        assert (outer.counters.steps, inner.counters.steps) == (19, 19)
     assert llama.config._attn_implementation == "sdpa"
 
 
@@ -241,8 +241,8 @@ def test_sliding_and_full_layers_together():
         assert torch.equal(model.generate(prompt, max_new_tokens=10, do_sample=False), expected)
     with sparse_attention(model, budget=64) as sparse:
         model.generate(prompt, max_new_tokens=10, do_sample=False)
-    assert sparse.statistics.sparse_steps == 9
-    assert sparse.statistics.pages_read == 9 * 2 * 2 * 8
+    assert sparse.counters.sparse_steps == 9
+    assert sparse.counters.pages_read == 9 * 2 * 2 * 8
 
 
 def test_the_encoder_of_a_speech_model_is_left_alone():
@@ -270,7 +270,7 @@ def test_the_encoder_of_a_speech_model_is_left_alone():
         assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False), expected)
     with sparse_attention(model, budget=64) as sparse:
         model.generate(**inputs, max_new_tokens=10, do_sample=False)
-    assert sparse.statistics.sparse_steps == 9
+    assert sparse.counters.sparse_steps == 9
     assert config.text_config._attn_implementation == "sdpa"
 
 
@@ -285,4 +285,4 @@ def test_the_cache_works_without_the_context(llama, batch):
     llama.set_attn_implementation("unique")
     cache = PagedCache(llama.config, SparseAttentionConfig(budget=64))
     generate(llama, batch, past_key_values=cache)
-    assert cache.statistics.sparse_steps == 19
+    assert cache.counters.sparse_steps == 19

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityStatistics, reference
+from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityCounters, reference
 from unique_asr.attention.cache import PagedLayer
 from unique_asr.attention.huggingface import sparse_step, static_step
 from unique_asr.attention.scores import SCORES
@@ -53,7 +53,7 @@ def expected_step(config, query, keys, values, first=0):
 def filled_layer(config, length, batch=1, seed=0):
     """A layer that holds random tokens of clearly different pages, and a query."""
     torch.manual_seed(seed)
-    layer = PagedLayer(config, SparsityStatistics())
+    layer = PagedLayer(config, SparsityCounters())
     shift = torch.randn(batch, HEADS, length // 4 + 1, DIM).repeat_interleave(4, dim=2)[:, :, :length]
     layer.update(shift + torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM))
     return layer, torch.randn(batch, HEADS * GROUP, 1, DIM)
@@ -131,7 +131,7 @@ def test_statistics_of_a_page_do_not_depend_on_how_it_was_written(score):
     layer, _ = filled_layer(config, 96)
     layer.update_statistics()
     bulk = [statistic.clone() for statistic in layer.statistics]
-    again = PagedLayer(config, SparsityStatistics())
+    again = PagedLayer(config, SparsityCounters())
     for token in range(96):
         again.update(layer.keys[:, :, token : token + 1], layer.values[:, :, token : token + 1])
         again.update_statistics()
@@ -207,7 +207,7 @@ def test_counters(llama):
     llama(tokens, past_key_values=cache)
     for _ in range(10):
         llama(tokens[:, :1], past_key_values=cache)
-    counters = cache.statistics
+    counters = cache.counters
     assert (counters.steps, counters.sparse_steps) == (10, 6)  # lengths 61 to 64 fit the budget
     rows = 3 * 2 * 3  # layers, batch, KV heads
     assert counters.pages_total == rows * (4 * 8 + 6 * 9)

@@ -13,7 +13,7 @@ from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark import cli, decode, kernel, models, selection
 from unique_asr.benchmark.selection import Probe, benchmark_text
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.models.pretrained import ADAPTERS
+from unique_asr.models.pretrained import KNOWN_MODELS
 
 CPU = torch.device("cpu")
 
@@ -173,7 +173,7 @@ def test_models_take_what_fits(monkeypatch, llama):
     settings = models.Settings({"as given": SparseAttentionConfig(budget=64)}, 15000, 200, 1, "captured")
 
     def measured(batch):
-        (result,) = models.measure_case("tiny", model, ADAPTERS["voxtral"], 0.5, batch, settings)
+        (result,) = models.measure_case("tiny", model, KNOWN_MODELS["voxtral"], 0.5, batch, settings)
         return result
 
     one = measured(1)

@@ -28,7 +28,7 @@ def generated(llama, prompt, budget, tokens, **attention):
         output = llama.generate(
             prompt, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-    return output.sequences[0, prompt.shape[1] :].tolist(), torch.cat(output.logits), sparse.statistics
+    return output.sequences[0, prompt.shape[1] :].tolist(), torch.cat(output.logits), sparse.counters
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
@@ -42,8 +42,8 @@ def test_tokens_are_those_of_generate(llama, prompt, embeds, static, budget, att
     decoder.prefill(embeds)
     assert list(decoder.tokens(60)) == expected
     assert decoder.stop_reason == "length"
-    assert decoder.statistics == statistics
-    assert (decoder.statistics.sparse_steps > 0) == (budget in (64, 224))
+    assert decoder.counters == statistics
+    assert (decoder.counters.sparse_steps > 0) == (budget in (64, 224))
     best = logits.log_softmax(-1).amax(-1).tolist()
     assert decoder.log_probs == pytest.approx(best, abs=1e-3)
 
@@ -88,10 +88,10 @@ def test_whoever_stops_listening_can_go_on(llama, prompt, embeds, static):
         written += decoder.tokens(40, {expected[stop]})
         assert written == expected[:stop]
         assert decoder.length == PROMPT + stop
-        assert decoder.statistics.steps == stop
+        assert decoder.counters.steps == stop
         written += decoder.tokens(39 - stop)  # after the token that was to stop it
         assert written == expected[:stop] + expected[stop + 1 :]
-        assert decoder.statistics == statistics
+        assert decoder.counters == statistics
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
@@ -129,7 +129,7 @@ def test_no_chunk_of_the_prompt_is_a_decode_step(llama, embeds):
     """Not even where all but one token fill whole chunks."""
     decoder = GreedyDecoder(llama, SparseAttentionConfig(budget=64), prefill_chunk=64)
     decoder.prefill(embeds[:, :129])
-    assert decoder.statistics.steps == 0
+    assert decoder.counters.steps == 0
     assert decoder.length == 129
 
 

@@ -71,7 +71,7 @@ def needle_found(config, attended=False, later=0):
     layer(queries[:PROMPT], keys[:PROMPT], values[:PROMPT])
     for step in range(PROMPT, PROMPT + later + 1):
         output = layer(*(vectors[step : step + 1] for vectors in (queries, keys, values)))
-    assert layer.cache.statistics.sparse_steps == (later + 1 if config.budget else 0)
+    assert layer.cache.counters.sparse_steps == (later + 1 if config.budget else 0)
     return bool((output > 90).all())
 
 
@@ -250,8 +250,8 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
     with rivals_active():
         eager, captured = (BatchDecoder(llama, config, static=value) for value in (False, True))
         for wave in (prompts, prompts[::-1]):
-            expected = [(tokens, row.statistics) for tokens, row in together(eager, wave, [16] * 3, 3)]
-            assert [(tokens, row.statistics) for tokens, row in together(captured, wave, [16] * 3, 3)] == expected
+            expected = [(tokens, row.counters) for tokens, row in together(eager, wave, [16] * 3, 3)]
+            assert [(tokens, row.counters) for tokens, row in together(captured, wave, [16] * 3, 3)] == expected
             assert any(counted.sparse_steps for _, counted in expected)
 
 
@@ -281,8 +281,8 @@ def test_rows_that_begin_beside_others_read_what_they_read_alone(llama, name, st
             expected = together(BatchDecoder(llama, config, static=static), [prompt], [count], 1)[0]
             assert tokens == expected[0]
             torch.testing.assert_close(row.log_probs, expected[1].log_probs, rtol=1e-3, atol=1e-4)
-            assert row.statistics == expected[1].statistics
-            assert row.statistics.sparse_steps == count - 1
+            assert row.counters == expected[1].counters
+            assert row.counters.sparse_steps == count - 1
             compared += 1
     assert len(starts) > 15
     assert compared >= (2 if name in ("unique", "infllm") else 24)

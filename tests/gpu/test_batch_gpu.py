@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_batch import together as ragged_together
+from test_transcribe_batch import together as ragged_together
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.cuda_graph import captured
@@ -18,7 +18,7 @@ from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
 from unique_asr.longform.passes import PENDING, LongformConfig
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.opus"
 
@@ -127,7 +127,7 @@ def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llam
             ragged_together(BatchDecoder(llama, attention, static=static), *ragged(), 4) for static in (True, False)
         )
     assert [tokens for tokens, _ in captured] == [tokens for tokens, _ in eager]
-    assert [row.statistics for _, row in captured] == [row.statistics for _, row in eager]
+    assert [row.counters for _, row in captured] == [row.counters for _, row in eager]
 
 
 @pytest.mark.parametrize("budget", [96, 320])
@@ -171,7 +171,7 @@ def test_passes_of_one_recording_side_by_side(attention):
     longform = LongformConfig(max_pass_seconds=15.0)
     texts = []
     for passes in (1, 3):
-        transcriber = Transcriber(
+        transcriber = SpeechLLMTranscriber(
             device="cuda", dtype="float32", attention=attention, budget=64, longform=longform, parallel_passes=passes
         )
         segments, info = transcriber.transcribe(SAMPLE)

@@ -177,5 +177,5 @@ def test_milliseconds_a_token(smollm2, context):
         steps = 500 if "graph" in name else 50
         tokens[name] += list(decoder.tokens(steps))
         elapsed = time.perf_counter() - start
-        print(f"{name:28s} {1000 * elapsed / steps:7.3f} ms a token   prefill {prefill:.2f} s   {decoder.statistics}")
+        print(f"{name:28s} {1000 * elapsed / steps:7.3f} ms a token   prefill {prefill:.2f} s   {decoder.counters}")
     assert tokens["sparse graph"][:70] == tokens["sparse static, not captured"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from unique_asr.models.pretrained import ADAPTERS, estimate
+from unique_asr.models.pretrained import KNOWN_MODELS, estimate
 from unique_asr.models.pretrained.memory import pass_tokens, shape_of
-from unique_asr.transcribers.pretrained import AdapterTranscriber
+from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
 pytestmark = pytest.mark.gpu
 QWEN2_7B = {
@@ -28,42 +28,42 @@ def make(name):
         pytest.skip("this transformers does not know it")
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = getattr(transformers, ADAPTERS[name].model_class)._from_config(
+        model = getattr(transformers, KNOWN_MODELS[name].model_class)._from_config(
             getattr(transformers, kind)(**options), dtype=torch.bfloat16
         )
     return model.eval(), SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=None))
 
 
-def embeds_of(adapter, model, seconds):
+def embeds_of(known_model, model, seconds):
     size = model.config.get_text_config(decoder=True).hidden_size
-    return 0.02 * torch.randn(1, int(adapter.tokens_a_second * seconds), size, dtype=model.dtype, device="cuda")
+    return 0.02 * torch.randn(1, int(known_model.tokens_a_second * seconds), size, dtype=model.dtype, device="cuda")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("minutes", [10, 30])
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_memory_is_as_estimated(name, minutes):
-    adapter, (model, processor) = ADAPTERS[name], make(name)
+    known_model, (model, processor) = KNOWN_MODELS[name], make(name)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    transcriber = AdapterTranscriber((model, processor), budget=512)
-    tokens = pass_tokens(adapter, 60 * minutes)
-    features = [embeds_of(adapter, model, 60 * minutes)[0]]  # as they come from the encoder, kept beside the prompt
+    transcriber = PretrainedTranscriber((model, processor), budget=512)
+    tokens = pass_tokens(known_model, 60 * minutes)
+    features = [embeds_of(known_model, model, 60 * minutes)[0]]  # as they come from the encoder, kept beside the prompt
     transcriber.prefill(torch.cat(features)[None].clone(), tokens)
     list(transcriber.decoder.tokens(32))
-    expected = estimate(adapter, 60 * minutes, shape_of(model), transcriber.attention, tokens=tokens).total
+    expected = estimate(known_model, 60 * minutes, shape_of(model), transcriber.attention, tokens=tokens).total
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_captured_steps_of_a_whole_speech_llm(name):
-    adapter, (model, processor) = ADAPTERS[name], make(name)
-    embeds = embeds_of(adapter, model, 120)
+    known_model, (model, processor) = KNOWN_MODELS[name], make(name)
+    embeds = embeds_of(known_model, model, 120)
     written = []
     for capture in (True, False):
-        transcriber = AdapterTranscriber((model, processor), budget=512)
+        transcriber = PretrainedTranscriber((model, processor), budget=512)
         transcriber.decoder.step.capture = capture
         transcriber.prefill(embeds, 4096)
         written.append(list(transcriber.decoder.tokens(16)))
-        assert transcriber.decoder.statistics.sparse_steps == 15
+        assert transcriber.decoder.counters.sparse_steps == 15
     assert written[0] == written[1]

@@ -12,7 +12,7 @@ from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.longform.page_reads import PageReads, ticks
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -97,7 +97,7 @@ def test_steps_keep_what_they_select(llama, static):
 
 def test_a_transcription_is_recorded_and_not_changed():
     """The shipped model on real speech, whose context of about 90 tokens is read in part."""
-    transcriber = Transcriber(device="cpu", budget=48)
+    transcriber = SpeechLLMTranscriber(device="cpu", budget=48)
     plain = list(transcriber.transcribe(DATA / "nomads.opus")[0])
     reads = PageReads(bins=24)
     segments, info = transcriber.transcribe(DATA / "nomads.opus", reads=reads)

@@ -14,7 +14,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.longform.parallel import ParallelTranscriber
 from unique_asr.longform.passes import PENDING, LongformConfig, LongformReport, LongformTranscriber
 from unique_asr.transcribers.batch import side_by_side
-from unique_asr.transcribers.speech_llm import PipelineError, Transcriber
+from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 
 CONFIG = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
@@ -181,7 +181,7 @@ def test_random_weights(tiny, attention):
     """However many run at a time. Sparse steps may write something else, as a padded row has its pages elsewhere."""
 
     def result(count):
-        transcriber = Transcriber(tiny, attention=attention, budget=32, longform=CONFIG, parallel_passes=count)
+        transcriber = SpeechLLMTranscriber(tiny, attention=attention, budget=32, longform=CONFIG, parallel_passes=count)
         ((_, transcript),) = side_by_side(transcriber, [noise(20)], 1)
         assert transcript.info.sparsity["steps"] > 0
         assert (transcript.info.sparsity["sparse_steps"] > 0) is (attention == "unique")
@@ -197,17 +197,19 @@ def test_a_recording_of_one_pass_and_recordings_side_by_side_go_as_before(tiny, 
     monkeypatch.setattr(
         "unique_asr.transcribers.speech_llm.ParallelTranscriber", lambda *_: pytest.fail("passes side by side")
     )
-    transcriber = Transcriber(tiny, longform=CONFIG)
+    transcriber = SpeechLLMTranscriber(tiny, longform=CONFIG)
     segments, info = transcriber.transcribe(noise(2))
     list(segments)
     assert info.passes > 0
     assert len(list(side_by_side(transcriber, [noise(8), noise(9)], 2))) == 2
-    one = Transcriber(tiny, longform=CONFIG, parallel_passes=1)
+    one = SpeechLLMTranscriber(tiny, longform=CONFIG, parallel_passes=1)
     list(one.transcribe(noise(8))[0])
 
 
 def test_the_log_goes_on(tiny):
-    transcriber = Transcriber(tiny, attention=SparseAttentionConfig(budget=None), longform=CONFIG, parallel_passes=3)
+    transcriber = SpeechLLMTranscriber(
+        tiny, attention=SparseAttentionConfig(budget=None), longform=CONFIG, parallel_passes=3
+    )
     states = []
     segments, info = transcriber.transcribe(noise(20), on_pass=states.append)
     whole = list(segments)
@@ -222,7 +224,7 @@ def test_the_log_goes_on(tiny):
 
 
 def test_whoever_stops_listening_leaves_the_transcriber_usable(tiny):
-    transcriber = Transcriber(tiny, longform=CONFIG, parallel_passes=3)
+    transcriber = SpeechLLMTranscriber(tiny, longform=CONFIG, parallel_passes=3)
     whole = list(transcriber.transcribe(noise(20))[0])
     segments, info = transcriber.transcribe(noise(20))
     first = next(segments)
@@ -235,8 +237,8 @@ def test_whoever_stops_listening_leaves_the_transcriber_usable(tiny):
 
 def test_what_cannot_work(tiny, monkeypatch):
     with pytest.raises(PipelineError, match="parallel_passes=0: give at least 1"):
-        Transcriber(tiny, parallel_passes=0)
-    transcriber = Transcriber(tiny, longform=CONFIG, parallel_passes=3)
+        SpeechLLMTranscriber(tiny, parallel_passes=0)
+    transcriber = SpeechLLMTranscriber(tiny, longform=CONFIG, parallel_passes=3)
     whole = list(transcriber.transcribe(noise(20))[0])
 
     def fails(self):
@@ -250,6 +252,8 @@ def test_what_cannot_work(tiny, monkeypatch):
 
 
 def test_an_array_of_silence(tiny):
-    segments, info = Transcriber(tiny, longform=CONFIG, parallel_passes=3).transcribe(np.zeros(16000 * 8, np.float32))
+    segments, info = SpeechLLMTranscriber(tiny, longform=CONFIG, parallel_passes=3).transcribe(
+        np.zeros(16000 * 8, np.float32)
+    )
     list(segments)
     assert info.stop_reason

@@ -14,15 +14,15 @@ import speech_models
 import transformers
 
 from unique_asr.application.cli import saved_attention
-from unique_asr.models.pretrained import ADAPTERS, load, make_transcriber, merge_lora
+from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
+from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.trainer import Trainer
 
-KNOWN = [name for name in ADAPTERS if hasattr(transformers, ADAPTERS[name].model_class)]
+KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]
 WORDS = {
     "a.wav": [
         {"start": 0.0, "end": 0.6, "text": "THE CAT SAT", "cased": "The cat sat."},
@@ -48,7 +48,7 @@ def make_trainer(make_material, tmp_path):
     def make(name="qwen2_audio", folder="output", augment=CLEAN, lora=False, **options):
         material = make_material(name, augment)
         if lora:
-            add_adapters(material.model, AdapterConfig(rank=4, alpha=8))
+            add_lora(material.model, LoraSettings(rank=4, alpha=8))
         options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
         return Trainer(material.model, material, tmp_path / folder, **options)
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_models_own(make_material, name):
     ((item,),) = material.drawn
     (samples,), (answer,) = material._heard([item])
     with torch.no_grad():
-        prompt = prompt_embeds(material.adapter, material.model, material.processor, samples)
+        prompt = prompt_embeds(material.known_model, material.model, material.processor, samples)
         said = material.model.get_input_embeddings()(torch.tensor([answer]))
         logits = material.model(inputs_embeds=torch.cat([prompt, said], 1), use_cache=False).logits[0]
     expected = torch.nn.functional.cross_entropy(logits[prompt.shape[1] - 1 : -1], torch.tensor(answer))
@@ -80,7 +80,7 @@ def test_the_answer_is_read_as_it_is_written(make_material, name):
         item = material.corpus.item(1.5, cased_share=0.0)
     *tokens, end = material.answer(item, speed=2.0)
     assert end == material.processor.tokenizer.eos_token_id
-    parser = material.adapter.parser()
+    parser = material.known_model.parser()
     read = [*parser.push(material.processor.tokenizer.decode(tokens)), *parser.close()]
     words = [utterance.cased or utterance.text for _, utterance, _ in item.pieces]
     assert " ".join(found.text for found in read) == " ".join(words)
@@ -92,7 +92,7 @@ def test_the_answer_is_read_as_it_is_written(make_material, name):
 @pytest.mark.parametrize("name", KNOWN)
 def test_parts_train_alone(make_trainer, name):
     trainer = make_trainer(name, lora=True)
-    model, parts = trainer.model, ADAPTERS[name].parts
+    model, parts = trainer.model, KNOWN_MODELS[name].parts
     for part in (*parts, "lora"):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         trainer.run_stage(stage(part, 1, **{**LEARN, "train": {part: 1e-2}}))
@@ -143,7 +143,7 @@ def test_frozen_weights_stay_in_sixteen_bits(make_trainer):
     trainer.run_stage(stage(**{**LEARN, "steps": 2, "train": {"lora": 1e-2}}))
     kinds = {(".lora_" in name, value.dtype) for name, value in trainer.model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    assert {value.dtype for value in without_adapters(trainer.model).parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in without_lora(trainer.model).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -151,7 +151,7 @@ def test_lora_vanishes_when_saved(make_trainer, tmp_path, name):
     trainer = make_trainer(name, lora=True)
     names = {name.replace(".base_layer.", ".") for name in trainer.model.state_dict() if ".lora_" not in name}
     trainer.run_stage(stage(**{**LEARN, "steps": 1, "train": {"lora": 1e-2}}))
-    plain = without_adapters(trainer.model)
+    plain = without_lora(trainer.model)
     assert set(plain.state_dict()) == names
     plain.save_pretrained(tmp_path)
     loaded = type(plain).from_pretrained(tmp_path).eval()
@@ -226,7 +226,7 @@ def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
     with pytest.raises(ValueError, match=r"unknown parts \['encoder'\]; give projector, language_model, lora"):
         make_trainer("vibevoice_asr").run_stage(stage(train={"encoder": 1e-3}))
     with pytest.raises(ValueError, match=r"lora\.targets is \['q'\]"):
-        add_adapters(material.model, AdapterConfig(targets=["q"]))
+        add_lora(material.model, LoraSettings(targets=["q"]))
 
 
 @pytest.mark.parametrize("name", ["qwen3_asr", "glmasr"])

@@ -12,7 +12,7 @@ from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
 from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.lora import AdapterConfig, add_adapters, without_adapters
+from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.speech import Speech
 from unique_asr.training.trainer import StageConfig, Trainer
 
@@ -91,11 +91,11 @@ def test_adapters_train_alone_and_vanish_when_saved(make_trainer, tmp_path):
     trainer = make_trainer()
     model = trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert without_adapters(model) is model
-    add_adapters(model, AdapterConfig(rank=4, alpha=8))
+    assert without_lora(model) is model
+    add_lora(model, LoraSettings(rank=4, alpha=8))
     trainer.run_stage(long_stage(steps=8, train={"lora": 3e-2}, attention=SOFT))
     assert sum(metrics(trainer)[-3:]) < 0.95 * sum(metrics(trainer)[:3])
-    plain = without_adapters(model)
+    plain = without_lora(model)
     after = plain.state_dict()
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
@@ -110,7 +110,7 @@ def test_adapters_train_alone_and_vanish_when_saved(make_trainer, tmp_path):
 
 def test_wrong_targets_are_named(speech_llm):
     with pytest.raises(ValueError, match=r"lora\.targets is nothing"):
-        add_adapters(speech_llm()[0], AdapterConfig(targets="nothing"))
+        add_lora(speech_llm()[0], LoraSettings(targets="nothing"))
 
 
 # Checkpoints

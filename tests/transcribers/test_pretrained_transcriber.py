@@ -9,15 +9,15 @@ import speech_models
 import transformers
 
 import unique_asr
-from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention import SparseAttentionConfig, SparsityCounters
 from unique_asr.audio import spooled
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.passes import PENDING
 from unique_asr.longform.timestamped import PassConfig, Speech
 from unique_asr.models.languages import LANGUAGES
-from unique_asr.models.pretrained import ADAPTERS, check_language, make_transcriber
+from unique_asr.models.pretrained import KNOWN_MODELS, check_language, make_transcriber
 from unique_asr.transcribers.batch import side_by_side
-from unique_asr.transcribers.pretrained import AdapterTranscriber
+from unique_asr.transcribers.pretrained import PretrainedTranscriber
 from unique_asr.transcribers.speech_llm import PipelineError
 from unique_asr.transcript import Unfinished
 
@@ -30,7 +30,7 @@ class Script:
 
     def __init__(self, tokenizer, answers, reasons=()):
         self.tokenizer, self.answers, self.reasons = tokenizer, list(answers), list(reasons)
-        self.statistics, self.step, self.cache = SparsityStatistics(), self, self
+        self.counters, self.step, self.cache = SparsityCounters(), self, self
         self.capacity, self.length, self.log_probs, self.stop_reason, self.held = 1 << 30, 0, [], None, 0
         self.prompts = []
 
@@ -85,7 +85,7 @@ class Models(dict):
     """Made when they are asked for; a transformers that does not know one skips the test."""
 
     def __missing__(self, name):
-        if not hasattr(transformers, ADAPTERS[name].model_class):
+        if not hasattr(transformers, KNOWN_MODELS[name].model_class):
             pytest.skip(f"this transformers does not know {name}")
         self[name] = speech_models.make(name)
         return self[name]
@@ -93,7 +93,7 @@ class Models(dict):
 
 def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=None):
     model, processor = models[name]
-    transcriber = AdapterTranscriber((model, processor), max_pass_seconds=limit, passes=QUICK)
+    transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=limit, passes=QUICK)
     transcriber.decoder = Script(processor.tokenizer, answers, reasons)
     asked = []
     request = transcriber.prompt_embeds
@@ -201,7 +201,7 @@ def test_transcribe_takes_the_model_like_any_other(models, tmp_path):
     assert info.model == str(tmp_path)
     assert info.passes > 1
     assert info.sparsity["sparse_steps"] > 0
-    assert isinstance(make_transcriber((model, processor), parallel_passes=8), AdapterTranscriber)
+    assert isinstance(make_transcriber((model, processor), parallel_passes=8), PretrainedTranscriber)
 
 
 def test_recordings_side_by_side_with_loops_and_passes(models):
@@ -210,7 +210,7 @@ def test_recordings_side_by_side_with_loops_and_passes(models):
     loops = "It " + "rained " * 400
     answers = [["One.", "Two."], [loops, "Three.", "Four."], ["Five."]]
     audios = [speech(18), speech(9), speech(5)]
-    transcriber = AdapterTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
+    transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
     transcriber.batch_decoder = lambda: ScriptedRows(processor.tokenizer, answers)
     results = dict(side_by_side(transcriber, audios, 3))
     assert [results[index].text for index in range(3)] == ["One. Two.", "Three. Four.", "Five."]
@@ -219,7 +219,7 @@ def test_recordings_side_by_side_with_loops_and_passes(models):
 
 
 def test_another_attention_over_the_same_model(models):
-    sparse = AdapterTranscriber(models["qwen3_asr"], budget=64)
+    sparse = PretrainedTranscriber(models["qwen3_asr"], budget=64)
     dense = sparse.with_attention(SparseAttentionConfig(budget=None))
     assert dense.model is sparse.model
     for transcriber, budget in ((sparse, 64), (dense, None)):
@@ -232,7 +232,7 @@ def test_a_broken_off_transcription_goes_on_with_its_pass(models):
     answers, states = ["One.", "Two.", "Three."], []
 
     def transcriber(answers):
-        made = AdapterTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
+        made = PretrainedTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
         made.decoder = Script(processor.tokenizer, answers)
         return made
 
@@ -247,13 +247,13 @@ def test_a_broken_off_transcription_goes_on_with_its_pass(models):
 
 def test_page_reads_need_times_of_words(models):
     with pytest.raises(PipelineError, match="no times of words"):
-        AdapterTranscriber(models["qwen3_asr"]).transcribe(speech(1), reads=PageReads())
+        PretrainedTranscriber(models["qwen3_asr"]).transcribe(speech(1), reads=PageReads())
 
 
 def test_the_language_is_part_of_the_request(models):
     """As transformers' own processors write it."""
     _, processor = models["qwen3_asr"]
-    request = ADAPTERS["qwen3_asr"].request
+    request = KNOWN_MODELS["qwen3_asr"].request
     texts = [
         processor.tokenizer.decode(request(processor, speech(1), None, each)["input_ids"][0]) for each in LANGUAGES
     ]
@@ -266,17 +266,17 @@ def test_every_language_of_fun_asr_is_one_of_its_processor(models, monkeypatch):
     _, processor = models["fun_asr_nano"]
     asked = []
     monkeypatch.setattr(processor, "apply_chat_template", lambda conversations, **_: asked.append(conversations[0]))
-    adapter = ADAPTERS["fun_asr_nano"]
-    for language in adapter.languages:
-        adapter.request(processor, speech(1), None, language)
+    known_model = KNOWN_MODELS["fun_asr_nano"]
+    for language in known_model.languages:
+        known_model.request(processor, speech(1), None, language)
     told = [part["language"] for (message,) in asked for part in message["content"] if part["type"] == "language"]
     assert told == ["英文", "日文", "中文"]
 
 
-@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("name", list(KNOWN_MODELS))
 def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch):
-    transcriber = AdapterTranscriber(models[name])
-    taken = ADAPTERS[name].languages
+    transcriber = PretrainedTranscriber(models[name])
+    taken = KNOWN_MODELS[name].languages
     for language in ("French", "Klingon"):
         if language[:2].lower() in taken:
             continue
@@ -293,11 +293,11 @@ def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch)
         assert asked == ["en"]
 
 
-@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("name", list(KNOWN_MODELS))
 def test_hotwords_reach_the_model_or_are_refused(models, name, monkeypatch):
     """As keywords of the request where it has them, else beside its prompt, where that is context."""
     model, processor = models[name]
-    transcriber, how = AdapterTranscriber((model, processor)), ADAPTERS[name].hotwords
+    transcriber, how = PretrainedTranscriber((model, processor)), KNOWN_MODELS[name].hotwords
     if how is None:
         with pytest.raises(ValueError, match=r"hotwords=Ada: model=.* cannot be told words"):
             transcriber.transcribe(speech(1), hotwords="Ada")
@@ -314,7 +314,7 @@ def test_hotwords_reach_the_model_or_are_refused(models, name, monkeypatch):
 
 def test_voxtral_is_told_a_code(models):
     _, processor = models["voxtral"]
-    ADAPTERS["voxtral"].request(processor, speech(1), None, "fr")
+    KNOWN_MODELS["voxtral"].request(processor, speech(1), None, "fr")
     assert processor.language == "fr"
 
 
@@ -334,7 +334,7 @@ def test_a_language_is_checked_before_the_model_is_loaded(models, tmp_path, monk
 
 def test_a_pass_beside_others_counts_their_cache_as_room(models, monkeypatch):
     model, processor = models["qwen3_asr"]
-    transcriber = AdapterTranscriber((model, processor), attention="dense")
+    transcriber = PretrainedTranscriber((model, processor), attention="dense")
     _, info = transcriber.transcribe(speech(5))
     row = transcriber.batch_decoder().row()
     monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
@@ -353,7 +353,7 @@ def test_silence_has_no_text(models):
 def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
     monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
     model, processor = models["qwen3_asr"]
-    segments, _ = AdapterTranscriber((model, processor)).transcribe(speech(5))
+    segments, _ = PretrainedTranscriber((model, processor)).transcribe(speech(5))
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
         next(segments)
 

@@ -11,7 +11,7 @@ from test_passes import Recording, sentences
 from test_speech_llm_transcriber import noise
 
 from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber
-from unique_asr.transcribers.speech_llm import PipelineError, Transcriber
+from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 from unique_asr.writers import SegmentLog
 
@@ -24,7 +24,7 @@ def test_half_of_a_file_is_corrupt(tiny, tmp_path):
     noisy = np.random.default_rng(0).integers(0, 256, half, dtype=np.uint8).tobytes()
     path = tmp_path / "corrupt.opus"
     path.write_bytes(whole[:-half] + noisy)
-    segments, info = Transcriber(tiny, budget=64).transcribe(path)
+    segments, info = SpeechLLMTranscriber(tiny, budget=64).transcribe(path)
     for segment in segments:
         assert 0 <= segment.start <= segment.end <= info.duration
     assert info.duration > 10  # what came before the damage
@@ -65,7 +65,7 @@ def test_through_the_log_a_real_decoder_gives_the_same(tiny, tmp_path):
     config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
     def transcribe(**options):
-        return Transcriber(tiny, budget=32, longform=config, parallel_passes=1).transcribe(noise(9), **options)
+        return SpeechLLMTranscriber(tiny, budget=32, longform=config, parallel_passes=1).transcribe(noise(9), **options)
 
     log = SegmentLog(tmp_path / "log.jsonl")
     segments, log.info = transcribe(on_pass=log.pass_begins)
@@ -88,7 +88,7 @@ def test_through_the_log_a_real_decoder_gives_the_same(tiny, tmp_path):
 
 
 def test_another_recording_does_not_go_on(tiny):
-    transcriber = Transcriber(tiny, budget=64)
+    transcriber = SpeechLLMTranscriber(tiny, budget=64)
     states = []
     list(transcriber.transcribe(noise(6), on_pass=states.append)[0])
     segments, _ = transcriber.transcribe(noise(5), unfinished=Unfinished([], states[0]))
@@ -97,7 +97,7 @@ def test_another_recording_does_not_go_on(tiny):
 
 
 def test_a_model_that_raises_leaves_the_transcriber_usable(tiny, monkeypatch):
-    transcriber = Transcriber(tiny, budget=64)
+    transcriber = SpeechLLMTranscriber(tiny, budget=64)
     expected = list(transcriber.transcribe(noise(5))[0])
     step = transcriber._decoder.step.choose
     calls = iter(range(1000))

@@ -9,7 +9,7 @@ from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, ti
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcribers import speech_llm as pipeline
-from unique_asr.transcribers.speech_llm import PipelineError, Transcriber, transcribe
+from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber, transcribe
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = "A boy came up the road with a basket of bread. Nobody had opened the shutters. He knocked and waited politely!"
@@ -26,7 +26,7 @@ def scripted(monkeypatch):
 
     class Decoder(ScriptedDecoder):
         capacity = 0
-        statistics = unique_asr.attention.SparsityStatistics()
+        counters = unique_asr.attention.SparsityCounters()
 
         def __init__(self, language_model, attention, capacity, prefill_chunk):
             super().__init__(processor, lambda start, end: said(words, start, end))
@@ -89,25 +89,25 @@ def test_a_budget_beyond_the_context_is_dense(tiny):
 
 
 def test_a_transcriber_serves_several_recordings(tiny):
-    transcriber = Transcriber(tiny, budget=64)
+    transcriber = SpeechLLMTranscriber(tiny, budget=64)
     alone = [list(transcriber.transcribe(noise(seconds))[0]) for seconds in (5, 3)]
     counts = []
     for seconds, expected in zip((5, 3), alone, strict=True):
         segments, info = transcriber.transcribe(noise(seconds))
         assert list(segments) == expected
         counts.append(info.sparsity["steps"])
-    fresh, info = Transcriber(tiny, budget=64).transcribe(noise(3))
+    fresh, info = SpeechLLMTranscriber(tiny, budget=64).transcribe(noise(3))
     assert list(fresh) == alone[1]
     assert info.sparsity["steps"] == counts[1]
 
 
 def test_another_attention_on_the_same_model(tiny):
-    sparse = Transcriber(tiny, budget=32)
+    sparse = SpeechLLMTranscriber(tiny, budget=32)
     before = list(sparse.transcribe(noise(6))[0])
     dense = sparse.with_attention(SparseAttentionConfig(budget=None))
     assert dense.model is sparse.model
     segments, info = dense.transcribe(noise(6))
-    assert list(segments) == list(Transcriber(tiny, attention="dense").transcribe(noise(6))[0])
+    assert list(segments) == list(SpeechLLMTranscriber(tiny, attention="dense").transcribe(noise(6))[0])
     assert (info.attention["budget"], info.sparsity["sparse_steps"]) == (None, 0)
     assert list(sparse.with_attention(sparse.attention).transcribe(noise(6))[0]) == before
 
@@ -155,7 +155,7 @@ def test_the_default_model_takes_english_alone():
 
 @pytest.mark.parametrize("language", ["en", "English"])
 def test_the_language_is_recorded(tiny, language):
-    transcriber = Transcriber(tiny)
+    transcriber = SpeechLLMTranscriber(tiny)
     with pytest.raises(ValueError, match=f"language={language}: model=SpeechLLM.* cannot be told a language"):
         transcriber.transcribe(noise(1), language=language)
     transcriber.languages = ("en",)

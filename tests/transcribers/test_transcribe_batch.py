@@ -20,7 +20,7 @@ from unique_asr.longform.passes import PENDING, LongformConfig
 from unique_asr.transcribers import batch
 from unique_asr.transcribers import speech_llm as pipeline
 from unique_asr.transcribers.batch import interleave, side_by_side, transcribe_batch
-from unique_asr.transcribers.speech_llm import Transcriber
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -91,7 +91,7 @@ def test_rows_of_any_length_write_what_they_write_alone(llama, static, budget):
         expected, log_probs = alone(llama, attention, prompt, count)
         assert tokens == expected
         torch.testing.assert_close(row.log_probs, log_probs, rtol=1e-3, atol=1e-4)
-        assert row.statistics.steps == count - 1
+        assert row.counters.steps == count - 1
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -114,8 +114,8 @@ def test_a_pass_begins_beside_those_under_way(llama, static, budget, monkeypatch
         expected, log_probs = alone(llama, attention, prompt, count)
         assert tokens == expected
         torch.testing.assert_close(row.log_probs, log_probs, rtol=1e-3, atol=1e-4)
-        assert row.statistics.steps == count - 1
-        assert row.statistics.share_of_pages_read == 1
+        assert row.counters.steps == count - 1
+        assert row.counters.share_of_pages_read == 1
     assert reads[0] == 5
     assert len(moves) > 10
     assert min(moves) < 0 < max(moves)
@@ -172,7 +172,7 @@ def test_transcripts_are_those_of_one_by_one(tiny, size):
     """Several passes a recording, of which some are tried again: every recording goes its own way."""
     config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
     audios = [noise(seconds) for seconds in (7, 2, 5, 9, 3)]
-    transcriber = Transcriber(tiny, longform=config, parallel_passes=1)
+    transcriber = SpeechLLMTranscriber(tiny, longform=config, parallel_passes=1)
     expected = dict(side_by_side(transcriber, audios, 1))
     results = dict(side_by_side(transcriber, audios, size))
     assert sorted(results) == [0, 1, 2, 3, 4]
@@ -207,7 +207,7 @@ def test_a_recording_that_fails_does_not_stop_the_others(tiny):
 
 
 def test_sparse_attention_beside_others(tiny):
-    results = dict(side_by_side(Transcriber(tiny, budget=32), [noise(6), noise(4)], 2))
+    results = dict(side_by_side(SpeechLLMTranscriber(tiny, budget=32), [noise(6), noise(4)], 2))
     for transcript in results.values():
         assert 0 < transcript.info.sparsity["sparse_steps"] <= transcript.info.sparsity["steps"]
         assert transcript.info.sparsity["share_of_pages_read"] < 1
@@ -215,7 +215,7 @@ def test_sparse_attention_beside_others(tiny):
 
 def test_a_transcriber_of_another_kind_goes_one_by_one(tiny, monkeypatch):
     """As adapters do: it knows nothing of rows."""
-    transcriber = Transcriber(tiny)
+    transcriber = SpeechLLMTranscriber(tiny)
 
     class Other:
         def transcribe(self, audio, *, progress, **told):
@@ -244,7 +244,7 @@ def test_what_cannot_work(tiny, monkeypatch):
 def test_the_language_is_that_of_the_model(tiny):
     with pytest.raises(ValueError, match="language=French: model=default takes en; leave language out"):
         transcribe_batch([noise(2)], language="French")
-    transcriber = Transcriber(tiny)
+    transcriber = SpeechLLMTranscriber(tiny)
     transcriber.languages = ("en",)
     for _, transcript in side_by_side(transcriber, [noise(2), noise(3)], 2, language="English"):
         assert transcript.info.settings["language"] == "en"
@@ -383,7 +383,7 @@ def test_an_interrupt_reaches_every_task():
 
 
 def test_the_shipped_model_writes_the_same():
-    transcriber = Transcriber(device="cpu")
+    transcriber = SpeechLLMTranscriber(device="cpu")
     clips = [DATA / f"{name}.opus" for name in ("nomads", "milner")]
     expected, results = (dict(side_by_side(transcriber, clips, size)) for size in (1, 2))
     for index, transcript in results.items():

@@ -35,7 +35,7 @@ LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 
 class Transcriber(Protocol):
-    """`unique_asr.transcribers.speech_llm.Transcriber`, or a stand-in for it in a test."""
+    """`unique_asr.transcribers.speech_llm.SpeechLLMTranscriber`, or a stand-in for it in a test."""
 
     name: str
     records_reads: bool  # whether `transcribe` takes `reads`, a PageReads, too
@@ -237,7 +237,7 @@ def told_of_recordings(config: DictConfig) -> dict[str, str | None]:
 
 
 def transcriber_settings(config: DictConfig) -> dict[str, Any]:
-    """The keyword arguments of `unique_asr.transcribers.speech_llm.Transcriber`."""
+    """The keyword arguments of `unique_asr.transcribers.speech_llm.SpeechLLMTranscriber`."""
     from unique_asr.attention import SparseAttentionConfig
 
     decoding = OmegaConf.to_container(config.decoding)

@@ -7,7 +7,7 @@ kernels; `soft_mask.py` is for training. Nothing here knows of speech.
 
 from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityStatistics
+from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.decode_step import DecodeStep
 from unique_asr.attention.huggingface import SparseAttention, sparse_attention
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig, training_attention
@@ -17,7 +17,7 @@ __all__ = [
     "PagedCache",
     "SparseAttention",
     "SparseAttentionConfig",
-    "SparsityStatistics",
+    "SparsityCounters",
     "TrainingAttention",
     "TrainingAttentionConfig",
     "sparse_attention",

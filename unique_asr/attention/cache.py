@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from unique_asr.attention import reference
 from unique_asr.attention.backend import kernels, uses_triton
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityStatistics
+from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.scores import LARGEST, SCORES
 from unique_asr.attention.static_step import StaticStep, page_sizes
 
@@ -65,7 +65,7 @@ class PagedLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, config: SparseAttentionConfig, statistics: SparsityStatistics, capacity: int = 0):
+    def __init__(self, config: SparseAttentionConfig, statistics: SparsityCounters, capacity: int = 0):
         super().__init__()
         self.config = config
         self.score = SCORES[config.score]
@@ -207,7 +207,7 @@ class PagedLayer(CacheLayerMixin):
             self.counters.steps += 1
             self.counters.sparse_steps += self.sparse_at(length)
 
-    def counted(self, length: int, prompt: int | None = None) -> SparsityStatistics:
+    def counted(self, length: int, prompt: int | None = None) -> SparsityCounters:
         """Pages and bytes that such a step reads of one row, which had a prompt of `prompt` tokens."""
         heads, size = self.keys.shape[1], self.config.page_size
         token_bytes = (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
@@ -223,7 +223,7 @@ class PagedLayer(CacheLayerMixin):
             read = self.pages_read(length, prompt), tokens * token_bytes + scored * page_bytes
         else:
             read = pages, dense_bytes
-        return SparsityStatistics(
+        return SparsityCounters(
             pages_read=heads * read[0],
             pages_total=heads * pages,
             bytes_read=heads * read[1],
@@ -354,7 +354,7 @@ class PagedCache(Cache):
 
         cache = PagedCache(model.config, SparseAttentionConfig(budget=512))
         model.generate(**inputs, past_key_values=cache)     # the model switched with `sparse_attention`
-        print(cache.statistics)
+        print(cache.counters)
     """
 
     def __init__(
@@ -362,18 +362,18 @@ class PagedCache(Cache):
         config: PreTrainedConfig,
         attention: SparseAttentionConfig | None = None,
         capacity: int = 0,
-        statistics: SparsityStatistics | None = None,
+        counters: SparsityCounters | None = None,
     ):
         self.attention = attention or SparseAttentionConfig()
         if self.attention.combine is None:
             self.attention = replace(self.attention, combine="max")
-        self.statistics = SparsityStatistics() if statistics is None else statistics
+        self.counters = SparsityCounters() if counters is None else counters
         self._config = config
         layers = DynamicCache(config=config).layers
         self.paged_layers: list[PagedLayer] = []
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[index] = PagedLayer(self.attention, self.statistics, capacity)
+                layers[index] = PagedLayer(self.attention, self.counters, capacity)
                 layers[index].sparse_layer &= index >= self.attention.dense_layers
                 layers[index].index = index
                 self.paged_layers.append(layers[index])
@@ -448,9 +448,9 @@ class PagedCache(Cache):
         """Whether a decode step at this context length selects pages in any layer."""
         return any(layer.sparse_at(length) for layer in self.paged_layers)
 
-    def counted(self, length: int, prompt: int | None = None, rows: int = 1) -> SparsityStatistics:
+    def counted(self, length: int, prompt: int | None = None, rows: int = 1) -> SparsityCounters:
         """One decode step at a context of `length` tokens, the new one included, after a prompt of `prompt`."""
-        step = SparsityStatistics(steps=1, sparse_steps=int(self.sparse_at(length)))
+        step = SparsityCounters(steps=1, sparse_steps=int(self.sparse_at(length)))
         for layer, layers in self._kinds.values():
             step.add(layer.counted(length, prompt), times=rows * layers)
         return step
@@ -480,4 +480,4 @@ class PagedCache(Cache):
             if layer.sparse_at(layer.length):
                 for level in layer.levels:
                     level.done = layer.length // level.size
-        self.statistics.add(self.counted(self.length, rows=self.paged_layers[0].keys.shape[0]))
+        self.counters.add(self.counted(self.length, rows=self.paged_layers[0].keys.shape[0]))

@@ -22,7 +22,9 @@ class SparseAttentionConfig:
     page_size: int = 8  # tokens of a page
     score: str = "unique"  # unique, mean, quest, second_moment
     scale: float = 0.5  # lambda: weight of the spread of a page against its mean
-    combine: str | None = None  # of a group's heads: max (the paper), share (mean of their softmaxes); None: `settled`
+    combine: str | None = (
+        None  # of a group's heads: max (the paper), share (mean of their softmaxes); None: by the model
+    )
     sink_pages: int = 1  # first pages, always read
     recent_pages: int = 2  # last pages, always read; the page being written is the last of them
     dense_layers: int = 0  # first layers that stay dense

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 
 
 @dataclass
-class SparsityStatistics:
+class SparsityCounters:
     """Counters of decode steps (one query token a row); prefill is dense and not counted.
 
     Pages are summed over layers, rows and KV heads; bytes are those of keys, values and page statistics.
@@ -21,15 +21,15 @@ class SparsityStatistics:
     def share_of_pages_read(self) -> float:
         return self.pages_read / self.pages_total if self.pages_total else 1.0
 
-    def add(self, other: "SparsityStatistics", times: int = 1) -> None:
+    def add(self, other: "SparsityCounters", times: int = 1) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + times * value)
 
-    def since(self, before: "SparsityStatistics") -> "SparsityStatistics":
+    def since(self, before: "SparsityCounters") -> "SparsityCounters":
         """What was counted after the copy `before`."""
-        return SparsityStatistics(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
+        return SparsityCounters(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
-    def copy(self) -> "SparsityStatistics":
+    def copy(self) -> "SparsityCounters":
         return replace(self)
 
     def to_dict(self) -> dict:

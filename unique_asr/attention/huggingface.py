@@ -23,7 +23,7 @@ from unique_asr.attention import reference
 from unique_asr.attention.backend import kernels
 from unique_asr.attention.cache import ACTIVE, PagedCache, PagedLayer
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityStatistics
+from unique_asr.attention.counters import SparsityCounters
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries
@@ -323,7 +323,7 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
     return former
 
 
-def settled(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:
+def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:
     """With `combine` chosen if it is open: max, as in the paper, or share for heads that normalise their queries.
 
     The scales that such heads learn leave queries of very different lengths, and the spread of a page is weighted by
@@ -347,8 +347,8 @@ class SparseAttention:
 
     def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
         self.model = model
-        self.config = settled(config, model)
-        self.statistics = SparsityStatistics()
+        self.config = resolve_combine(config, model)
+        self.counters = SparsityCounters()
         self._prepared: list[tuple[GenerationMixin, object]] = []  # with what each had of its own before, if nested
         self._former = set_attention(model, NAME)
         for module in model.modules():
@@ -378,8 +378,8 @@ class SparseAttention:
         generator._prepare_cache_for_generation = prepare_paged_cache
 
     def cache(self, capacity: int = 0) -> PagedCache:
-        """A new cache for this model that adds to these statistics."""
-        return PagedCache(text_decoder(self.model).config, self.config, capacity, self.statistics)
+        """A new cache for this model that adds to these counters."""
+        return PagedCache(text_decoder(self.model).config, self.config, capacity, self.counters)
 
     def restore(self) -> None:
         """Put the former attention and caches back; calling it again does nothing."""
@@ -409,7 +409,7 @@ def sparse_attention(
 
         with sparse_attention(model, budget=512, page_size=8) as sparse:
             model.generate(**inputs)
-        print(sparse.statistics)
+        print(sparse.counters)
 
     `overrides` are fields of `SparseAttentionConfig`. Encoders keep their attention.
     """

@@ -86,7 +86,7 @@ def measure_modes(
         seconds = attempt(partial(measure, model, cache, batch, mode, steps))
         if seconds is not None:
             times[mode] = seconds
-    print(f"  {cache.statistics}", flush=True)
+    print(f"  {cache.counters}", flush=True)
     return times
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unique_asr.attention import SparseAttentionConfig, SparsityStatistics, reference
+from unique_asr.attention import SparseAttentionConfig, SparsityCounters, reference
 from unique_asr.attention.cache import PagedLayer, grown
 from unique_asr.attention.huggingface import select_pages, static_attention
 from unique_asr.attention.static_step import StaticStep
@@ -63,7 +63,7 @@ class Case:
         )
         layers = []
         for keys, values in zip(self.keys, self.values):
-            layer = PagedLayer(config, SparsityStatistics())
+            layer = PagedLayer(config, SparsityCounters())
             layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
             layer.keys, layer.values, layer.length, layer.step = keys, values, self.context, step
             for level in layer.levels:
@@ -259,7 +259,7 @@ def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table
 def agreement(case: Case, layer: PagedLayer) -> str:
     """How far the step by kernels is from the step in PyTorch, for the first sequences of the batch."""
     rows = min(case.batch, 4)
-    small = PagedLayer(layer.config, SparsityStatistics())
+    small = PagedLayer(layer.config, SparsityCounters())
     small.lazy_initialization(layer.keys[:rows], layer.values[:rows])
     small.keys, small.values, small.step = layer.keys[:rows], layer.values[:rows], layer.step
     for level, other in zip(small.levels, layer.levels):

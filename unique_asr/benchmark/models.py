@@ -32,7 +32,7 @@ from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark.decode import WARM_UP, measure
 from unique_asr.benchmark.flash import FLASH
 from unique_asr.benchmark.timing import attempt, describe
-from unique_asr.models.pretrained import ADAPTERS, Adapter, Memory, estimate
+from unique_asr.models.pretrained import KNOWN_MODELS, KnownModel, Memory, estimate
 from unique_asr.models.pretrained.memory import prompt_tokens, shape_of
 
 # The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
@@ -140,14 +140,14 @@ def benchmark(
     settings = Settings(named, answer_tokens_an_hour, prefill_chunk, steps, mode)
     print(f"| {' | '.join(Result.COLUMNS)} |\n|{'---|' * len(Result.COLUMNS)}", flush=True)
     for name in names:
-        adapter, model = ADAPTERS[LLMS[name][0]], None
+        known_model, model = KNOWN_MODELS[LLMS[name][0]], None
         for length in minutes:
             for batch in batches:
                 if time.monotonic() - begin > max_seconds:
                     print(f"  left out: {name}, {length} minutes, batch {batch}: models.max_seconds={max_seconds}")
                     continue
                 model = model or random_model(name, device, dtype)
-                for result in measure_case(name, model, adapter, length, batch, settings):
+                for result in measure_case(name, model, known_model, length, batch, settings):
                     print(result.row(), flush=True)
                     results.append(result)
                     if output is not None:
@@ -189,16 +189,16 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
 
 
 def measure_case(
-    name: str, model: PreTrainedModel, adapter: Adapter, minutes: float, batch: int, settings: Settings
+    name: str, model: PreTrainedModel, known_model: KnownModel, minutes: float, batch: int, settings: Settings
 ) -> Iterator[Result]:
     """Dense steps by either attention, then each configuration over a cache of its own; what fails is left out."""
     seconds, device = 60 * minutes, model.device
-    prompt, answer = prompt_tokens(adapter, seconds), round(settings.answer_tokens_an_hour * seconds / 3600)
+    prompt, answer = prompt_tokens(known_model, seconds), round(settings.answer_tokens_an_hour * seconds / 3600)
     context = prompt + answer // 2
 
     def memory(attention: SparseAttentionConfig) -> Memory:
         how = attention, model.dtype, settings.prefill_chunk, prompt + answer, batch, device.type
-        return estimate(adapter, seconds, shape_of(model), *how)
+        return estimate(known_model, seconds, shape_of(model), *how)
 
     release(device)
     free = free_memory(device)
@@ -212,7 +212,7 @@ def measure_case(
         times[kind] = milliseconds
         release(device)
     for differing, attention in settings.configurations.items():
-        audio = int(adapter.tokens_a_second * seconds)
+        audio = int(known_model.tokens_a_second * seconds)
         measured = attempt(partial(measure_sparse, model, batch, prompt, answer, audio, attention, settings))
         release(device)
         if measured is not None:

@@ -171,9 +171,9 @@ def benchmark_speech(model: str, audio: Sequence[str], minutes: float, probe: Pr
     import numpy as np
 
     from unique_asr.audio import load_audio
-    from unique_asr.transcribers.speech_llm import Transcriber
+    from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
-    transcriber = Transcriber(
+    transcriber = SpeechLLMTranscriber(
         model, attention=SparseAttentionConfig(budget=None, backend="torch"), device=device, dtype=dtype,
         max_pass_seconds=60 * minutes,
     )  # fmt: skip

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
-from unique_asr.attention.huggingface import NAME, set_attention, settled
+from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.attention.static_step import page_sizes
 from unique_asr.decoding.memory import decoding_memory, free_memory, held, shape_of
 from unique_asr.longform.passes import PENDING
@@ -36,7 +36,7 @@ class Row:
     def __init__(self, batch: BatchDecoder) -> None:
         self.batch = batch
         self.log_probs: list[float] = []
-        self.statistics = SparsityStatistics()  # its share of the batch's
+        self.counters = SparsityCounters()  # its share of the batch's
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # its share of the time
         self.embeds: Tensor | None = None  # [1, N, hidden], a prompt that waits for its prefill
         self.prompt = self.length = 0  # tokens of the prompt in the cache, and of all that is there
@@ -82,10 +82,10 @@ class Rows(list[Row]):
     """The decoders of several passes over one recording."""
 
     @property
-    def statistics(self) -> SparsityStatistics:
-        counted = SparsityStatistics()
+    def counters(self) -> SparsityCounters:
+        counted = SparsityCounters()
         for row in self:
-            counted.add(row.statistics)
+            counted.add(row.counters)
         return counted
 
     @property
@@ -120,7 +120,7 @@ class BatchDecoder:
         thin: int | None = None,
     ) -> None:
         self.model, self.prefill_chunk = language_model, prefill_chunk
-        self.attention = settled(attention or SparseAttentionConfig(), language_model)
+        self.attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.device = language_model.get_input_embeddings().weight.device
         self._paged = pages_every_layer(language_model.config)
         self.static = self._paged and self.device.type == "cuda" if static is None else static
@@ -192,7 +192,7 @@ class BatchDecoder:
             self._give(joining, joined.tolist(), "prefill", reading)
         for row in running.values():
             row.length += 1
-            row.statistics.add(self._made.cache.counted(row.length, row.prompt))
+            row.counters.add(self._made.cache.counted(row.length, row.prompt))
         of_places = chosen.tolist()  # of those before any row joined
         chosen = [[values[place] for place in running] for values in of_places]
         self._give(running.values(), chosen, "decode", time.perf_counter() - begin - reading)

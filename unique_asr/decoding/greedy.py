@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityStatistics
+from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
-from unique_asr.attention.huggingface import NAME, set_attention, settled
+from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.memory import held
 
 
@@ -27,7 +27,7 @@ class GreedyDecoder:
         decoder.prefill(inputs_embeds)                       # [1, N, hidden]
         for token in decoder.tokens(max_new_tokens=4096, stop_ids={tokenizer.eos_token_id}):
             ...
-        print(decoder.stop_reason, decoder.statistics)
+        print(decoder.stop_reason, decoder.counters)
 
     `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
     `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA if every
@@ -53,7 +53,7 @@ class GreedyDecoder:
         self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
         set_attention(language_model, NAME)
-        attention = settled(attention or SparseAttentionConfig(), language_model)
+        attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.cache = PagedCache(language_model.config, attention)
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
         self.log_probs: list[float] = []  # of the tokens yielded since the last prefill
@@ -66,8 +66,8 @@ class GreedyDecoder:
         return self.cache.length
 
     @property
-    def statistics(self) -> SparsityStatistics:
-        return self.cache.statistics
+    def counters(self) -> SparsityCounters:
+        return self.cache.counters
 
     @property
     def held(self) -> int:
@@ -113,7 +113,7 @@ class GreedyDecoder:
                 if self.length == self.capacity:
                     break
                 self._step()
-            chosen, self._chosen, before = self._chosen, None, self.statistics.copy()
+            chosen, self._chosen, before = self._chosen, None, self.counters.copy()
             if ahead and left and self.length < self.capacity:
                 self._step()
             (token,), (log_prob,) = chosen.tolist()
@@ -142,10 +142,10 @@ class GreedyDecoder:
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
         self._chosen = self.step.chosen()
 
-    def _undo_step(self, token: int, counters: SparsityStatistics) -> None:
+    def _undo_step(self, token: int, counters: SparsityCounters) -> None:
         """Take back the step that wrote a token too many to the cache."""
         for layer in self.cache.paged_layers:
             layer.crop(-1)
         self.step.token.fill_(token)
-        vars(self.statistics).update(vars(counters))
+        vars(self.counters).update(vars(counters))
         self._chosen = None

@@ -16,7 +16,7 @@ from unique_asr.attention.static_step import page_sizes
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class DecoderShape:
     """What memory depends on."""
 
     hub_id: str
@@ -49,10 +49,10 @@ class Memory:
         return self.total - self.weights
 
 
-def shape_of(model: Any) -> Checkpoint:
+def shape_of(model: Any) -> DecoderShape:
     """What memory depends on, of a loaded model."""
     config = model.config.get_text_config(decoder=True)
-    return Checkpoint(
+    return DecoderShape(
         hub_id=getattr(config, "name_or_path", ""),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
         layers=config.num_hidden_layers,
@@ -65,7 +65,7 @@ def shape_of(model: Any) -> Checkpoint:
 
 
 def decoding_memory(
-    shape: Checkpoint,
+    shape: DecoderShape,
     prompt: int,
     tokens: int,
     audio: int,

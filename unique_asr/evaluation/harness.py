@@ -39,7 +39,7 @@ class Hypothesis:
     )
     broken: int = 0  # passes that did not get to their end
     longest: int | None = None  # positions of the longest pass, prompt and text, where the system tells
-    sparsity: dict = field(default_factory=dict)  # SparsityStatistics.to_dict()
+    sparsity: dict = field(default_factory=dict)  # SparsityCounters.to_dict()
     segments: list[Segment] = field(default_factory=list)
     seconds: float = 0.0  # wall time, filled in by `evaluate`
     tokens: int = 0  # written by the decoder, those that were dropped later included

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from unique_asr.attention.huggingface import settled
+from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.data import Recording
 from unique_asr.evaluation.decodings import recording_key
 from unique_asr.evaluation.harness import Hypothesis, System
@@ -27,7 +27,7 @@ from unique_asr.models.speech_llm.listener import CAPTURED
 from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetched
 
 if TYPE_CHECKING:
-    from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
+    from unique_asr.attention import SparseAttentionConfig, SparsityCounters
     from unique_asr.decoding.batch import BatchDecoder
     from unique_asr.evaluation.methods import Sliding
     from unique_asr.longform.passes import LongformReport, LongformTranscriber
@@ -182,16 +182,16 @@ class SpeechLLM:
 
         transcriber, model = self.transcriber(), self.encoder.model
         # One decoder for all recordings: its memory and CUDA graphs are kept.
-        attention = settled(self.attention, model)
+        attention = resolve_combine(self.attention, model)
         decoder = GreedyDecoder(model.language_model, attention, prefill_chunk=self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
-            started, before = time.perf_counter(), decoder.statistics.copy()
+            started, before = time.perf_counter(), decoder.counters.copy()
             decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
             report = LongformReport()
             with rivals_active():
                 segments = list(self.segments(transcriber, encoded, decoder, report))
-            counted = decoder.statistics.since(before)
+            counted = decoder.counters.since(before)
             seconds = encode_seconds + time.perf_counter() - started
             yield index, _hypothesis(segments, report, counted, seconds, report.timings["decode"])
 
@@ -260,7 +260,7 @@ class BatchedSpeechLLM(SpeechLLM):
         transcriber = self.transcriber()
         model = self.encoder.model
         # Rivals and dense attention read the whole cache for every place, and the longest recordings go on for long.
-        decoder = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk, thin=2)
+        decoder = BatchDecoder(model.language_model, resolve_combine(self.attention, model), self.prefill_chunk, thin=2)
         heard = 0.0  # seconds of hearing since the last hypothesis, which the recordings count themselves
 
         def begun() -> Iterator[Generator[None, None, Hypothesis]]:
@@ -294,7 +294,7 @@ class BatchedSpeechLLM(SpeechLLM):
                     segments.append(segment)
         finally:
             decoder.remove(row)
-        return _hypothesis(segments, report, row.statistics, encode_seconds, row.seconds["decode"])
+        return _hypothesis(segments, report, row.counters, encode_seconds, row.seconds["decode"])
 
 
 class ParallelSpeechLLM(SpeechLLM):
@@ -310,7 +310,7 @@ class ParallelSpeechLLM(SpeechLLM):
         from unique_asr.longform.passes import LongformReport
 
         transcriber, model = self.transcriber(ParallelTranscriber), self.encoder.model
-        batch = BatchDecoder(model.language_model, settled(self.attention, model), self.prefill_chunk)
+        batch = BatchDecoder(model.language_model, resolve_combine(self.attention, model), self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, report, segments = time.perf_counter(), LongformReport(), []
@@ -321,7 +321,7 @@ class ParallelSpeechLLM(SpeechLLM):
                     else:
                         segments.append(segment)
             seconds = encode_seconds + time.perf_counter() - started
-            yield index, _hypothesis(segments, report, rows.statistics, seconds, rows.seconds["decode"])
+            yield index, _hypothesis(segments, report, rows.counters, seconds, rows.seconds["decode"])
 
 
 class Deferred:
@@ -390,7 +390,7 @@ class Whisper:
 
 
 def _hypothesis(
-    segments: list[Segment], report: LongformReport, counted: SparsityStatistics, seconds: float, decode_seconds: float
+    segments: list[Segment], report: LongformReport, counted: SparsityCounters, seconds: float, decode_seconds: float
 ) -> Hypothesis:
     return Hypothesis(
         text=" ".join(segment.text.strip() for segment in segments),

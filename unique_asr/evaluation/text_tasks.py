@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.huggingface import NAME, set_attention, settled
+from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.evaluation.ruler import Item, Sources, listed, make_item, sentences
 from unique_asr.generation import load_text_model, load_text_tokenizer
@@ -113,8 +113,8 @@ class RulerRun:
             "value": item.score(output),
             "output": output,
             "answers": item.answers,
-            "pages_read": row.statistics.pages_read,
-            "pages_total": row.statistics.pages_total,
+            "pages_read": row.counters.pages_read,
+            "pages_total": row.counters.pages_total,
         }
 
     def _decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
@@ -150,7 +150,7 @@ class CountingRun(RulerRun):
         ids, place = ids.to(model.device), (torch.arange(longest + steps) - starts[:, None]).to(model.device)
         read = torch.arange(steps) < torch.tensor([len(answer) for answer in answers])[:, None]
         set_attention(model, NAME)
-        cache = PagedCache(model.config, settled(attention, model), longest + steps)
+        cache = PagedCache(model.config, resolve_combine(attention, model), longest + steps)
 
         def logits(start: int, end: int) -> Tensor:
             return model(
@@ -169,7 +169,7 @@ class CountingRun(RulerRun):
                 losses.append(-likely.gather(1, ids[:, end : end + 1]))
         losses = torch.cat(losses, dim=1).cpu().where(read, 0).sum(dim=1) / read.sum(dim=1)
         right, wrong = losses.unflatten(0, (-1, 2)).unbind(dim=1)
-        counted = {key: value // len(ids) for key, value in vars(cache.statistics).items() if key.startswith("pages")}
+        counted = {key: value // len(ids) for key, value in vars(cache.counters).items() if key.startswith("pages")}
         return [
             {"value": float(more - less), "right": float(less), "wrong": float(more), **counted}
             for less, more in zip(right, wrong, strict=True)
@@ -209,7 +209,7 @@ class PerplexityRun:
         ids = torch.stack(list(stretches)).to(model.device)
         length, first = ids.shape[1], ids.shape[1] - self.options.score_tokens
         set_attention(model, NAME)
-        cache = PagedCache(model.config, settled(attention, model), length)
+        cache = PagedCache(model.config, resolve_combine(attention, model), length)
         losses = []
         for start in range(0, first, PREFILL_CHUNK):
             chunk = ids[:, start : min(first, start + PREFILL_CHUNK)]
@@ -219,7 +219,7 @@ class PerplexityRun:
             losses.append(-likely.gather(1, ids[:, index : index + 1]))
             if index + 1 < length:
                 logits = model(ids[:, index : index + 1], past_key_values=cache).logits
-        counters, rows = cache.statistics, len(ids)
+        counters, rows = cache.counters, len(ids)
         read = {"pages_read": counters.pages_read // rows, "pages_total": counters.pages_total // rows}
         return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]
 

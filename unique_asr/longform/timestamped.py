@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unique_asr.longform.passes import LoopDetector, clock
-from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, Adapter
+from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, KnownModel
 from unique_asr.models.pretrained.formats import TextStream, Utterance
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
@@ -47,7 +47,7 @@ class Place:
     reached: float = 0.0  # s, end of the last segment
     passes: int = 0
     warnings: list[str] = field(default_factory=list)
-    sparsity: dict[str, int] = field(default_factory=dict)  # of SparsityStatistics
+    sparsity: dict[str, int] = field(default_factory=dict)  # of SparsityCounters
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Recording:
     def __init__(
         self,
         samples: np.ndarray,
-        adapter: Adapter,
+        known_model: KnownModel,
         tokenizer: Any,
         config: PassConfig,
         info: TranscriptionInfo,
@@ -84,9 +84,9 @@ class Recording:
         unfinished: Unfinished | None = None,
     ) -> None:
         self.samples, self.speech = samples, Speech(samples)
-        self.adapter, self.tokenizer, self.config = adapter, tokenizer, config
+        self.known_model, self.tokenizer, self.config = known_model, tokenizer, config
         self.info, self.prompt, self.offset = info, prompt, offset
-        self.max_pass_seconds = config.max_pass_seconds or adapter.pass_seconds
+        self.max_pass_seconds = config.max_pass_seconds or known_model.pass_seconds
         self.place = Place(**unfinished.state) if unfinished else Place(self.max_pass_seconds)
         self.number = len(unfinished.segments) if unfinished else 0
         self.warnings_before = len(info.warnings)  # of the audio itself
@@ -108,7 +108,7 @@ class Recording:
     def begin(self) -> Pass:
         start, end = self.place.position, self._pass_end()
         self.info.passes += 1
-        self._parser, self._stream, self._loops = self.adapter.parser(), TextStream(self.tokenizer), LoopDetector()
+        self._parser, self._stream, self._loops = self.known_model.parser(), TextStream(self.tokenizer), LoopDetector()
         self._placer = Placer(start, end, self.speech, self.info.passes)
         self._segments: list[Segment] = []  # of this pass
         self._log_probs: list[float] = []  # of the tokens since the last utterance
@@ -149,7 +149,7 @@ class Recording:
         """Segments of a model that writes no times are held back until its answer is found good."""
         for segment in segments:
             self._segments.append(segment)
-            if self.adapter.parser.timed:
+            if self.known_model.parser.timed:
                 yield self._counted(segment)
 
     def _counted(self, segment: Segment) -> Segment:
@@ -162,7 +162,7 @@ class Recording:
         return replace(segment, id=self.number - 1, start=start, end=end)
 
     def _place_next(self, ended: str) -> Iterator[Segment]:
-        config, place, info, timed = self.config, self.place, self.info, self.adapter.parser.timed
+        config, place, info, timed = self.config, self.place, self.info, self.known_model.parser.timed
         position, end, reached = self.current.start, self.current.end, self._placer.reached
         info.stop_reason, reason = ended, REASONS[ended]
         if not timed and ended != "end" and end - position > config.retry_seconds:
@@ -171,7 +171,7 @@ class Recording:
             return
         if not timed:
             yield from map(self._counted, self._segments)
-        if self.adapter.carries_text:
+        if self.known_model.carries_text:
             place.carried = " ".join(segment.text for segment in self._segments)
 
         done = reached - position
@@ -189,7 +189,7 @@ class Recording:
             place.position, place.limit = end, min(config.retry_seconds, self.max_pass_seconds)
 
     def _sum_up(self) -> None:
-        if not self.adapter.parser.timed:
+        if not self.known_model.parser.timed:
             self.info.warnings.append(
                 "the model gives no times: they are estimates, which a smaller max_pass_seconds narrows"
             )

@@ -16,7 +16,7 @@ PART = "lora"  # its name in a stage's `train`
 
 
 @dataclass
-class AdapterConfig:
+class LoraSettings:
     """Low-rank updates of the LLM's linear layers: weight + alpha / rank * B A."""
 
     rank: int = 64
@@ -25,7 +25,7 @@ class AdapterConfig:
     dropout: float = 0.0
 
 
-def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
+def add_lora(model: PreTrainedModel, config: LoraSettings) -> None:
     """Put adapters that change nothing yet into the LLM (of a speech LLM, its own); a stage trains them as `lora`."""
     options = LoraConfig(
         r=config.rank,
@@ -42,7 +42,7 @@ def add_adapters(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 
 @torch.no_grad()
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+def without_lora(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself if it has no adapters; else one to save: the original layout, all other weights shared."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
@@ -71,8 +71,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 def parts(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """How the names of the weights begin of each part that a stage's `train` may name."""
-    if adapter := find(model):
-        return adapter.parts
+    if known_model := find(model):
+        return known_model.parts
     if language_model(model) is model:
         return {"language_model": ("",)}
     named = {part: (f"{part}.",) for part in ("encoder", "projector", "residual", "language_model")}

@@ -36,14 +36,14 @@ class PretrainedSpeech:
     """Draws micro-batches of items and computes the loss of their answers' tokens.
 
     Of the augmentation it takes what changes waveforms: tempo, level and noise. Transcripts are the manifests' own.
-    Raises ValueError for a model without an adapter.
+    Raises ValueError for a model without an known_model.
     """
 
     def __init__(self, model: Any, processor: Any, corpus: Corpus, augment: AugmentConfig, seed: int = 0) -> None:
-        adapter = find(model)
-        if adapter is None:
+        known_model = find(model)
+        if known_model is None:
             raise ValueError(f"{type(model).__name__} has no adapter; fine-tune a model of conf/model, or text.model")
-        self.model, self.processor, self.adapter = model, processor, adapter
+        self.model, self.processor, self.known_model = model, processor, known_model
         self.corpus, self.augment = corpus, augment
         self.random = torch.Generator().manual_seed(seed)
         self.end = end_token(model, processor.tokenizer)
@@ -58,7 +58,7 @@ class PretrainedSpeech:
         self.drawn.append(items)
         heard, answers = self._heard(items)
         with torch.set_grad_enabled(self._audio_trains()):
-            prompts = [prompt_embeds(self.adapter, self.model, self.processor, samples)[0] for samples in heard]
+            prompts = [prompt_embeds(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
         none, seconds = torch.zeros(0, dtype=torch.long), sum(map(len, heard)) / SAMPLE_RATE
         batch = Batch({}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds)
         loss, tokens = language_model_loss(
@@ -69,10 +69,10 @@ class PretrainedSpeech:
     def items(self, stage: StageConfig) -> list[Item]:
         """Of one length: so many that the LLM reads about `tokens`, or that the audio fills `windows` of 30 s."""
         low, high = stage.seconds
-        if high > self.adapter.pass_seconds:
+        if high > self.known_model.pass_seconds:
             raise ValueError(
-                f"stage {stage.name}: seconds reaches {high:g} and {self.adapter.model_type} hears "
-                f"{self.adapter.pass_seconds:g} in one pass: lower `seconds`"
+                f"stage {stage.name}: seconds reaches {high:g} and {self.known_model.model_type} hears "
+                f"{self.known_model.pass_seconds:g} in one pass: lower `seconds`"
             )
         for option in ("position_dropout", "pack"):
             if getattr(stage, option):
@@ -82,7 +82,7 @@ class PretrainedSpeech:
         seconds = log_uniform(self.corpus.random, low, high)
         count = stage.windows * WINDOW_SECONDS / max(seconds, WINDOW_SECONDS)
         if stage.tokens:
-            a_second = self.adapter.tokens_a_second + self.adapter.marker_tokens_a_second + TEXT_TOKENS_A_SECOND
+            a_second = self.known_model.tokens_a_second + self.known_model.marker_tokens_a_second + TEXT_TOKENS_A_SECOND
             seconds = min(seconds, (stage.tokens - PROMPT_TOKENS) / a_second)
             count = stage.tokens / (PROMPT_TOKENS + a_second * seconds)
         return [self.corpus.item(seconds, stage.cased_share) for _ in range(max(1, int(count)))]
@@ -94,7 +94,7 @@ class PretrainedSpeech:
             start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
             utterances.append(Utterance(utterance.cased or utterance.text, start, end))
             at += whole
-        text = self.adapter.opening + self.adapter.parser.write(utterances)
+        text = self.known_model.opening + self.known_model.parser.write(utterances)
         return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
 
     def _heard(self, items: Sequence[Item]) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -102,7 +102,7 @@ class PretrainedSpeech:
         drawn = Perturbation.draw(len(items), self.augment, self.random)
         whole = torch.tensor([sum(samples for *_, samples in timeline(item)) for item in items])
         # What would take longer than a pass is played faster.
-        drawn.speed = drawn.speed.maximum(whole / (self.adapter.pass_seconds * SAMPLE_RATE))
+        drawn.speed = drawn.speed.maximum(whole / (self.known_model.pass_seconds * SAMPLE_RATE))
         lengths = (whole / drawn.speed).int().tolist()
         cuts = [(number, 0, length) for number, length in enumerate(lengths)]
         rows = waveforms(items, cuts, drawn, max(lengths), self.model.device).cpu().numpy()
@@ -115,7 +115,7 @@ class PretrainedSpeech:
         return states if self.logits_scaling == 1 else states / self.logits_scaling
 
     def _audio_trains(self) -> bool:
-        places = self.adapter.parts.get("encoder", ()) + self.adapter.parts["projector"]
+        places = self.known_model.parts.get("encoder", ()) + self.known_model.parts["projector"]
         return any(weight.requires_grad for name, weight in self.model.named_parameters() if name.startswith(places))
 
     # What a checkpoint keeps, and what is known of a bad loss

@@ -63,8 +63,8 @@ def validate(
                 for recording, text in zip(group, processor.batch_decode(tokens), strict=True):
                     score.add(recording.text, text)
                 if switch:
-                    steps += switch.statistics.steps
-                    sparse_steps += switch.statistics.sparse_steps
+                    steps += switch.counters.steps
+                    sparse_steps += switch.counters.sparse_steps
     set_training(model, training)
     measures = {"ctc": 100 * ctc.wer}
     if with_llm:
@@ -83,7 +83,7 @@ def validate_pretrained(
     sparse: SparseAttentionConfig | None = None,
 ) -> dict[str, float]:
     """As `validate`, for a model that has an adapter: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
-    adapter, dense = find(model), SparseAttentionConfig(budget=None)
+    known_model, dense = find(model), SparseAttentionConfig(budget=None)
     stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
     training = set_training(model, False)
@@ -92,15 +92,15 @@ def validate_pretrained(
             # One chunk and steps that are not captured: weights move while training.
             decoder = GreedyDecoder(model, attention, prefill_chunk=1 << 30, static=False)
             for recording in recordings:
-                embeds = prompt_embeds(adapter, model, processor, recording.audio())
+                embeds = prompt_embeds(known_model, model, processor, recording.audio())
                 decoder.reset()
                 decoder.prefill(embeds)
-                tokens = list(decoder.tokens(text_tokens(adapter, recording.duration), stops))
-                parser = adapter.parser()
+                tokens = list(decoder.tokens(text_tokens(known_model, recording.duration), stops))
+                parser = known_model.parser()
                 text = processor.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 score.add(recording.text, " ".join(found.text for found in (*parser.push(text), *parser.close())))
             measures[name] = 100 * score.wer
-            counted = decoder.statistics
+            counted = decoder.counters
     set_attention(model, former)
     set_training(model, training)
     if sparse:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
-from unique_asr.attention.huggingface import settled
+from unique_asr.attention import SparseAttentionConfig, SparsityCounters
+from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.audio import spooled
 from unique_asr.decoding.batch import BatchDecoder, Row
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -36,8 +36,8 @@ from unique_asr.transcribers.speech_llm import Audio, LoadedModel, PipelineError
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
 
-class AdapterTranscriber(LoadedModel):
-    """A pretrained speech LLM with its settings; used as `unique_asr.transcribers.speech_llm.Transcriber`.
+class PretrainedTranscriber(LoadedModel):
+    """A pretrained speech LLM with its settings; used as `unique_asr.transcribers.speech_llm.SpeechLLMTranscriber`.
 
     Args:
         model: a folder, a hub id, or a (model, processor) pair.
@@ -60,10 +60,10 @@ class AdapterTranscriber(LoadedModel):
         passes: PassConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
-        adapter = find(model)
-        if adapter is None:
+        known_model = find(model)
+        if known_model is None:
             raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
-        self.adapter, self.languages, self.passes = adapter, adapter.languages, passes or PassConfig()
+        self.known_model, self.languages, self.passes = known_model, known_model.languages, passes or PassConfig()
         if max_pass_seconds is None:
             max_pass_seconds = self.passes.max_pass_seconds
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
@@ -73,14 +73,14 @@ class AdapterTranscriber(LoadedModel):
 
     def make_decoder(self) -> GreedyDecoder:
         """For one recording after the other: it keeps its memory and CUDA graphs."""
-        chunk = self.prefill_chunk if self.adapter.chunked else 1 << 30
-        static = None if self.adapter.static else False
+        chunk = self.prefill_chunk if self.known_model.chunked else 1 << 30
+        static = None if self.known_model.static else False
         return GreedyDecoder(self.model, self.attention, capacity=0, prefill_chunk=chunk, static=static)
 
-    def with_attention(self, attention: SparseAttentionConfig) -> AdapterTranscriber:
+    def with_attention(self, attention: SparseAttentionConfig) -> PretrainedTranscriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
-        other.attention, other.load_seconds = settled(attention, self.model), 0.0
+        other.attention, other.load_seconds = resolve_combine(attention, self.model), 0.0
         other.decoder = other.make_decoder()
         return other
 
@@ -97,7 +97,7 @@ class AdapterTranscriber(LoadedModel):
         row: Row | None = None,
         reads: PageReads | None = None,
     ) -> tuple[Iterator[Segment | None], TranscriptionInfo]:
-        """Segments of one recording as they are decoded, and how they were made; see `Transcriber.transcribe`.
+        """Segments of one recording as they are decoded, and how they were made; see `SpeechLLMTranscriber.transcribe`.
 
         row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
         """
@@ -105,11 +105,11 @@ class AdapterTranscriber(LoadedModel):
             raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
         source = open_audio(audio)
         language = chosen_language(language, self.languages, self.name)
-        hotwords = chosen_hotwords(hotwords, self.adapter.hotwords is not None, self.name)
+        hotwords = chosen_hotwords(hotwords, self.known_model.hotwords is not None, self.name)
         info = self.describe(source, self.model, prompt=prompt, language=language, hotwords=hotwords)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         keywords: list[str] = []
-        if hotwords and self.adapter.hotwords == "keywords":
+        if hotwords and self.known_model.hotwords == "keywords":
             keywords = hotwords.split(", ")
         elif hotwords:
             prompt = ", ".join(filter(None, (prompt, hotwords)))
@@ -118,7 +118,7 @@ class AdapterTranscriber(LoadedModel):
 
     def batch_decoder(self) -> BatchDecoder | None:
         """For recordings side by side; None where the length of one would change the text of another."""
-        if not self.adapter.static:
+        if not self.known_model.static:
             return None
         return BatchDecoder(self.model, self.attention, self.prefill_chunk)
 
@@ -138,12 +138,12 @@ class AdapterTranscriber(LoadedModel):
         info.warnings += source.warnings
         info.dropped = source.dropped
         tokenizer, decoder = self.processor.tokenizer, row or self.decoder
-        recording = Recording(samples, self.adapter, tokenizer, self.passes, info, prompt, source.start, unfinished)
-        earlier = SparsityStatistics(**recording.place.sparsity)
-        before = decoder.statistics.copy()
+        recording = Recording(samples, self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished)
+        earlier = SparsityCounters(**recording.place.sparsity)
+        before = decoder.counters.copy()
 
-        def sparsity() -> SparsityStatistics:
-            counted = decoder.statistics.since(before)
+        def sparsity() -> SparsityCounters:
+            counted = decoder.counters.since(before)
             counted.add(earlier)
             return counted
 
@@ -203,13 +203,13 @@ class AdapterTranscriber(LoadedModel):
 
     def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> int:
         """The most tokens of the answer, or an error if a prompt of so many positions leaves no room for one."""
-        seconds, room = asked.end - asked.start, self.adapter.context - prompt
+        seconds, room = asked.end - asked.start, self.known_model.context - prompt
         if room <= 0:
             raise PipelineError(
                 f"{info.audio}: {seconds / 60:.0f} minutes are {prompt} positions and {self.name} knows "
-                f"{self.adapter.context}; lower max_pass_seconds"
+                f"{self.known_model.context}; lower max_pass_seconds"
             )
-        budget = min(text_tokens(self.adapter, seconds), room)
+        budget = min(text_tokens(self.known_model, seconds), room)
         self._check_memory(prompt + budget, seconds, info, decoder)
         return budget
 
@@ -224,7 +224,7 @@ class AdapterTranscriber(LoadedModel):
     ) -> Tensor:
         """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
         told = prompt, language, keywords, self.passes.encode_windows, progress
-        return prompt_embeds(self.adapter, self.model, self.processor, samples, *told)
+        return prompt_embeds(self.known_model, self.model, self.processor, samples, *told)
 
     def prefill(self, embeds: Tensor, capacity: int, progress: Callable[[int, int], None] | None = None) -> None:
         """Begin a sequence of `capacity` tokens with [1, N, hidden].
@@ -239,9 +239,9 @@ class AdapterTranscriber(LoadedModel):
     def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> None:
         if decoder is self.decoder and tokens <= decoder.cache.capacity:
             return
-        shape, adapter = shape_of(self.model), self.adapter
+        shape, known_model = shape_of(self.model), self.known_model
         how = self.attention, self.model.dtype, self.prefill_chunk
-        needed = estimate(adapter, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
+        needed = estimate(known_model, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
         free = free_memory(self.model.device)
         room = None if free is None else free + decoder.held  # the pass before leaves its place to the next
         if room is not None and needed > room:

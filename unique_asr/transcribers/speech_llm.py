@@ -1,4 +1,4 @@
-"""From a file to segments: load, encode, decode. `transcribe` is the one call, `Transcriber` keeps a model for more."""
+"""From a file to segments: load, encode, decode. `transcribe` is the one call, `SpeechLLMTranscriber` keeps a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unique_asr.attention import SparseAttentionConfig, SparsityStatistics
-from unique_asr.attention.huggingface import settled
+from unique_asr.attention import SparseAttentionConfig, SparsityCounters
+from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
 from unique_asr.decoding.batch import BatchDecoder, Row, Rows
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -78,7 +78,7 @@ def transcribe(
         vad: drop what is not speech (needs silero-vad); `info.dropped` counts the seconds. Times stay.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
         reads: records which part of the recording each token was read from; see `PageReads`. Not for adapters' models.
-        options: of `Transcriber`.
+        options: of `SpeechLLMTranscriber`.
     """
     from unique_asr.models.pretrained import check_hotwords, check_language, make_transcriber  # which need what is here
 
@@ -130,7 +130,7 @@ class LoadedModel:
             self.model, self.processor = loader(model, device, dtype)
             if progress:
                 progress("load", 1, 1)
-        self.attention = settled(self.attention, self.model)
+        self.attention = resolve_combine(self.attention, self.model)
         self.load_seconds = time.perf_counter() - begin
 
     def describe(self, source: AudioFile | Samples, language_model: Any, **told: str | None) -> TranscriptionInfo:
@@ -155,7 +155,7 @@ class LoadedModel:
         )
 
 
-class Transcriber(LoadedModel):
+class SpeechLLMTranscriber(LoadedModel):
     """A loaded model with its settings.
 
     Args:
@@ -197,10 +197,10 @@ class Transcriber(LoadedModel):
         self._keeps_selection = False  # of its steps
         self._batch: BatchDecoder | None = None  # the last one for passes side by side
 
-    def with_attention(self, attention: SparseAttentionConfig) -> Transcriber:
+    def with_attention(self, attention: SparseAttentionConfig) -> SpeechLLMTranscriber:
         """A transcriber with the same model in memory that reads its KV cache in another way."""
         other = copy(self)
-        other.attention, other.load_seconds = settled(attention, self.model), 0.0
+        other.attention, other.load_seconds = resolve_combine(attention, self.model), 0.0
         other._decoder = other._batch = None
         return other
 
@@ -247,7 +247,7 @@ class Transcriber(LoadedModel):
     ) -> Iterator[Segment | None]:
         report = LongformReport()
         state = unfinished.state if unfinished else None
-        earlier = SparsityStatistics(**(state["sparsity"] if state else {}))
+        earlier = SparsityCounters(**(state["sparsity"] if state else {}))
         settings = self.longform, self.alignment, self.segmentation, prompt, source.start, reads
         try:
             begin = time.perf_counter()
@@ -261,10 +261,10 @@ class Transcriber(LoadedModel):
             if parallel := alone and encoded.duration > transcriber.max_pass_seconds:
                 transcriber = ParallelTranscriber(self.model, self.processor, *settings)
             with self._decoder_for(transcriber.capacity(encoded), info, row, parallel, reads is not None) as decoder:
-                before = decoder.statistics.copy()
+                before = decoder.counters.copy()
 
-                def sparsity() -> SparsityStatistics:
-                    counted = decoder.statistics.since(before)
+                def sparsity() -> SparsityCounters:
+                    counted = decoder.counters.since(before)
                     counted.add(earlier)
                     return counted
 

@@ -17,19 +17,19 @@ from peft import LoraConfig
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.longform.timestamped import PassConfig
-from unique_asr.models.pretrained import ADAPTERS, estimate, find, load, load_lora, located
+from unique_asr.models.pretrained import KNOWN_MODELS, estimate, find, load, load_lora, located
 from unique_asr.models.pretrained.memory import shape_of
 from unique_asr.transcribers.batch import side_by_side
-from unique_asr.transcribers.pretrained import AdapterTranscriber
+from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
 NEW_TOKENS = 20
 BUDGET = 32
 
 
-@pytest.fixture(scope="module", params=list(ADAPTERS))
+@pytest.fixture(scope="module", params=list(KNOWN_MODELS))
 def speech_model(request):
     name = request.param
-    if not hasattr(__import__("transformers"), ADAPTERS[name].model_class):
+    if not hasattr(__import__("transformers"), KNOWN_MODELS[name].model_class):
         pytest.skip("this transformers does not know it")
     return name, *speech_models.make(name)
 
@@ -53,24 +53,24 @@ def plain(name, model, inputs, **options):
 
 
 def request_of(name, processor, samples):
-    adapter = ADAPTERS[name]
+    known_model = KNOWN_MODELS[name]
     transcriber_samples = samples
-    if adapter.sample_rate != 16000:
+    if known_model.sample_rate != 16000:
         from torchaudio.functional import resample
 
-        transcriber_samples = resample(torch.from_numpy(samples), 16000, adapter.sample_rate).numpy()
-    return adapter.request(processor, transcriber_samples, None)
+        transcriber_samples = resample(torch.from_numpy(samples), 16000, known_model.sample_rate).numpy()
+    return known_model.request(processor, transcriber_samples, None)
 
 
 def decode(model, processor, samples, budget, chunk=17, windows=1):
     """Encoded a window at a time, prefilled in small chunks, decoded on the paged cache."""
     attention = SparseAttentionConfig(budget=budget)
     passes = PassConfig(encode_windows=windows)
-    transcriber = AdapterTranscriber((model, processor), attention=attention, prefill_chunk=chunk, passes=passes)
+    transcriber = PretrainedTranscriber((model, processor), attention=attention, prefill_chunk=chunk, passes=passes)
     embeds = transcriber.prompt_embeds(samples)
     transcriber.prefill(embeds, capacity=1024)
     decoder = transcriber.decoder
-    return list(decoder.tokens(NEW_TOKENS)), decoder.statistics, embeds.shape[1]
+    return list(decoder.tokens(NEW_TOKENS)), decoder.counters, embeds.shape[1]
 
 
 def test_chunked_and_dense_is_generate_token_by_token(speech_model):
@@ -86,16 +86,16 @@ def test_chunked_and_dense_is_generate_token_by_token(speech_model):
 
 def test_steps_with_fixed_shapes_as_a_cuda_graph_takes_them(speech_model):
     name, model, processor = speech_model
-    if not ADAPTERS[name].static:
+    if not KNOWN_MODELS[name].static:
         pytest.skip("its rotary embeddings depend on the length")
     samples = recording(seconds_of(name))
     for budget in (1024, BUDGET):
         expected, counted, _ = decode(model, processor, samples, budget)
-        embeds = AdapterTranscriber((model, processor), attention="dense").prompt_embeds(samples)
+        embeds = PretrainedTranscriber((model, processor), attention="dense").prompt_embeds(samples)
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=budget), capacity=1024, static=True)
         decoder.prefill(embeds)
         assert list(decoder.tokens(NEW_TOKENS)) == expected
-        assert decoder.statistics == counted
+        assert decoder.counters == counted
 
 
 def test_sparse_steps_are_counted(speech_model):
@@ -120,10 +120,10 @@ def test_a_batch_of_two_lengths(speech_model):
         assert torch.equal(expected[0], alone[0])
     with sparse_attention(model, budget=1024) as sparse:
         assert torch.equal(plain(name, model, inputs), expected)
-    assert sparse.statistics.sparse_steps == 0
+    assert sparse.counters.sparse_steps == 0
     with sparse_attention(model, budget=BUDGET) as sparse:
         assert plain(name, model, inputs).shape == (2, NEW_TOKENS)
-    assert sparse.statistics.sparse_steps == NEW_TOKENS - 1
+    assert sparse.counters.sparse_steps == NEW_TOKENS - 1
 
 
 def joined(rows):
@@ -161,17 +161,17 @@ def test_saved_and_loaded_it_decodes_the_same(speech_model, tmp_path):
         loaded, processor = load(tmp_path, "cpu")
     else:
         loaded = type(model).from_pretrained(tmp_path).eval()
-    assert find(loaded) is ADAPTERS[name]
+    assert find(loaded) is KNOWN_MODELS[name]
     again, counted, _ = decode(loaded, processor, samples, BUDGET)
     assert again == tokens
     assert counted == statistics
 
 
 def test_a_transcript_of_several_passes(speech_model, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda adapter, seconds: NEW_TOKENS)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda known_model, seconds: NEW_TOKENS)
     _, model, processor = speech_model
     seen = []
-    transcriber = AdapterTranscriber(
+    transcriber = PretrainedTranscriber(
         (model, processor), budget=BUDGET, max_pass_seconds=1.5, passes=PassConfig(retry_seconds=1.5)
     )
     samples = recording(4.0)
@@ -186,10 +186,10 @@ def test_a_transcript_of_several_passes(speech_model, monkeypatch):
 
 
 def test_recordings_side_by_side_are_those_of_one_by_one(speech_model, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda adapter, seconds: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda known_model, seconds: 8)
     name, model, processor = speech_model
     passes = PassConfig(max_pass_seconds=1.5, retry_seconds=1.5)
-    transcriber = AdapterTranscriber((model, processor), attention="dense", passes=passes)
+    transcriber = PretrainedTranscriber((model, processor), attention="dense", passes=passes)
     audios = [recording(seconds, seed) for seed, seconds in enumerate((1.2, 2.6, 1.6))]
     expected, results = (dict(side_by_side(transcriber, audios, size)) for size in (1, 2))
     assert (transcriber.batch_decoder() is None) == (name == "phi4_multimodal")
@@ -206,7 +206,7 @@ def test_recordings_side_by_side_are_those_of_one_by_one(speech_model, monkeypat
 def test_every_model_of_the_configuration_is_in_the_catalogue():
     files = (Path(__file__).parents[3] / "conf" / "model").glob("*.yaml")
     named = {OmegaConf.load(path).name_or_path.split("@")[0] for path in files} - {"default"}
-    assert named == {each.hub_id for adapter in ADAPTERS.values() for each in adapter.checkpoints}
+    assert named == {each.hub_id for known_model in KNOWN_MODELS.values() for each in known_model.checkpoints}
     assert find("default") is None
 
 
@@ -216,9 +216,9 @@ def test_weights_for_speech_beside_the_model(tmp_path):
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False), "trained")
     expected = decode(model, processor, recording(3), 1024)[0]
-    model.save_pretrained(tmp_path / ADAPTERS["phi4_multimodal"].lora)
+    model.save_pretrained(tmp_path / KNOWN_MODELS["phi4_multimodal"].lora)
     model, _ = speech_models.make("phi4_multimodal")
-    load_lora(model, ADAPTERS["phi4_multimodal"].lora, str(tmp_path))
+    load_lora(model, KNOWN_MODELS["phi4_multimodal"].lora, str(tmp_path))
     assert decode(model, processor, recording(3), 1024)[0] == expected != base
 
 
@@ -232,7 +232,7 @@ def test_a_revision_follows_the_name(tmp_path):
 def test_the_table_has_every_checkpoint(capsys):
     runpy.run_module("unique_asr.models.pretrained", run_name="__main__", alter_sys=True)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + sum(len(adapter.checkpoints) for adapter in ADAPTERS.values())
+    assert len(rows) == 2 + sum(len(known_model.checkpoints) for known_model in KNOWN_MODELS.values())
 
 
 def test_memory_is_what_the_cache_takes(speech_model):
@@ -244,7 +244,7 @@ def test_memory_is_what_the_cache_takes(speech_model):
     layers = decoder.cache.paged_layers
     kept = sum(buffer.nbytes for layer in layers for buffer in (layer.keys, layer.values))
     pages = sum(buffer.nbytes for layer in layers for buffer in layer.statistics)
-    memory = estimate(ADAPTERS[name], 10, shape_of(model), attention, torch.float32, tokens=2048)
+    memory = estimate(KNOWN_MODELS[name], 10, shape_of(model), attention, torch.float32, tokens=2048)
     assert (memory.cache, memory.statistics) == (kept, pages)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert memory.weights == pytest.approx(weights, rel=1e-6)
@@ -252,7 +252,7 @@ def test_memory_is_what_the_cache_takes(speech_model):
 
 def test_only_flash_attention_prefills_without_copies_of_the_keys():
     hour = {
-        (device, dtype): estimate(ADAPTERS["moss_transcribe_diarize"], 3600, dtype=dtype, device=device, batch=2)
+        (device, dtype): estimate(KNOWN_MODELS["moss_transcribe_diarize"], 3600, dtype=dtype, device=device, batch=2)
         for device in ("cpu", "cuda")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -262,5 +262,7 @@ def test_only_flash_attention_prefills_without_copies_of_the_keys():
     assert hour["cpu", torch.bfloat16].scratch == copies + mask
     assert hour["cuda", torch.bfloat16].scratch < copies / 5
     assert hour["cuda", torch.float32] == hour["cpu", torch.float32]
-    minute = estimate(ADAPTERS["moss_transcribe_diarize"], 60, dtype=torch.bfloat16, batch=80)  # short rows: by a mask
+    minute = estimate(
+        KNOWN_MODELS["moss_transcribe_diarize"], 60, dtype=torch.bfloat16, batch=80
+    )  # short rows: by a mask
     assert minute.scratch > 80 * 2 * heads * 1126 * dim * 2

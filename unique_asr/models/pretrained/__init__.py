@@ -18,18 +18,18 @@ from transformers import AutoProcessor, PreTrainedConfig
 
 from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
 from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
-from unique_asr.models.pretrained.catalogue import ADAPTERS, Adapter, Checkpoint
+from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, DecoderShape, KnownModel
 from unique_asr.models.pretrained.formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
 from unique_asr.models.pretrained.memory import Memory, estimate
 
 MERGED = "lora_merged"  # in the configuration of a model whose LoRA weights for speech are in its own
 
 __all__ = [
-    "ADAPTERS",
-    "Adapter",
+    "KNOWN_MODELS",
     "BracketParser",
-    "Checkpoint",
+    "DecoderShape",
     "JsonParser",
+    "KnownModel",
     "Memory",
     "Parser",
     "PlainParser",
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 
-def find(model: Any) -> Adapter | None:
+def find(model: Any) -> KnownModel | None:
     """The adapter of a loaded model, a (model, processor) pair, a folder or a hub id; None for any other model."""
-    return ADAPTERS.get(_model_type(model))
+    return KNOWN_MODELS.get(_model_type(model))
 
 
 def check_language(language: str | None, model: str | PathLike[str]) -> str | None:
@@ -56,8 +56,8 @@ def check_language(language: str | None, model: str | PathLike[str]) -> str | No
     kind = _model_type(model)
     if kind is None:
         return language  # there is no such model: `models.load` says so
-    adapter = ADAPTERS.get(kind)
-    taken = adapter.languages if adapter else SHIPPED.get(str(model), ())
+    known_model = KNOWN_MODELS.get(kind)
+    taken = known_model.languages if known_model else SHIPPED.get(str(model), ())
     return chosen_language(language, taken, str(model))
 
 
@@ -66,8 +66,8 @@ def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | No
     if not hotwords:
         return None
     kind = _model_type(model)
-    adapter = ADAPTERS.get(kind)
-    taken = kind is None or (adapter is not None and adapter.hotwords is not None)
+    known_model = KNOWN_MODELS.get(kind)
+    taken = kind is None or (known_model is not None and known_model.hotwords is not None)
     return chosen_hotwords(hotwords, taken, str(model))
 
 
@@ -89,16 +89,16 @@ def load(name_or_path: str | Path, device: str = "auto", dtype: str = "auto") ->
     `name@revision` is a revision of a hub id.
     """
     chosen = resolve_device(device)
-    adapter = find(name_or_path)
-    kind = getattr(transformers, adapter.model_class, None)
+    known_model = find(name_or_path)
+    kind = getattr(transformers, known_model.model_class, None)
     if kind is None:
         raise ModelError(f"model={name_or_path}: transformers {transformers.__version__} does not know it; upgrade it")
     source, options = located(name_or_path)
     with loading(name_or_path, "speech LLM", "; try model=default"):
         processor = AutoProcessor.from_pretrained(source, **options)
         model = kind.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
-        if adapter.lora and not getattr(model.config, MERGED, False):
-            load_lora(model, adapter.lora, source, **options)
+        if known_model.lora and not getattr(model.config, MERGED, False):
+            load_lora(model, known_model.lora, source, **options)
     return model.to(chosen).eval(), processor
 
 
@@ -134,15 +134,15 @@ def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
 
 
 def make_transcriber(model: Any = "default", **settings: Any) -> Any:
-    """What transcribes with a model: `AdapterTranscriber` if it has an adapter, else `pipeline.Transcriber`.
+    """What transcribes with a model: `PretrainedTranscriber` if it has an adapter, else `SpeechLLMTranscriber`.
 
     `parallel_passes` is for the latter alone: a pretrained model gets passes as long as it can, one after the other.
     """
     if find(model) is None:
-        from unique_asr.transcribers.speech_llm import Transcriber
+        from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
-        return Transcriber(model, **settings)
-    from unique_asr.transcribers.pretrained import AdapterTranscriber
+        return SpeechLLMTranscriber(model, **settings)
+    from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
     settings.pop("parallel_passes", None)
-    return AdapterTranscriber(model, **settings)
+    return PretrainedTranscriber(model, **settings)

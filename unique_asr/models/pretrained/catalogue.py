@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unique_asr.decoding.memory import Checkpoint
+from unique_asr.decoding.memory import DecoderShape
 from unique_asr.models.languages import LANGUAGES
 from unique_asr.models.pretrained import encoding
 from unique_asr.models.pretrained.encoding import AudioEncoding
@@ -34,7 +34,7 @@ Request = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class KnownModel:
     """One family of speech LLMs in transformers, found by `model_type` in a configuration."""
 
     model_type: str
@@ -45,7 +45,7 @@ class Adapter:
     request: Request
     encoding: AudioEncoding
     parser: type[Parser]
-    checkpoints: tuple[Checkpoint, ...]
+    checkpoints: tuple[DecoderShape, ...]
     context: int  # tokens
     sample_rate: int = SAMPLE_RATE
     carries_text: bool = False  # the prompt may be the text before, so that a pass knows what was said
@@ -109,83 +109,83 @@ def phi4(processor: Any, samples: np.ndarray, prompt: str | None, language: str 
     return processor(text=[text], audio=[samples], return_tensors="pt")
 
 
-ADAPTERS = {
-    adapter.model_type: adapter
-    for adapter in (
+KNOWN_MODELS = {
+    known_model.model_type: known_model
+    for known_model in (
         # The card: 90 minutes in one pass, 128 K tokens.
-        Adapter(
+        KnownModel(
             "moss_transcribe_diarize", "MossTranscribeDiarizeForConditionalGeneration",
             "Apache-2.0", 12.5, 5400, transcription, encoding.MossRows(), BracketParser,
-            (Checkpoint("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 16, 8, 128, 1024, 3072),), 131072,
+            (DecoderShape("hf-audio/MOSS-Transcribe-Diarize-HF", 0.91, 28, 16, 8, 128, 1024, 3072),), 131072,
             marker_tokens_a_second=2.0,  # the seconds every two seconds, a token a digit
             hotwords="keywords",
         ),
         # The card: 60 minutes within 64 K tokens.
-        Adapter(
+        KnownModel(
             "vibevoice_asr", "VibeVoiceAsrForConditionalGeneration",
             "MIT", 7.5, 3600, vibevoice, encoding.VibeVoicePiece(), JsonParser,
-            (Checkpoint("microsoft/VibeVoice-ASR-HF", 8.3, 28, 28, 4, 128, 3584, 18944),), 65536,
+            (DecoderShape("microsoft/VibeVoice-ASR-HF", 8.3, 28, 28, 4, 128, 3584, 18944),), 65536,
             sample_rate=24000, carries_text=True, hotwords="prompt",
             parts={part: PARTS[part] for part in ("projector", "language_model")},  # its encoders give no gradients
         ),
         # The card: 30 minutes for transcription, 32 K tokens. Audio is padded to whole windows of 30 s.
-        Adapter(
+        KnownModel(
             "voxtral", "VoxtralForConditionalGeneration",
             "Apache-2.0", 12.5, 1800, voxtral, encoding.Rows(), PlainParser,
             (
-                Checkpoint("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 32, 8, 128, 3072, 8192),
-                Checkpoint("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 32, 8, 128, 5120, 32768),
+                DecoderShape("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 32, 8, 128, 3072, 8192),
+                DecoderShape("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 32, 8, 128, 5120, 32768),
             ),
             32768, languages=("de", "en", "es", "fr", "hi", "it", "nl", "pt"),
         ),
         # MAX_ASR_INPUT_SECONDS of the package qwen_asr. 104 positions for a window of 8 s.
-        Adapter(
+        KnownModel(
             "qwen3_asr", "Qwen3ASRForConditionalGeneration",
             "Apache-2.0", 13.0, 1200, transcription, encoding.Qwen3Windows(), PlainParser,
             (
-                Checkpoint("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 16, 8, 128, 1024, 3072),
-                Checkpoint("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
+                DecoderShape("Qwen/Qwen3-ASR-0.6B-hf", 0.78, 28, 16, 8, 128, 1024, 3072),
+                DecoderShape("Qwen/Qwen3-ASR-1.7B-hf", 2.0, 28, 16, 8, 128, 2048, 6144),
             ),
             65536, carries_text=True, languages=tuple(LANGUAGES), hotwords="prompt",
             opening="language None<asr_text>",  # its authors' for a transcript in a language that is not told
         ),
         # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
-        Adapter(
+        KnownModel(
             "glmasr", "GlmAsrForConditionalGeneration",
             "MIT", 12.5, 480, transcription, encoding.Rows(), PlainParser,
-            (Checkpoint("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 16, 4, 128, 2048, 6144),), 8192,
+            (DecoderShape("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 16, 4, 128, 2048, 6144),), 8192,
         ),
         # Its processor cuts at 600 s.
-        Adapter(
+        KnownModel(
             "audioflamingo3", "AudioFlamingo3ForConditionalGeneration",
             "NVIDIA OneWay Noncommercial", 25.0, 600, transcription, encoding.Rows(), PlainParser,
-            (Checkpoint("nvidia/audio-flamingo-3-hf", 8.3, 28, 28, 4, 128, 3584, 18944),), 32768,
+            (DecoderShape("nvidia/audio-flamingo-3-hf", 8.3, 28, 28, 4, 128, 3584, 18944),), 32768,
         ),
         # The card gives no limit; this one is a guess.
-        Adapter(
+        KnownModel(
             "granite_speech", "GraniteSpeechForConditionalGeneration",
             "Apache-2.0", 10.0, 120, granite, encoding.GranitePiece(), PlainParser,
-            (Checkpoint("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 32, 8, 64, 2048, 8192),), 131072,
+            (DecoderShape("ibm-granite/granite-speech-3.3-2b", 2.9, 40, 32, 8, 64, 2048, 8192),), 131072,
             parts=PARTS | {"encoder": ("model.encoder.",), "projector": ("model.projector.",)},
         ),
         # The card gives no limit, and its authors cut at 30 s by voice activity; this one is a guess.
-        Adapter(
+        KnownModel(
             "fun_asr_nano", "FunAsrNanoForConditionalGeneration",
             "Apache-2.0", 16.7, 120, transcription, AudioEncoding(), PlainParser,
-            (Checkpoint("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 16, 8, 128, 1024, 3072),), 40960,
+            (DecoderShape("FunAudioLLM/Fun-ASR-Nano-2512-hf", 0.83, 28, 16, 8, 128, 1024, 3072),), 40960,
             carries_text=True, languages=("en", "ja", "zh"), hotwords="keywords",
         ),
         # One window of its encoder.
-        Adapter(
+        KnownModel(
             "qwen2_audio", "Qwen2AudioForConditionalGeneration",
             "Apache-2.0", 25.0, 30, qwen2_audio, encoding.Qwen2AudioRows(), PlainParser,
-            (Checkpoint("Qwen/Qwen2-Audio-7B-Instruct", 8.4, 32, 32, 32, 128, 4096, 11008),), 8192,
+            (DecoderShape("Qwen/Qwen2-Audio-7B-Instruct", 8.4, 32, 32, 32, 128, 4096, 11008),), 8192,
         ),
         # What its technical report (arXiv 2503.01743) summarises; how well it transcribes as much is not known here.
-        Adapter(
+        KnownModel(
             "phi4_multimodal", "Phi4MultimodalForCausalLM",
             "MIT", 12.5, 1800, phi4, encoding.Phi4Piece(), PlainParser,
-            (Checkpoint("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 24, 8, 128, 3072, 8192),), 131072,
+            (DecoderShape("microsoft/Phi-4-multimodal-instruct", 5.6, 32, 24, 8, 128, 3072, 8192),), 131072,
             # LongRoPE chooses its frequencies by the length of what it is given at once.
             lora="speech-lora", static=False, chunked=False,
             parts={

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
-from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, Adapter
+from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, KnownModel
 from unique_asr.models.pretrained.encoding import encode, insert
 
 
 def prompt_embeds(
-    adapter: Adapter,
+    known_model: KnownModel,
     model: Any,
     processor: Any,
     samples: np.ndarray,
@@ -29,13 +29,13 @@ def prompt_embeds(
 
     windows: about so many of the encoder's are encoded at once; progress: is told the pieces done and their number.
     """
-    if adapter.sample_rate != SAMPLE_RATE:
-        samples = resample(torch.from_numpy(samples), SAMPLE_RATE, adapter.sample_rate).numpy()
+    if known_model.sample_rate != SAMPLE_RATE:
+        samples = resample(torch.from_numpy(samples), SAMPLE_RATE, known_model.sample_rate).numpy()
     told = {"keywords": keywords} if keywords else {}
-    inputs = adapter.request(processor, samples, prompt, language, **told)
+    inputs = known_model.request(processor, samples, prompt, language, **told)
     features = []
-    for piece, done, total in encode(adapter.encoding, model, inputs, windows):
+    for piece, done, total in encode(known_model.encoding, model, inputs, windows):
         features.append(piece)
         if progress:
             progress(done, total)
-    return insert(adapter.encoding, model, torch.as_tensor(inputs["input_ids"]), features)
+    return insert(known_model.encoding, model, torch.as_tensor(inputs["input_ids"]), features)
