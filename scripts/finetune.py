@@ -29,10 +29,10 @@ from unique_asr.training.distributed import Processes
 from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.precision import rounded
-from unique_asr.training.pretrained import PretrainedSpeech
-from unique_asr.training.speech import Speech
-from unique_asr.training.text import Text
-from unique_asr.training.texts import read_texts
+from unique_asr.training.pretrained_material import PretrainedSpeech
+from unique_asr.training.speech_material import Speech
+from unique_asr.training.text_material import Text
+from unique_asr.training.text_sources import read_texts
 from unique_asr.training.trainer import Material, StageConfig, Trainer
 from unique_asr.training.validation import validate, validate_pretrained
 

@@ -22,7 +22,7 @@ import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from unique_asr.training.augment import log_mel
-from unique_asr.training.case import restore
+from unique_asr.training.case_restoration import restore
 
 SAMPLE_RATE = 16_000  # Hz
 

@@ -4,7 +4,7 @@
         --projector outputs/default/settle --texts librispeech.txt ljspeech.txt --heard heard.pt --minutes 7 \
         --output outputs/reader
 
-The LLM learns to write texts from the positions that a listener would give of them (unique_asr/training/texts.py), so
+The LLM learns to write texts from the positions that a listener would give of them (unique_asr/training/text_sources.py), so
 no audio is needed. `--heard` adds what the listener heard in real recordings (scripts/recipes/listen.py). Rows have up
 to 8 K tokens: the answer of ten minutes of speech begins where they end.
 
@@ -35,10 +35,10 @@ from unique_asr.models.speech_llm.compose import compose
 from unique_asr.models.speech_llm.ctc import ctc_text
 from unique_asr.models.speech_llm.packing import INDEX, bits_of, rounded, save_packed_changes, save_packed_model
 from unique_asr.training.corpus import LOWER_CASE, Source, Utterance
-from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.decoders import Decoder, GraphedDecoder
 from unique_asr.training.listening import read_heard
 from unique_asr.training.precision import MasterWeights
-from unique_asr.training.texts import read_texts
+from unique_asr.training.text_sources import read_texts
 
 ALTERNATIVES = 8  # tokens that a position is an expectation over
 LENGTHS = [512, 1024, 1024, 2048, 4096, 8192]

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.training.corpus import Corpus, Source, Utterance
-from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.decoders import Decoder, GraphedDecoder
 from unique_asr.training.listening import CLEAN
-from unique_asr.training.speech import Speech
-from unique_asr.training.text import Text
+from unique_asr.training.speech_material import Speech
+from unique_asr.training.text_material import Text
 from unique_asr.training.trainer import StageConfig, Trainer
 
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unique_asr.models import PRETRAINED, SpeechLLMProcessor
-from unique_asr.training.texts import Texts
+from unique_asr.training.text_sources import Texts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "recipes"))
 

@@ -8,9 +8,9 @@ import soundfile
 import torch
 from transformers import WhisperConfig
 
-from unique_asr.training.batches import Batcher
 from unique_asr.training.corpus import Item, read_manifests
 from unique_asr.training.listening import CLEAN, hear, position_texts
+from unique_asr.training.speech_batches import Batcher
 
 SEGMENTS = {
     "first.wav": [

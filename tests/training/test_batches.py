@@ -6,8 +6,8 @@ import torch
 from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
 from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
-from unique_asr.training.batches import Batcher
 from unique_asr.training.corpus import Item, read_manifests
+from unique_asr.training.speech_batches import Batcher
 
 CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
 

@@ -13,13 +13,13 @@ from test_trainer import configuration, metrics, stage
 from unique_asr.models import load
 from unique_asr.training import listening as listening_module
 from unique_asr.training import losses as losses_module
-from unique_asr.training import speech as speech_module
+from unique_asr.training import speech_material as speech_module
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.batches import Batcher
 from unique_asr.training.corpus import Corpus, Item, Utterance, read_manifests
 from unique_asr.training.listening import CLEAN, can_listen_once, cut, hear, heard_sources, listen, position_texts
-from unique_asr.training.speech import Speech
-from unique_asr.training.texts import ListenerTokens, Texts
+from unique_asr.training.speech_batches import Batcher
+from unique_asr.training.speech_material import Speech
+from unique_asr.training.text_sources import ListenerTokens, Texts
 from unique_asr.training.trainer import Trainer
 
 

@@ -6,9 +6,9 @@ import torch
 
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models.speech_llm.projector import Frames
-from unique_asr.training.batches import Batch
-from unique_asr.training.graphs import Decoder
+from unique_asr.training.decoders import Decoder
 from unique_asr.training.losses import ctc_loss, language_model_loss, pack
+from unique_asr.training.speech_batches import Batch
 
 
 def frames(windows, length, classes=5):

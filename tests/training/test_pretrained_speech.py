@@ -19,7 +19,7 @@ from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
-from unique_asr.training.pretrained import PretrainedSpeech
+from unique_asr.training.pretrained_material import PretrainedSpeech
 from unique_asr.training.trainer import Trainer
 
 KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]

@@ -13,7 +13,7 @@ from unique_asr.models import load
 from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
-from unique_asr.training.speech import Speech
+from unique_asr.training.speech_material import Speech
 from unique_asr.training.trainer import StageConfig, Trainer
 
 LONG = {

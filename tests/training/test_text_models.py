@@ -9,7 +9,7 @@ from test_sparsity import Stopped, rows
 from test_trainer import ROOT, configuration, metrics, stage
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from unique_asr.training.text import Text
+from unique_asr.training.text_material import Text
 from unique_asr.training.trainer import Trainer
 
 ROW = {"tokens": 256, "length": 128, "train": {"language_model": 1e-2}}

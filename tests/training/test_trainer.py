@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.speech import Speech
+from unique_asr.training.speech_material import Speech
 from unique_asr.training.trainer import StageConfig, Trainer, _rate
 
 ROOT = Path(__file__).parents[2]

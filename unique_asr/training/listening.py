@@ -29,10 +29,10 @@ from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProces
 from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.batches import Batcher
-from unique_asr.training.case import normalise, restore
+from unique_asr.training.case_restoration import normalise, restore
 from unique_asr.training.corpus import Item, Source, Utterance
 from unique_asr.training.distributed import Processes
+from unique_asr.training.speech_batches import Batcher
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig

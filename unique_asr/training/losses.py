@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from unique_asr.models import SpeechLLMForConditionalGeneration
 from unique_asr.models.speech_llm.projector import Frames
-from unique_asr.training.batches import Batch, send
-from unique_asr.training.graphs import Decoder
+from unique_asr.training.decoders import Decoder
+from unique_asr.training.speech_batches import Batch, send
 
 
 def ctc_loss(frames: Frames, batch: Batch) -> Tensor:

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
 from unique_asr.training.checkpoint import Checkpoint, random_states, restore_random
+from unique_asr.training.decoders import GraphedDecoder
 from unique_asr.training.distributed import Processes
-from unique_asr.training.graphs import GraphedDecoder
 from unique_asr.training.lora import PART as LORA
 from unique_asr.training.lora import language_model, parts
 from unique_asr.training.precision import MasterWeights
@@ -71,7 +71,7 @@ class StageConfig:
 
 
 class Material(Protocol):
-    """What a model learns from: `speech.Speech`, `pretrained.PretrainedSpeech`, `text.Text`."""
+    """What a model learns from: `speech_material.Speech`, `pretrained_material.PretrainedSpeech`, `text_material.Text`."""
 
     def loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unique_asr.training.batches import send
-from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.decoders import Decoder, GraphedDecoder
+from unique_asr.training.speech_batches import send
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig

@@ -18,11 +18,11 @@ from unique_asr.models.pretrained import Utterance, find
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig, Perturbation
-from unique_asr.training.batches import Batch, timeline, waveforms
 from unique_asr.training.corpus import Corpus, Item, log_uniform
-from unique_asr.training.graphs import Decoder, GraphedDecoder
+from unique_asr.training.decoders import Decoder, GraphedDecoder
 from unique_asr.training.losses import language_model_loss
-from unique_asr.training.speech import described
+from unique_asr.training.speech_batches import Batch, timeline, waveforms
+from unique_asr.training.speech_material import described
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig

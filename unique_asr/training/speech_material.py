@@ -11,10 +11,10 @@ from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.batches import Batch, Batcher, send
 from unique_asr.training.corpus import Corpus, Item, log_uniform
-from unique_asr.training.graphs import GraphedDecoder
+from unique_asr.training.decoders import GraphedDecoder
 from unique_asr.training.losses import ctc_loss, language_model_loss
+from unique_asr.training.speech_batches import Batch, Batcher, send
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig
