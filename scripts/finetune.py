@@ -26,13 +26,13 @@ from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
 from unique_asr.training.distributed import Processes
-from unique_asr.training.listening import can_listen_once, heard_sources, read_heard
-from unique_asr.training.lora import LoraSettings, add_lora, without_lora
+from unique_asr.training.listening import can_listen_once, load_or_listen, read_heard
+from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
 from unique_asr.training.precision import rounded
-from unique_asr.training.pretrained_material import PretrainedSpeech
-from unique_asr.training.speech_material import Speech
-from unique_asr.training.text_material import Text
-from unique_asr.training.text_sources import read_texts
+from unique_asr.training.pretrained_material import PretrainedMaterial
+from unique_asr.training.speech_material import SpeechMaterial
+from unique_asr.training.text_material import TextMaterial
+from unique_asr.training.text_sources import read_text_sources
 from unique_asr.training.trainer import Material, StageConfig, Trainer
 from unique_asr.training.validation import validate, validate_pretrained
 
@@ -55,7 +55,7 @@ def finetune(config: DictConfig) -> None:
         add_lora(model, LoraSettings(**OmegaConf.to_container(config.lora)))
     material: Material
     if config.text.model:
-        material = Text(model, reader, config.text.files, config.seed + processes.rank)
+        material = TextMaterial(model, reader, config.text.files, config.seed + processes.rank)
         log(f"{material.tokens} tokens in {len(material.files)} texts")
     else:
         material = speech(config, stages, model, reader, processes, log)
@@ -85,16 +85,16 @@ def finetune(config: DictConfig) -> None:
         if attention:  # what the model was made for, for those who load it
             model.config.sparse_attention = attention.sparse.to_dict()
         if config.text.model:
-            without_lora(model).save_pretrained(folder)
+            copy_without_lora(model).save_pretrained(folder)
             reader.save_pretrained(folder)
         elif pretrained:
-            plain = without_lora(model)
+            plain = copy_without_lora(model)
             with rounded(plain, dtype):
                 plain.save_pretrained(folder)
             reader.save_pretrained(folder)
         else:
             bits = OmegaConf.to_container(config.output.bits) if config.output.bits else {}
-            save_packed_model(without_lora(model), reader, folder, bits)
+            save_packed_model(copy_without_lora(model), reader, folder, bits)
 
     trainer.save = save
     if config.validation.manifest and not config.text.model:
@@ -141,7 +141,7 @@ def speech(
     processor: object,
     processes: Processes,
     log: Callable[[str], None],
-) -> Speech | PretrainedSpeech:
+) -> SpeechMaterial | PretrainedMaterial:
     """What the recordings and texts of `data` give."""
     data, augment = config.data, AugmentConfig(**OmegaConf.to_container(config.augment))
     weights = OmegaConf.to_container(data.weights)
@@ -162,16 +162,16 @@ def speech(
             "files": [digest(Path(path)) for path in [*data.manifests, *data.synthetic]],
             "filters": [data.min_match, data.missing, sorted(name for name, weight in weights.items() if not weight)],
         }
-        sources = heard_sources(model, processor, read, about, kept, augment, data.readings, processes, log)
+        sources = load_or_listen(model, processor, read, about, kept, augment, data.readings, processes, log)
     else:
         sources = read()
     for source in sources:
         source.weight = weights.get(source.name, 1.0)
-    sources += read_texts(data.texts, data.listener_tokenizer, model.listener, weights) if data.texts else []
+    sources += read_text_sources(data.texts, data.listener_tokenizer, model.listener, weights) if data.texts else []
     for source in sources:
         log(f"{source.name}: {source.hours:.2f} h in {len(source.recordings)} recordings, weight {source.weight}")
     corpus = Corpus(sources, config.seed + processes.rank, data.max_gap_seconds)
-    material = PretrainedSpeech if pretrained else Speech
+    material = PretrainedMaterial if pretrained else SpeechMaterial
     return material(model, processor, corpus, augment, config.seed + processes.rank)
 
 

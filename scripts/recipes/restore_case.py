@@ -21,8 +21,8 @@ import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from unique_asr.training.augment import log_mel
-from unique_asr.training.case_restoration import restore
+from unique_asr.training.augment import compute_log_mel
+from unique_asr.training.case_restoration import restore_case
 
 SAMPLE_RATE = 16_000  # Hz
 
@@ -53,7 +53,7 @@ class Listener:
             for row, clip in zip(samples, group, strict=True):
                 clip = torch.from_numpy(np.array(clip[: 30 * SAMPLE_RATE])).to(self.device)
                 row[: len(clip)] = clip.float() / 32768
-            features = log_mel(samples, self.filters).to(self.model.dtype)
+            features = compute_log_mel(samples, self.filters).to(self.model.dtype)
             tokens = self.model.generate(
                 features, language="en", task="transcribe", prompt_ids=self.prompt, max_new_tokens=160, do_sample=False
             )
@@ -77,7 +77,7 @@ def lend_case(group: list[dict], text: str, min_match: float) -> None:
     words = [segment["text"].split() for segment in group]
     counts = [len(segment_words) for segment_words in words]
     punctuated = sum(counts) < LONG_WINDOW or re.search(r"[.,?!;:]", text)
-    restored, matched = restore([word for segment_words in words for word in segment_words], text)
+    restored, matched = restore_case([word for segment_words in words for word in segment_words], text)
     position = 0
     for segment, count in zip(group, counts, strict=True):
         span = slice(position, position + count)

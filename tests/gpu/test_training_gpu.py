@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.attention.soft_mask import training_attention
-from unique_asr.training.corpus import Corpus, Source, Utterance
-from unique_asr.training.decoders import Decoder, GraphedDecoder
+from unique_asr.training.corpus import Corpus, Source, TrainingUtterance
+from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
 from unique_asr.training.listening import CLEAN
-from unique_asr.training.speech_material import Speech
-from unique_asr.training.text_material import Text
+from unique_asr.training.speech_material import SpeechMaterial
+from unique_asr.training.text_material import TextMaterial
 from unique_asr.training.trainer import StageConfig, Trainer
 
 pytestmark = [
@@ -33,7 +33,7 @@ def test_graphs_of_masked_steps_give_the_gradients_of_plain_ones():
     model = LlamaForCausalLM(config).cuda().to(torch.bfloat16).train()
     plain = copy.deepcopy(model)
     handles = [training_attention(each, mode="dense", budget=128) for each in (model, plain)]
-    graphed, eager = GraphedDecoder(model.get_decoder(), handles[0]), Decoder(plain.get_decoder())
+    graphed, eager = GraphedDecoder(model.get_decoder(), handles[0]), PlainDecoder(plain.get_decoder())
     decoded = torch.arange(600, device="cuda").expand(2, -1) >= 300
 
     def step(mode, *starts):
@@ -81,7 +81,7 @@ def test_stages_as_graphs_have_the_losses_of_plain_ones(byte_tokenizer, tmp_path
         model = LlamaForCausalLM(config).cuda().eval()
         saved = []
         trainer = Trainer(
-            model, Text(model, tokenizer, [path]), tmp_path / str(graphs), cuda_graphs=graphs, log_every=1,
+            model, TextMaterial(model, tokenizer, [path]), tmp_path / str(graphs), cuda_graphs=graphs, log_every=1,
             log=lambda line: None, save=saved.append, save_minutes=0.0, validate=lambda stage: {"llm": 1.0},
             validate_steps=3,
         )  # fmt: skip
@@ -108,13 +108,15 @@ def test_packed_stages_as_graphs_have_the_losses_of_plain_ones(speech_llm, tmp_p
         torch.manual_seed(0)
         audio = torch.randint(-3000, 3000, (60 * 16000,), dtype=torch.int16).cuda()
         utterances = [
-            Utterance(second * 16000, (second + 1) * 16000, f"the cat number {second}", f"The cat number {second}.")
+            TrainingUtterance(
+                second * 16000, (second + 1) * 16000, f"the cat number {second}", f"The cat number {second}."
+            )
             for second in range(60)
         ]
         corpus = Corpus([Source("noise", audio, [utterances], 1.0)], seed=0)
         trainer = Trainer(
-            model, Speech(model, processor, corpus, CLEAN), tmp_path / str(graphs), cuda_graphs=graphs, log_every=1,
-            log=lambda line: None,
+            model, SpeechMaterial(model, processor, corpus, CLEAN), tmp_path / str(graphs), cuda_graphs=graphs,
+            log_every=1, log=lambda line: None,
         )  # fmt: skip
         trainer.run([stage])
         rows = map(json.loads, (trainer.output_dir / "metrics.jsonl").read_text().splitlines())

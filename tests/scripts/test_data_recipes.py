@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unique_asr.models import PRETRAINED, SpeechLLMProcessor
-from unique_asr.training.text_sources import Texts
+from unique_asr.training.text_sources import TextSource
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "recipes"))
 
@@ -24,13 +24,13 @@ import teach_reading
 
 def test_case_and_punctuation_come_from_what_was_heard_and_words_never_do() -> None:
     words = ["mister", "lynde's", "brook", "ran", "past", "and", "i", "saw", "twenty", "of", "them", "he", "said", "so"]
-    restored, matched = restore_case.restore(words, "Mr. Lind's brook ran past, and I saw 20 of them. He said so!")
+    restored, matched = restore_case.restore_case(words, "Mr. Lind's brook ran past, and I saw 20 of them. He said so!")
     assert " ".join(restored) == "Mister Lynde's brook ran past, and I saw twenty of them. He said so!"
     assert [word for word, match in zip(words, matched, strict=True) if not match] == ["lynde's", "twenty"]
 
 
 def test_a_misread_segment_matches_little() -> None:
-    _, matched = restore_case.restore(["the", "cat", "sat", "on", "the", "mat"], "A dog stood by a door.")
+    _, matched = restore_case.restore_case(["the", "cat", "sat", "on", "the", "mat"], "A dog stood by a door.")
     assert sum(matched) == 0
 
 
@@ -93,7 +93,7 @@ def rows(tmp_path_factory):
         return processor.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
 
     tokens.stop = len(processor.tokenizer)
-    return teach_reading.Rows([Texts(file, tokens, weight=1.0)], [], processor, seed=0)
+    return teach_reading.Rows([TextSource(file, tokens, weight=1.0)], [], processor, seed=0)
 
 
 def test_rows_are_texts_that_were_heard_nearly_as_they_are(rows) -> None:

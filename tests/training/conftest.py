@@ -8,9 +8,9 @@ import soundfile
 import torch
 from transformers import WhisperConfig
 
-from unique_asr.training.corpus import Item, read_manifests
-from unique_asr.training.listening import CLEAN, hear, position_texts
-from unique_asr.training.speech_batches import Batcher
+from unique_asr.training.corpus import TrainingItem, read_manifests
+from unique_asr.training.listening import CLEAN, decode_position_texts, hear
+from unique_asr.training.speech_batches import SpeechBatcher
 
 SEGMENTS = {
     "first.wav": [
@@ -66,9 +66,9 @@ def manifest(listener, write_manifest, tmp_path):
     model, processor = listener
     path = write_manifest({"a.wav": [{"start": 0, "end": 9, "text": "x"}], "b.wav": None}, seconds=9.0, text="x")
     (source,) = read_manifests([path], {}, torch.device("cpu"))
-    texts = position_texts(model, processor)
-    items = [Item([(source, utterances[0], 0.0)], cased=False) for utterances in source.recordings]
-    found = hear(model, Batcher(*listener, CLEAN, 0), items)
+    texts = decode_position_texts(model, processor)
+    items = [TrainingItem([(source, utterances[0], 0.0)], cased=False) for utterances in source.recordings]
+    found = hear(model, SpeechBatcher(*listener, CLEAN, 0), items)
     heard = ["".join(texts[token] for token in tokens).strip() for tokens, _, _ in found]
     words = heard[0].split()
     half = len(words) // 2

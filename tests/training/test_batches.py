@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
-from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
-from unique_asr.training.corpus import Item, read_manifests
-from unique_asr.training.speech_batches import Batcher
+from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, compute_log_mel, mask_spectrogram
+from unique_asr.training.corpus import TrainingItem, read_manifests
+from unique_asr.training.speech_batches import SpeechBatcher
 
 CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
 
@@ -17,8 +17,10 @@ def items(write_manifest):
     """An item of one window without case, and one of two windows with it."""
     (source,) = read_manifests([write_manifest()], {}, torch.device("cpu"), min_match=0.4)
     (cat, mat, clock), (baker,) = source.recordings
-    short = Item([(source, cat, 0.0), (source, mat, 0.5)], cased=False)
-    long = Item([(source, baker, 0.0), (source, cat, 0.25), (source, clock, 0.0), (source, baker, 0.7)], cased=True)
+    short = TrainingItem([(source, cat, 0.0), (source, mat, 0.5)], cased=False)
+    long = TrainingItem(
+        [(source, baker, 0.0), (source, cat, 0.25), (source, clock, 0.0), (source, baker, 0.7)], cased=True
+    )
     return [short, long]
 
 
@@ -30,14 +32,14 @@ def test_log_mel_is_that_of_the_feature_extractor(mels):
     padded = torch.zeros(3, 48_000)
     for row, values in zip(padded, samples, strict=True):
         row[: len(values)] = torch.from_numpy(values)
-    features = log_mel(padded, torch.as_tensor(extractor.mel_filters, dtype=torch.float32))
+    features = compute_log_mel(padded, torch.as_tensor(extractor.mel_filters, dtype=torch.float32))
     assert features.shape == (3, mels, 300)
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
 
 
 def test_a_batch_holds_the_items(tiny, items):
     model, processor = tiny
-    batch = Batcher(model, processor, CLEAN, seed=0).batch(items)
+    batch = SpeechBatcher(model, processor, CLEAN, seed=0).make_batch(items)
     assert batch.windows.tolist() == [1, 2]
     assert batch.seconds == pytest.approx(sum(item.seconds for item in items), abs=1e-3)
     waves = []
@@ -59,7 +61,7 @@ def test_a_batch_holds_the_items(tiny, items):
 
 def test_the_texts_of_a_batch(tiny, items):
     model, processor = tiny
-    batch = Batcher(model, processor, CLEAN, seed=0).batch(items)
+    batch = SpeechBatcher(model, processor, CLEAN, seed=0).make_batch(items)
     written = ["the cat sat on a mat", "Mr. Bell, the baker The cat sat. It's ten o'clock! Mr. Bell, the baker"]
     prompts = ["lower case", None]
     for row, (text, prompt) in enumerate(zip(written, prompts, strict=True)):
@@ -73,7 +75,7 @@ def test_the_texts_of_a_batch(tiny, items):
 
 def test_other_encoders_use_their_feature_extractor(speech_llm, items):
     model, processor = speech_llm(feature_extractor=SeamlessM4TFeatureExtractor())
-    batch = Batcher(model, processor, CLEAN, seed=0).batch(items)
+    batch = SpeechBatcher(model, processor, CLEAN, seed=0).make_batch(items)
     assert batch.features["input_features"].shape[0] == 3
     assert batch.features["attention_mask"].shape == batch.features["input_features"].shape[:2]
 
@@ -82,20 +84,20 @@ def test_seeds_repeat_the_augmentation(tiny, items):
     batches = []
     for _ in range(2):
         torch.manual_seed(0)
-        batches.append(Batcher(*tiny, AugmentConfig(), seed=3).batch(items))
+        batches.append(SpeechBatcher(*tiny, AugmentConfig(), seed=3).make_batch(items))
     assert torch.equal(batches[0].features["input_features"], batches[1].features["input_features"])
 
 
 def test_a_slower_item_is_its_interpolation(tiny, items, monkeypatch):
     model, processor = tiny
-    batcher = Batcher(model, processor, CLEAN, seed=0)
+    batcher = SpeechBatcher(model, processor, CLEAN, seed=0)
     drawn = Perturbation(torch.tensor([0.75]), torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.bool))
     monkeypatch.setattr(Perturbation, "draw", lambda *_: drawn)
-    item = Item(items[0].pieces[:1], cased=False)
+    item = TrainingItem(items[0].pieces[:1], cased=False)
     source, utterance, _ = item.pieces[0]
     samples = source.audio[utterance.start : utterance.end].numpy() / 32768
     slow = np.interp(np.arange(len(samples) * 4 // 3) * 0.75, np.arange(len(samples)), samples).astype(np.float32)
-    batch = batcher.batch([item])
+    batch = batcher.make_batch([item])
     assert batch.seconds == pytest.approx(item.seconds / 0.75, abs=1e-3)
     expected = processor.features([slow])["input_features"]
     torch.testing.assert_close(batch.features["input_features"], expected, atol=1e-3, rtol=0)

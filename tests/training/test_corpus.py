@@ -11,7 +11,7 @@ import torch
 from unique_asr.data import Recording, Span
 from unique_asr.data import Utterance as Spoken
 from unique_asr.training import corpus as corpus_module
-from unique_asr.training.corpus import Corpus, Source, Utterance, read_manifests, read_synthetic
+from unique_asr.training.corpus import Corpus, Source, TrainingUtterance, read_manifests, read_synthetic
 
 CPU = torch.device("cpu")
 
@@ -143,7 +143,7 @@ def test_synthetic_speakers_are_recordings(tmp_path):
     assert [[utterance.cased for utterance in run] for run in source.cased_runs] == [["Three?"], ["Two."]]
     one = source.recordings[0][0]
     assert np.array_equal(source.audio[one.start : one.end].numpy(), shards["1.npy"][4_000:20_000])
-    with pytest.raises(ValueError, match=r"index\.jsonl: no such file; make it with scripts/synthesize\.py speak"):
+    with pytest.raises(ValueError, match=r"index\.jsonl: no such file; make it with scripts/recipes/synthesize\.py speak"):
         read_synthetic(tmp_path / "none", {}, CPU)
 
 
@@ -156,7 +156,7 @@ def source(name="news", weight=1.0, recordings=4, utterances=20, seconds=2.0, ca
         cased = r % cased_every == 0
         made.append(
             [
-                Utterance(start, start + samples, f"r{r} u{u}", f"R{r} u{u}." if cased else None)
+                TrainingUtterance(start, start + samples, f"r{r} u{u}", f"R{r} u{u}." if cased else None)
                 for u, start in enumerate(starts)
             ]
         )
@@ -167,7 +167,7 @@ def source(name="news", weight=1.0, recordings=4, utterances=20, seconds=2.0, ca
 def test_items_have_the_wanted_length(seconds):
     corpus = Corpus([source()], seed=0)
     for _ in range(20):
-        item = corpus.item(seconds, cased_share=0.5)
+        item = corpus.draw_item(seconds, cased_share=0.5)
         assert 0.65 * seconds < item.seconds <= seconds
         assert item.pieces[0][2] == 0
         assert all(0 <= gap <= 0.8 for _, _, gap in item.pieces)
@@ -175,7 +175,7 @@ def test_items_have_the_wanted_length(seconds):
 
 def test_items_are_consecutive_utterances():
     corpus = Corpus([source()], seed=0, max_gap_seconds=0)
-    item = corpus.item(16, cased_share=0)
+    item = corpus.draw_item(16, cased_share=0)
     found = [utterance for _, utterance, _ in item.pieces]
     jumps = sum(after.start != before.end for before, after in itertools.pairwise(found))
     assert jumps <= 1  # to a further recording, where the first was too short
@@ -184,7 +184,7 @@ def test_items_are_consecutive_utterances():
 
 def test_texts_follow_the_case():
     corpus = Corpus([source(cased_every=2)], seed=0)
-    items = [corpus.item(8, cased_share=0.5) for _ in range(40)]
+    items = [corpus.draw_item(8, cased_share=0.5) for _ in range(40)]
     assert {item.cased for item in items} == {True, False}
     for item in items:
         utterances = [utterance for _, utterance, _ in item.pieces]
@@ -197,8 +197,8 @@ def test_texts_follow_the_case():
 
 
 def test_without_case_all_items_are_lower_case():
-    plain = Source("plain", torch.zeros(16000), [[Utterance(0, 16000, "a", None)]], weight=1.0)
-    assert not Corpus([plain], seed=0).item(1, cased_share=1.0).cased
+    plain = Source("plain", torch.zeros(16000), [[TrainingUtterance(0, 16000, "a", None)]], weight=1.0)
+    assert not Corpus([plain], seed=0).draw_item(1, cased_share=1.0).cased
 
 
 def test_sources_are_drawn_by_weight_and_seeds_repeat():
@@ -206,7 +206,7 @@ def test_sources_are_drawn_by_weight_and_seeds_repeat():
     draws = []
     for _ in range(2):
         corpus = Corpus(sources, seed=7)
-        draws.append([corpus.item(2, cased_share=0.5).pieces[0][0].name for _ in range(400)])
+        draws.append([corpus.draw_item(2, cased_share=0.5).pieces[0][0].name for _ in range(400)])
     assert draws[0] == draws[1]
     assert draws[0].count("often") == pytest.approx(300, abs=40)
     assert draws[0].count("never") == 0
@@ -214,4 +214,4 @@ def test_sources_are_drawn_by_weight_and_seeds_repeat():
 
 def test_nothing_to_draw_from_names_the_options():
     with pytest.raises(ValueError, match=r"no utterance to train on; check data\.manifests"):
-        Corpus([source(recordings=0)], seed=0).item(5, 0.5)
+        Corpus([source(recordings=0)], seed=0).draw_item(5, 0.5)

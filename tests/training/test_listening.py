@@ -15,11 +15,19 @@ from unique_asr.training import listening as listening_module
 from unique_asr.training import losses as losses_module
 from unique_asr.training import speech_material as speech_module
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, Item, Utterance, read_manifests
-from unique_asr.training.listening import CLEAN, can_listen_once, cut, hear, heard_sources, listen, position_texts
-from unique_asr.training.speech_batches import Batcher
-from unique_asr.training.speech_material import Speech
-from unique_asr.training.text_sources import ListenerTokens, Texts
+from unique_asr.training.corpus import Corpus, TrainingItem, TrainingUtterance, read_manifests
+from unique_asr.training.listening import (
+    CLEAN,
+    can_listen_once,
+    cut_stretch,
+    decode_position_texts,
+    hear,
+    listen,
+    load_or_listen,
+)
+from unique_asr.training.speech_batches import SpeechBatcher
+from unique_asr.training.speech_material import SpeechMaterial
+from unique_asr.training.text_sources import ListenerTokens, TextSource
 from unique_asr.training.trainer import Trainer
 
 
@@ -28,8 +36,10 @@ def test_positions_are_those_of_the_model(listener, manifest, tmp_path):
     model, processor = listener
     (source,) = read_manifests([manifest], {}, model.device)
     utterances = source.recordings[0]
-    item = Item([(source, Utterance(utterances[0].start, utterances[-1].end, "", None), 0.0)], cased=False)
-    ((_, candidates, weights),) = hear(model, Batcher(*listener, CLEAN, 0), [item], windows=1)
+    item = TrainingItem(
+        [(source, TrainingUtterance(utterances[0].start, utterances[-1].end, "", None), 0.0)], cased=False
+    )
+    ((_, candidates, weights),) = hear(model, SpeechBatcher(*listener, CLEAN, 0), [item], windows=1)
     samples = soundfile.read(tmp_path / "a.wav", dtype="float32")[0]
     encoded = model.encode([samples], processor)
     table = model.get_input_embeddings().weight
@@ -45,7 +55,7 @@ def test_parts_have_the_text_that_was_heard(listener, manifest):
     ((name, recordings),) = listen(model, processor, sources, log=lines.append).items()
     assert name == "news"
     assert [len(recording) for recording in recordings] == [2, 1]
-    texts = position_texts(model, processor)
+    texts = decode_position_texts(model, processor)
     for recording, utterances in zip(recordings, sources[0].recordings, strict=True):
         for (text, seconds, candidates, weights), utterance in zip(recording, utterances, strict=True):
             assert text.lower() == utterance.text
@@ -58,14 +68,14 @@ def test_parts_have_the_text_that_was_heard(listener, manifest):
 def test_a_recording_is_cut_where_both_ends_were_heard():
     """Parts cover what was heard; a misheard end joins two utterances, and one that was not heard is left out."""
     texts = ("the cat sat", "on the mat", "far away now", "zebras hum quietly")
-    stretch = [Utterance(0, 16000, text, None) for text in texts]
+    stretch = [TrainingUtterance(0, 16000, text, None) for text in texts]
     heard = [" The", " cat", " sat", ".", " On", " the", " m", "at", ".", " Far", " away", " how"]
-    parts, matched, words = cut(stretch, heard)
+    parts, matched, words = cut_stretch(stretch, heard)
     assert [(part.text, part.first, part.end) for part in parts] == [("The cat sat.", 0, 1), ("On the mat.", 1, 2)]
     assert [heard[part.start : part.stop] for part in parts] == [heard[:4], heard[4:9]]
     assert (matched, words) == (8, 12)
-    cased = [Utterance(0, 16000, text, text.upper().capitalize() + "!") for text in texts]
-    assert [part.text for part in cut(cased, heard)[0]] == ["The cat sat!", "On the mat!"]
+    cased = [TrainingUtterance(0, 16000, text, text.upper().capitalize() + "!") for text in texts]
+    assert [part.text for part in cut_stretch(cased, heard)[0]] == ["The cat sat!", "On the mat!"]
 
 
 def test_it_listens_once(listener, manifest, tmp_path, monkeypatch):
@@ -79,7 +89,7 @@ def test_it_listens_once(listener, manifest, tmp_path, monkeypatch):
 
     def sources(about="data", **options):
         path = tmp_path / "kept" / "heard.pt"
-        return heard_sources(model, processor, read, about, path, augment, log=lambda line: None, **options)
+        return load_or_listen(model, processor, read, about, path, augment, log=lambda line: None, **options)
 
     (first,), (second,) = sources(), sources()
     assert len(reads) == 1
@@ -115,12 +125,12 @@ READ = {"train": {"language_model": 3e-3}, "ctc_weight": 0.0, "seconds": (4.0, 9
 
 def heard_trainer(listener, manifest, output, **options):
     model, processor = listener
-    sources = heard_sources(
+    sources = load_or_listen(
         model, processor, lambda: read_manifests([manifest], {}, model.device), {}, output / "heard.pt", CLEAN,
         log=lambda line: None,
     )  # fmt: skip
     options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
-    return Trainer(model, Speech(model, processor, Corpus(sources, seed=0), CLEAN), output, **options)
+    return Trainer(model, SpeechMaterial(model, processor, Corpus(sources, seed=0), CLEAN), output, **options)
 
 
 PACKED = {**READ, "tokens": 512, "pack": True}
@@ -175,14 +185,14 @@ def texts(tmp_path, byte_tokenizer):
         return tokenizer(" " + text)["input_ids"]
 
     tokens.stop = 200
-    return Texts(path, tokens, weight=2.0), tokenizer
+    return TextSource(path, tokens, weight=2.0), tokenizer
 
 
 def test_texts_are_heard_nearly_as_they_are(texts):
     source, tokenizer = texts
     assert source.lines == ["The cat sat on the mat.", "It was ten o'clock.", "The end."]
     random = np.random.default_rng(0)
-    lines = [utterance for _ in range(40) for utterance in source.stretch(cased=False, random=random)]
+    lines = [utterance for _ in range(40) for utterance in source.draw_stretch(cased=False, random=random)]
     same = 0
     for line in lines:
         candidates, weights = line.heard
@@ -203,13 +213,13 @@ def test_packed_rows_have_little_padding(listener, texts, monkeypatch):
     monkeypatch.setattr(speech_module, "TOKENS_A_SECOND", 40)
     shares = {}
     for pack in (False, True):
-        speech = Speech(*listener, Corpus([texts[0]], seed=0), CLEAN)
+        speech = SpeechMaterial(*listener, Corpus([texts[0]], seed=0), CLEAN)
         real = total = 0
         for _ in range(20):
-            items, (rows, length) = speech.items(stage(seconds=(3.0, 100.0), tokens=4096, pack=pack))
-            lengths = [speech.tokens(item) for item in items]
+            items, (rows, length) = speech.draw_items(stage(seconds=(3.0, 100.0), tokens=4096, pack=pack))
+            lengths = [speech.count_tokens(item) for item in items]
             assert rows * length == 4096
-            real += sum(lengths[item] for item in losses_module.pack(lengths, rows, length, 8 if pack else length))
+            real += sum(lengths[item] for item in losses_module.pack_rows(lengths, rows, length, 8 if pack else length))
             total += rows * length
         shares[pack] = real / total
     assert shares[False] < 0.6
@@ -218,7 +228,7 @@ def test_packed_rows_have_little_padding(listener, texts, monkeypatch):
 
 def test_seeds_repeat_the_texts(texts):
     source, _ = texts
-    items = [Corpus([source], seed=3).item(60, cased_share=1.0) for _ in range(2)]
+    items = [Corpus([source], seed=3).draw_item(60, cased_share=1.0) for _ in range(2)]
     assert items[0].text == items[1].text
     assert 42 < items[0].seconds <= 60
 

@@ -6,9 +6,9 @@ import torch
 
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models.speech_llm.projector import Frames
-from unique_asr.training.decoders import Decoder
-from unique_asr.training.losses import ctc_loss, language_model_loss, pack
-from unique_asr.training.speech_batches import Batch
+from unique_asr.training.decoders import PlainDecoder
+from unique_asr.training.losses import compute_ctc_loss, compute_llm_loss, pack_rows
+from unique_asr.training.speech_batches import SpeechBatch
 
 
 def frames(windows, length, classes=5):
@@ -18,7 +18,7 @@ def frames(windows, length, classes=5):
 
 
 def batch(ctc_targets, spans, windows):
-    return Batch({}, torch.tensor(spans), torch.tensor(windows), ctc_targets, [], [], [], 0.0)
+    return SpeechBatch({}, torch.tensor(spans), torch.tensor(windows), ctc_targets, [], [], [], 0.0)
 
 
 def torch_ctc(logits, target):
@@ -32,7 +32,7 @@ def torch_ctc(logits, target):
 
 def test_ctc_is_torchs_a_token():
     heard = frames(1, 20)
-    loss = ctc_loss(heard, batch([[1, 2, 2, 0]], [(0, 17)], [1]))
+    loss = compute_ctc_loss(heard, batch([[1, 2, 2, 0]], [(0, 17)], [1]))
     torch.testing.assert_close(loss, torch_ctc(heard.logits[0, :17], [1, 2, 2, 0]) / 4)
 
 
@@ -40,7 +40,7 @@ def test_ctc_leaves_cut_items_out():
     """The second item has two windows, so the text of each is unknown."""
     heard = frames(4, 20)
     targets = [[1, 2], [0, 1, 2, 3, 4], [3]]
-    loss = ctc_loss(heard, batch(targets, [(0, 9), (0, 18), (2, 14), (0, 20)], [1, 2, 1]))
+    loss = compute_ctc_loss(heard, batch(targets, [(0, 9), (0, 18), (2, 14), (0, 20)], [1, 2, 1]))
     expected = torch_ctc(heard.logits[0, :9], [1, 2]) + torch_ctc(heard.logits[3], [3])
     torch.testing.assert_close(loss, expected / 3)
     loss.backward()
@@ -50,16 +50,16 @@ def test_ctc_leaves_cut_items_out():
 
 def test_ctc_of_the_impossible_is_zero():
     heard = frames(1, 3)
-    loss = ctc_loss(heard, batch([[1, 1, 1, 1]], [(0, 3)], [1]))
+    loss = compute_ctc_loss(heard, batch([[1, 1, 1, 1]], [(0, 3)], [1]))
     loss.backward()
     assert loss == 0
     assert torch.isfinite(heard.logits.grad).all()
-    assert torch.isfinite(ctc_loss(frames(1, 3), batch([[]], [(0, 3)], [1])))
+    assert torch.isfinite(compute_ctc_loss(frames(1, 3), batch([[]], [(0, 3)], [1])))
 
 
 def test_ctc_spans_may_end_after_the_last_frame():
     heard = frames(1, 20)
-    loss = ctc_loss(heard, batch([[1]], [(0, 21)], [1]))
+    loss = compute_ctc_loss(heard, batch([[1]], [(0, 21)], [1]))
     torch.testing.assert_close(loss, torch_ctc(heard.logits[0], [1]))
 
 
@@ -80,7 +80,7 @@ def test_the_llms_loss_is_that_of_forward(tiny, prompt):
     joined.before = [before] * 2
     joined.after = [after + transcript for transcript in transcripts]
     joined.labels = [len(transcript) for transcript in transcripts]
-    loss, tokens = language_model_loss(model, audio, joined)
+    loss, tokens = compute_llm_loss(model, audio, joined)
 
     ids = torch.tensor([[*prompt_ids, *transcripts[0]] for prompt_ids in inputs.pop("input_ids").tolist()])
     ids[1, -6:] = torch.tensor([*transcripts[1], 0, 0])  # padded on the right
@@ -102,8 +102,8 @@ def test_an_item_longer_than_a_step_is_named(tiny):
     with pytest.raises(
         ValueError, match=rf"an item has {length} tokens, 60 of them its transcript's, more than the 64"
     ):
-        language_model_loss(model, audio, joined, (1, 64))
-    _, tokens = language_model_loss(model, audio, joined, (2, 64))  # the shorter one alone
+        compute_llm_loss(model, audio, joined, (1, 64))
+    _, tokens = compute_llm_loss(model, audio, joined, (2, 64))  # the shorter one alone
     assert tokens == length
 
 
@@ -127,7 +127,7 @@ def test_slips_are_read_and_not_written(tiny, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
     torch.manual_seed(0)
-    language_model_loss(model, [torch.zeros(3, 32)], joined, decoder=decoder, slips=0.2)
+    compute_llm_loss(model, [torch.zeros(3, 32)], joined, decoder=decoder, slips=0.2)
     table = model.get_input_embeddings().weight
     read = [(table == vector).all(1).nonzero()[0].item() for vector in seen["embeds"]]
     assert seen["targets"].tolist() == transcript
@@ -175,7 +175,7 @@ def test_items_that_share_rows_have_their_losses_and_gradients(double, attention
         if page_size is None and attention["mode"] == "dense":
             handle.restore()
         with handle:
-            loss, tokens = language_model_loss(model, heard, joined, shape, mark_decoded=True, page_size=page_size)
+            loss, tokens = compute_llm_loss(model, heard, joined, shape, mark_decoded=True, page_size=page_size)
             loss.backward()
         assert shape is None or tokens == shape[0] * shape[1]
         weights = [parameter.grad for parameter in model.language_model.model.layers.parameters()]
@@ -191,26 +191,26 @@ def test_an_item_sees_nothing_of_the_others_in_its_row(double, mode):
     """The states of each, bit by bit, whatever the text and the positions of one of them are."""
     model, processor = double
     audio, joined = several(processor)
-    decoder, states = Decoder(model.get_decoder()), []
+    decoder, states = PlainDecoder(model.get_decoder()), []
 
     def watched(*inputs):
         states.append(decoder(*inputs))
         return states[-1]
 
     lengths = [len(a) + len(b) + len(c) for a, b, c in zip(joined.before, audio, joined.after, strict=True)]
-    places = pack(lengths, 1, 533, 8)
+    places = pack_rows(lengths, 1, 533, 8)
     assert len(places) == len(audio)
     with training_attention(model.language_model, mode=mode, budget=40, queries="all"), torch.no_grad():
-        language_model_loss(model, audio, joined, (1, 533), watched, page_size=8)
+        compute_llm_loss(model, audio, joined, (1, 533), watched, page_size=8)
         audio[2] = audio[2] + 1
         joined.after[2] = [*joined.after[2][:-5], *[7] * 5]
-        language_model_loss(model, audio, joined, (1, 533), watched, page_size=8)
+        compute_llm_loss(model, audio, joined, (1, 533), watched, page_size=8)
     for item, (row, begin) in places.items():
         before, after = (each[row, begin : begin + lengths[item]] for each in states)
         assert torch.equal(before, after) == (item != 2)
 
 
 def test_packing_takes_the_first_row_with_room():
-    assert pack([9, 20, 7, 30, 8], 2, 32, 8) == {0: (0, 0), 1: (1, 0), 2: (0, 16), 4: (0, 24)}
-    assert pack([9, 20, 7], 2, 32, 32) == {0: (0, 0), 1: (1, 0)}
-    assert pack([33], 1, 32, 8) == {}
+    assert pack_rows([9, 20, 7, 30, 8], 2, 32, 8) == {0: (0, 0), 1: (1, 0), 2: (0, 16), 4: (0, 24)}
+    assert pack_rows([9, 20, 7], 2, 32, 32) == {0: (0, 0), 1: (1, 0)}
+    assert pack_rows([33], 1, 32, 8) == {}

@@ -18,8 +18,8 @@ from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, m
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.lora import LoraSettings, add_lora, without_lora
-from unique_asr.training.pretrained_material import PretrainedSpeech
+from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
+from unique_asr.training.pretrained_material import PretrainedMaterial
 from unique_asr.training.trainer import Trainer
 
 KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]
@@ -38,7 +38,7 @@ def make_material(write_manifest):
     def make(name, augment=CLEAN, segments=WORDS):
         model, processor = speech_models.make(name)
         sources = read_manifests([write_manifest(segments, seconds=1.5)], {}, model.device)
-        return PretrainedSpeech(model, processor, Corpus(sources, seed=0, max_gap_seconds=0.0), augment)
+        return PretrainedMaterial(model, processor, Corpus(sources, seed=0, max_gap_seconds=0.0), augment)
 
     return make
 
@@ -59,7 +59,7 @@ def make_trainer(make_material, tmp_path):
 def test_the_loss_is_the_models_own(make_material, name):
     """Of the answer's tokens, over the vectors that it transcribes from."""
     material = make_material(name)
-    loss, measures = material.loss(stage(**LEARN))
+    loss, measures = material.compute_loss(stage(**LEARN))
     ((item,),) = material.drawn
     (samples,), (answer,) = material._heard([item])
     with torch.no_grad():
@@ -75,10 +75,10 @@ def test_the_loss_is_the_models_own(make_material, name):
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_answer_is_read_as_it_is_written(make_material, name):
     material = make_material(name)
-    item = material.corpus.item(1.5, cased_share=1.0)
+    item = material.corpus.draw_item(1.5, cased_share=1.0)
     while len(item.pieces) < 2:
-        item = material.corpus.item(1.5, cased_share=0.0)
-    *tokens, end = material.answer(item, speed=2.0)
+        item = material.corpus.draw_item(1.5, cased_share=0.0)
+    *tokens, end = material.write_answer(item, speed=2.0)
     assert end == material.processor.tokenizer.eos_token_id
     parser = material.known_model.parser()
     read = [*parser.push(material.processor.tokenizer.decode(tokens)), *parser.close()]
@@ -143,7 +143,7 @@ def test_frozen_weights_stay_in_sixteen_bits(make_trainer):
     trainer.run_stage(stage(**{**LEARN, "steps": 2, "train": {"lora": 1e-2}}))
     kinds = {(".lora_" in name, value.dtype) for name, value in trainer.model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-    assert {value.dtype for value in without_lora(trainer.model).parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in copy_without_lora(trainer.model).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -151,7 +151,7 @@ def test_lora_vanishes_when_saved(make_trainer, tmp_path, name):
     trainer = make_trainer(name, lora=True)
     names = {name.replace(".base_layer.", ".") for name in trainer.model.state_dict() if ".lora_" not in name}
     trainer.run_stage(stage(**{**LEARN, "steps": 1, "train": {"lora": 1e-2}}))
-    plain = without_lora(trainer.model)
+    plain = copy_without_lora(trainer.model)
     assert set(plain.state_dict()) == names
     plain.save_pretrained(tmp_path)
     loaded = type(plain).from_pretrained(tmp_path).eval()
@@ -209,20 +209,20 @@ def test_a_resumed_run_has_the_same_losses(make_trainer, lora):
 def test_items_have_about_the_tokens_of_a_step(make_material):
     material = make_material("qwen3_asr", segments={"a.wav": [{"start": 0.0, "end": 0.5, "text": "so"}]})
     for _ in range(20):
-        items = material.items(stage(seconds=(2.0, 60.0), tokens=512))
+        items = material.draw_items(stage(seconds=(2.0, 60.0), tokens=512))
         assert 100 < sum(32 + 18 * item.seconds for item in items) <= 520
-    assert len(material.items(stage(seconds=(60.0, 60.0), windows=8))) == 4
+    assert len(material.draw_items(stage(seconds=(60.0, 60.0), windows=8))) == 4
 
 
 def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
     material = make_material("vibevoice_asr")
     with pytest.raises(ValueError, match="SpeechLLMForConditionalGeneration has no adapter"):
-        PretrainedSpeech(*tiny, material.corpus, CLEAN)
+        PretrainedMaterial(*tiny, material.corpus, CLEAN)
     with pytest.raises(ValueError, match="seconds reaches 60 and qwen2_audio hears 30 in one pass"):
-        make_material("qwen2_audio").loss(stage(seconds=(5.0, 60.0)))
+        make_material("qwen2_audio").compute_loss(stage(seconds=(5.0, 60.0)))
     for option in ({"position_dropout": 0.1}, {"pack": True, "tokens": 64}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} is for this package's own models"):
-            material.loss(stage(**option))
+            material.compute_loss(stage(**option))
     with pytest.raises(ValueError, match=r"unknown parts \['encoder'\]; give projector, language_model, lora"):
         make_trainer("vibevoice_asr").run_stage(stage(train={"encoder": 1e-3}))
     with pytest.raises(ValueError, match=r"lora\.targets is \['q'\]"):

@@ -12,8 +12,8 @@ from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
 from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.lora import LoraSettings, add_lora, without_lora
-from unique_asr.training.speech_material import Speech
+from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
+from unique_asr.training.speech_material import SpeechMaterial
 from unique_asr.training.trainer import StageConfig, Trainer
 
 LONG = {
@@ -33,7 +33,7 @@ def make_trainer(speech_llm, write_manifest, tmp_path):
         model, processor = speech_llm()
         sources = read_manifests([write_manifest(segments, seconds=seconds)], {}, model.device)
         options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
-        material = Speech(model, processor, Corpus(sources, seed=0), CLEAN, seed)
+        material = SpeechMaterial(model, processor, Corpus(sources, seed=0), CLEAN, seed)
         return Trainer(model, material, tmp_path / name, **options)
 
     return make
@@ -75,14 +75,14 @@ def test_the_mask_matters_and_only_for_what_is_decoded(make_trainer):
 
 def test_the_last_steps_are_hard(make_trainer, monkeypatch):
     modes = []
-    loss = Speech.loss
+    loss = SpeechMaterial.compute_loss
 
     def watch(self, *arguments):
         found = loss(self, *arguments)
         modes.append(self.model.language_model.model.layers[0].self_attn.training_attention.config.mode)
         return found
 
-    monkeypatch.setattr(Speech, "loss", watch)
+    monkeypatch.setattr(SpeechMaterial, "compute_loss", watch)
     make_trainer().run_stage(long_stage(steps=8, attention={**SOFT, "hard_last": 0.25}))
     assert modes == ["soft"] * 6 + ["hard"] * 2
 
@@ -91,11 +91,11 @@ def test_adapters_train_alone_and_vanish_when_saved(make_trainer, tmp_path):
     trainer = make_trainer()
     model = trainer.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert without_lora(model) is model
+    assert copy_without_lora(model) is model
     add_lora(model, LoraSettings(rank=4, alpha=8))
     trainer.run_stage(long_stage(steps=8, train={"lora": 3e-2}, attention=SOFT))
     assert sum(metrics(trainer)[-3:]) < 0.95 * sum(metrics(trainer)[:3])
-    plain = without_lora(model)
+    plain = copy_without_lora(model)
     after = plain.state_dict()
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}

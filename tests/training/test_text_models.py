@@ -9,7 +9,7 @@ from test_sparsity import Stopped, rows
 from test_trainer import ROOT, configuration, metrics, stage
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from unique_asr.training.text_material import Text
+from unique_asr.training.text_material import TextMaterial
 from unique_asr.training.trainer import Trainer
 
 ROW = {"tokens": 256, "length": 128, "train": {"language_model": 1e-2}}
@@ -43,15 +43,15 @@ def make_trainer(language_model, file, tmp_path):
     def make(name="output", **options):
         model, tokenizer = language_model()
         options = {"dtype": torch.float32, "log_every": 1, "log": lambda line: None, **options}
-        return Trainer(model, Text(model, tokenizer, [file]), tmp_path / name, **options)
+        return Trainer(model, TextMaterial(model, tokenizer, [file]), tmp_path / name, **options)
 
     return make
 
 
 def test_the_loss_is_the_models_own(language_model, file):
     model, tokenizer = language_model()
-    text = Text(model, tokenizer, [file], seed=1)
-    loss, measures = text.loss(stage(**ROW), None)
+    text = TextMaterial(model, tokenizer, [file], seed=1)
+    loss, measures = text.compute_loss(stage(**ROW), None)
     ids = tokenizer(file.read_text(), return_tensors="pt").input_ids[0]
     assert text.tokens == len(ids)
     batch = torch.stack([ids[first : first + 128] for _, first, _ in text.drawn])
@@ -104,9 +104,9 @@ def test_a_resumed_run_has_the_same_losses(make_trainer):
 def test_what_is_wrong_is_named(language_model, file, make_trainer):
     model, tokenizer = language_model()
     with pytest.raises(ValueError, match=r"text\.files is missing"):
-        Text(model, tokenizer, [])
+        TextMaterial(model, tokenizer, [])
     with pytest.raises(ValueError, match=r"none\.txt: no such text"):
-        Text(model, tokenizer, [file.with_name("none.txt")])
+        TextMaterial(model, tokenizer, [file.with_name("none.txt")])
     with pytest.raises(ValueError, match="length is 0; give the tokens of a row"):
         make_trainer().run_stage(stage(**{**ROW, "length": 0}))
     with pytest.raises(ValueError, match=r"longer than every text in text\.files"):

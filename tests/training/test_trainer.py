@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
-from unique_asr.training.speech_material import Speech
+from unique_asr.training.speech_material import SpeechMaterial
 from unique_asr.training.trainer import StageConfig, Trainer, _rate
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def trainer(speech_llm, write_manifest, tmp_path):
     """Trains a new tiny model on one utterance."""
     model, processor = speech_llm()
     sources = read_manifests([write_manifest(SEGMENTS)], {}, model.device)
-    material = Speech(model, processor, Corpus(sources, seed=0), CLEAN)
+    material = SpeechMaterial(model, processor, Corpus(sources, seed=0), CLEAN)
     return Trainer(model, material, tmp_path / "output", dtype=torch.float32, log_every=1, log=lambda line: None)
 
 
@@ -140,7 +140,7 @@ def test_a_part_may_be_one_layer_with_its_own_rate(trainer):
 def test_shapes_are_powers_of_two_that_hold_the_items(trainer):
     shapes = set()
     for _ in range(50):
-        items, (rows, length) = trainer.material.items(stage(seconds=(3.0, 60.0), tokens=512))
+        items, (rows, length) = trainer.material.draw_items(stage(seconds=(3.0, 60.0), tokens=512))
         assert len(items) == rows
         assert rows * length == 512
         shapes.add((rows, length))
@@ -151,9 +151,9 @@ def test_shapes_are_powers_of_two_that_hold_the_items(trainer):
 def test_a_packed_row_is_full(trainer):
     """Of items that were not heard before, each counted as fast speech; the last may be an utterance that is longer."""
     for _ in range(20):
-        items, shape = trainer.material.items(stage(seconds=(3.0, 60.0), tokens=512, pack=True))
+        items, shape = trainer.material.draw_items(stage(seconds=(3.0, 60.0), tokens=512, pack=True))
         assert shape == (1, 512)
-        counts = [trainer.material.tokens(item) for item in items]
+        counts = [trainer.material.count_tokens(item) for item in items]
         assert 512 - 3.0 * 9 < sum(counts) < 512 + 3.0 * 9
     with pytest.raises(ValueError, match="stage odd: pack needs `tokens`"):
         stage("odd", pack=True)

@@ -71,7 +71,7 @@ def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:
     return features
 
 
-def log_mel(windows: Tensor, mel_filters: Tensor, n_fft: int = 400, hop: int = 160) -> Tensor:
+def compute_log_mel(windows: Tensor, mel_filters: Tensor, n_fft: int = 400, hop: int = 160) -> Tensor:
     """Whisper's log-mel features of W padded windows on their device: [W, samples] -> [W, mels, samples / hop].
 
     mel_filters: [n_fft / 2 + 1, mels], the feature extractor's. WhisperFeatureExtractor gives the same on the CPU.

@@ -15,7 +15,7 @@ def normalise(word: str) -> str:
     return re.sub(r"[^a-z0-9']", "", word.lower()).strip("'")
 
 
-def heard_words(text: str) -> list[tuple[str, str, str]]:
+def split_heard(text: str) -> list[tuple[str, str, str]]:
     """(normalised word, its surface without punctuation, trailing punctuation) of each word of Whisper's text."""
     words = []
     for token in re.split(r"[\s\-–—]+", text.replace("’", "'")):
@@ -29,13 +29,13 @@ def heard_words(text: str) -> list[tuple[str, str, str]]:
     return words
 
 
-def same_case(word: str, like: str) -> str:
+def copy_case(word: str, like: str) -> str:
     return word.capitalize() if like[:1].isupper() and like != "I" else word
 
 
-def restore(words: list[str], text: str) -> tuple[list[str], list[bool]]:
+def restore_case(words: list[str], text: str) -> tuple[list[str], list[bool]]:
     """The reference words with the case and punctuation of Whisper's `text`, and which of them Whisper heard."""
-    heard = heard_words(text)
+    heard = split_heard(text)
     matcher = difflib.SequenceMatcher(None, [normalise(word) for word in words], [word for word, *_ in heard], False)
     restored, matched = list(words), [False] * len(words)
     for kind, i, i_end, j, j_end in matcher.get_opcodes():
@@ -43,13 +43,13 @@ def restore(words: list[str], text: str) -> tuple[list[str], list[bool]]:
             for k in range(i_end - i):
                 _, surface, mark = heard[j + k]
                 exact = surface.lower() == words[i + k].lower()
-                restored[i + k] = (surface if exact else same_case(words[i + k], surface)) + mark
+                restored[i + k] = (surface if exact else copy_case(words[i + k], surface)) + mark
                 matched[i + k] = True
         elif kind == "replace" and i_end - i == j_end - j:
             for k in range(i_end - i):
                 word, surface, mark = heard[j + k]
                 if difflib.SequenceMatcher(None, normalise(words[i + k]), word).ratio() >= SIMILAR:
-                    restored[i + k] = same_case(words[i + k], surface) + mark
+                    restored[i + k] = copy_case(words[i + k], surface) + mark
     for k, word in enumerate(restored):
         if re.match(r"i\b", word):
             restored[k] = "I" + word[1:]

@@ -54,21 +54,21 @@ class Checkpoint:
         return found
 
 
-def random_states(material: Material) -> dict[str, Any]:
+def collect_random_states(material: Material) -> dict[str, Any]:
     """The states of all random numbers of this process."""
     return {
-        "material": material.random_states(),
+        "material": material.collect_random_states(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
-def restore_random(states: list[dict[str, Any]], processes: Processes, material: Material) -> None:
+def restore_random_states(states: list[dict[str, Any]], processes: Processes, material: Material) -> None:
     """Raises ValueError if the run had another number of processes."""
     if len(states) != processes.count:
         raise ValueError(f"the checkpoint is of {len(states)} processes, not {processes.count}: start as many")
     state = states[processes.rank]
-    material.restore_random(state["material"])
+    material.restore_random_states(state["material"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -29,7 +29,7 @@ MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it w
 
 
 @dataclass(eq=False)
-class Utterance:
+class TrainingUtterance:
     """Samples [start, end) of its source's audio. `cased`: the text with case and punctuation, None where unknown.
 
     heard: what a listener made of it: the most likely tokens of each position, [M, A], and their weights, [M, A].
@@ -52,9 +52,9 @@ class Source:
 
     name: str
     audio: Tensor  # [samples] int16
-    recordings: list[list[Utterance]]
+    recordings: list[list[TrainingUtterance]]
     weight: float
-    cased_runs: list[list[Utterance]] = field(init=False)
+    cased_runs: list[list[TrainingUtterance]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.cased_runs = [run for recording in self.recordings for run in _cased_runs(recording)]
@@ -63,11 +63,11 @@ class Source:
     def hours(self) -> float:
         return sum(utterance.seconds for recording in self.recordings for utterance in recording) / 3600
 
-    def has(self, cased: bool) -> bool:
+    def has_utterances(self, cased: bool) -> bool:
         """Whether there is anything to draw, with known case if `cased`."""
         return bool(self.cased_runs if cased else self.recordings)
 
-    def stretch(self, cased: bool, random: np.random.Generator) -> Iterable[Utterance]:
+    def draw_stretch(self, cased: bool, random: np.random.Generator) -> Iterable[TrainingUtterance]:
         """Consecutive utterances of one recording, from any of them on."""
         pool = self.cased_runs if cased else self.recordings
         run = pool[random.integers(len(pool))]
@@ -75,10 +75,10 @@ class Source:
 
 
 @dataclass
-class Item:
+class TrainingItem:
     """Utterances joined in this order. `pieces`: (source, utterance, seconds of silence before it)."""
 
-    pieces: list[tuple[Source, Utterance, float]]
+    pieces: list[tuple[Source, TrainingUtterance, float]]
     cased: bool
 
     @property
@@ -108,35 +108,35 @@ class Corpus:
         self.random = np.random.default_rng(seed)
         self.max_gap_seconds = max_gap_seconds
 
-    def item(self, seconds: float, cased_share: float) -> Item:
+    def draw_item(self, seconds: float, cased_share: float) -> TrainingItem:
         """Consecutive utterances of at most `seconds`, or one longer; more recordings follow where one is too short.
 
         cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
         Raises ValueError if there is nothing to draw from.
         """
-        if not any(source.has(cased=False) for source in self.sources):
+        if not any(source.has_utterances(cased=False) for source in self.sources):
             raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and the filters")
-        cased = self.random.random() < cased_share and any(source.has(cased=True) for source in self.sources)
-        pieces: list[tuple[Source, Utterance, float]] = []
+        cased = self.random.random() < cased_share and any(source.has_utterances(cased=True) for source in self.sources)
+        pieces: list[tuple[Source, TrainingUtterance, float]] = []
         total = 0.0
         while True:
             source = self._source(cased)
-            for utterance in source.stretch(cased, self.random):
+            for utterance in source.draw_stretch(cased, self.random):
                 gap = float(self.random.uniform(0, self.max_gap_seconds)) if pieces else 0.0
                 if pieces and total + gap + utterance.seconds > seconds:
-                    return Item(pieces, cased)
+                    return TrainingItem(pieces, cased)
                 pieces.append((source, utterance, gap))
                 total += gap + utterance.seconds
             if total > 0.7 * seconds:
-                return Item(pieces, cased)
+                return TrainingItem(pieces, cased)
 
     def _source(self, cased: bool) -> Source:
-        weights = np.array([source.weight if source.has(cased) else 0.0 for source in self.sources])
+        weights = np.array([source.weight if source.has_utterances(cased) else 0.0 for source in self.sources])
         return self.sources[self.random.choice(len(weights), p=weights / weights.sum())]
 
 
-def _cased_runs(recording: Iterable[Utterance]) -> Iterator[list[Utterance]]:
-    run: list[Utterance] = []
+def _cased_runs(recording: Iterable[TrainingUtterance]) -> Iterator[list[TrainingUtterance]]:
+    run: list[TrainingUtterance] = []
     for utterance in recording:
         if utterance.cased:
             run.append(utterance)
@@ -275,7 +275,7 @@ def _source(
                 left_out[reason] += 1
                 continue
             cased = segment.get("cased") or (segment["text"] if has_case(segment["text"]) else None)
-            recording.append(Utterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))
+            recording.append(TrainingUtterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))
         if recording:
             recordings.append(recording)
         offset += len(samples)
@@ -294,7 +294,7 @@ def has_case(text: str) -> bool:
     return text != text.lower() and text != text.upper()
 
 
-def log_uniform(random: np.random.Generator, low: float, high: float) -> float:
+def draw_log_uniform(random: np.random.Generator, low: float, high: float) -> float:
     return math.exp(random.uniform(math.log(low), math.log(high)))
 
 
@@ -311,11 +311,11 @@ def read_synthetic(folder: str | Path, weights: dict[str, float], device: torch.
     flat = torch.empty(sum(map(len, audio.values())), dtype=torch.int16, device=device)
     for shard in shards:
         flat[offsets[shard] : offsets[shard] + len(audio[shard])] = torch.from_numpy(np.array(audio[shard])).to(device)
-    recordings: dict[str, dict[str, list[Utterance]]] = {}
+    recordings: dict[str, dict[str, list[TrainingUtterance]]] = {}
     for row in rows:
         start = offsets[row["shard"]] + row["offset"]
         cased = row["text"] if has_case(row["text"]) else row.get("cased")
-        utterance = Utterance(start, start + row["samples"], row["text"], cased)
+        utterance = TrainingUtterance(start, start + row["samples"], row["text"], cased)
         if utterance.seconds <= MAX_UTTERANCE_SECONDS:
             recordings.setdefault(row["source"], {}).setdefault(row["speaker"], []).append(utterance)
     return [

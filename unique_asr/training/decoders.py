@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unique_asr.attention.soft_mask import TrainingAttention
 
 
-class Decoder(nn.Module):
+class PlainDecoder(nn.Module):
     """Vectors [B, N, hidden] -> last hidden states [B, N, hidden] of a transformers decoder."""
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -46,14 +46,14 @@ class GraphedDecoder:
         self.graphs: dict[tuple, nn.Module] = {}
 
     def __call__(self, embeds: Tensor, *more: Tensor) -> Tensor:
-        """As `Decoder`."""
+        """As `PlainDecoder`."""
         inputs = (embeds if embeds.requires_grad else embeds.detach().requires_grad_(), *more)
         kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
             with garbage_kept():
                 self.graphs[kind] = torch.cuda.make_graphed_callables(
-                    Decoder(self.decoder),
+                    PlainDecoder(self.decoder),
                     samples,
                     num_warmup_iters=2,
                     allow_unused_input=True,  # embeddings may be trained, and take no part: the inputs are vectors

@@ -52,7 +52,7 @@ class Processes:
         for weight, gradient in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
             weight.grad.copy_(gradient.view_as(weight))
 
-    def agree(self, seconds: float) -> float:
+    def share_first(self, seconds: float) -> float:
         """The time of the first process, so that all of them stop and save at the same step."""
         if self.count == 1:
             return seconds

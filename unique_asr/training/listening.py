@@ -29,10 +29,10 @@ from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProces
 from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.case_restoration import normalise, restore
-from unique_asr.training.corpus import Item, Source, Utterance
+from unique_asr.training.case_restoration import normalise, restore_case
+from unique_asr.training.corpus import Source, TrainingItem, TrainingUtterance
 from unique_asr.training.distributed import Processes
-from unique_asr.training.speech_batches import Batcher
+from unique_asr.training.speech_batches import SpeechBatcher
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig
@@ -43,7 +43,7 @@ MIN_MATCH = 0.7  # share of the words of a stretch that has to be heard; of less
 MIN_PART = 0.6  # the same of each part
 CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
 
-Stretch = list[Utterance]  # consecutive utterances of a recording
+Stretch = list[TrainingUtterance]  # consecutive utterances of a recording
 
 
 @dataclass
@@ -64,7 +64,7 @@ def can_listen_once(model: SpeechLLMForConditionalGeneration, stages: Sequence[S
     return silent and not any(stage.trains_frames or "residual" in stage.train for stage in stages)
 
 
-def heard_sources(
+def load_or_listen(
     model: SpeechLLMForConditionalGeneration,
     processor: SpeechLLMProcessor,
     read: Callable[[], Sequence[Source]],
@@ -85,7 +85,7 @@ def heard_sources(
     wanted = {"listener": hearing_fingerprint(model), "made_of": key}
     kept = _load(path) if path.is_file() else {}
     if {name: kept.get(name) for name in wanted} == wanted:
-        return parts_to_sources(kept["sources"])
+        return make_sources(kept["sources"])
     sources = read()
     hours = sum(source.hours for source in sources)
     log(f"listening to {hours * readings:.1f} h of speech once, for {path}")
@@ -93,7 +93,7 @@ def heard_sources(
     if processes.first:
         save_heard(path, wanted | {"sources": found})
     processes.wait()
-    return parts_to_sources(found)
+    return make_sources(found)
 
 
 def save_heard(path: Path, values: dict) -> None:
@@ -103,8 +103,8 @@ def save_heard(path: Path, values: dict) -> None:
 
 
 def read_heard(path: Path) -> list[Source]:
-    """Of a file that `heard_sources` or scripts/recipes/listen.py wrote."""
-    return parts_to_sources(_load(path)["sources"])
+    """Of a file that `load_or_listen` or scripts/recipes/listen.py wrote."""
+    return make_sources(_load(path)["sources"])
 
 
 def _load(path: Path) -> dict:
@@ -114,7 +114,7 @@ def _load(path: Path) -> dict:
         raise ValueError(f"{path}: not a file of what was heard ({str(error).splitlines()[0]}); remove it") from None
 
 
-def parts_to_sources(found: dict[str, list[list[tuple[str, float, Tensor, Tensor]]]]) -> list[Source]:
+def make_sources(found: dict[str, list[list[tuple[str, float, Tensor, Tensor]]]]) -> list[Source]:
     """By name of the source, recordings of parts: text, seconds, candidates [M, A], weights [M, A]."""
     silence = torch.zeros(0, dtype=torch.int16)
     return [
@@ -123,7 +123,7 @@ def parts_to_sources(found: dict[str, list[list[tuple[str, float, Tensor, Tensor
             silence,
             [
                 [
-                    Utterance(0, round(seconds * SAMPLE_RATE), text, text, (candidates, weights))
+                    TrainingUtterance(0, round(seconds * SAMPLE_RATE), text, text, (candidates, weights))
                     for text, seconds, candidates, weights in recording
                 ]
                 for recording in recordings
@@ -145,9 +145,9 @@ def listen(
     log: Callable[[str], None] = print,
     windows: int = WINDOWS,
 ) -> dict[str, list]:
-    """As `parts_to_sources` takes them. The processes share the work, and all get the result."""
+    """As `make_sources` takes them. The processes share the work, and all get the result."""
     processes = processes or Processes()
-    texts = position_texts(model, processor)
+    texts = decode_position_texts(model, processor)
     stretches = [(source, stretch) for source in sources for each in source.recordings for stretch in _stretches(each)]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # words that are nearly as likely
@@ -155,14 +155,14 @@ def listen(
     began = logged = time.monotonic()
     own = stretches[processes.rank :: processes.count]
     for reading in range(readings):
-        batcher = Batcher(model, processor, augment if reading else CLEAN, seed=1000 * processes.rank + reading)
+        batcher = SpeechBatcher(model, processor, augment if reading else CLEAN, seed=1000 * processes.rank + reading)
         done = 0
         for group in _groups(own, windows * (processor.window_seconds - 2 * processor.margin_seconds)):
-            items = [Item([(source, _whole(stretch), 0.0)], cased=False) for source, stretch in group]
+            items = [TrainingItem([(source, _whole(stretch), 0.0)], cased=False) for source, stretch in group]
             for (source, stretch), (tokens, candidates, weights) in zip(
                 group, hear(model, batcher, items, windows), strict=True
             ):
-                parts, matched, count = cut(stretch, [texts[token] for token in tokens.tolist()])
+                parts, matched, count = cut_stretch(stretch, [texts[token] for token in tokens.tolist()])
                 words, right = words + count, right + matched
                 if parts and matched >= MIN_MATCH * count:
                     heard.append((source.name, [_kept(part, stretch, candidates, weights) for part in parts]))
@@ -181,10 +181,13 @@ def listen(
 
 
 def hear(
-    model: SpeechLLMForConditionalGeneration, batcher: Batcher, items: Sequence[Item], windows: int = WINDOWS
+    model: SpeechLLMForConditionalGeneration,
+    batcher: SpeechBatcher,
+    items: Sequence[TrainingItem],
+    windows: int = WINDOWS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens [M], candidates [M, A] int32 and weights [M, A] half of each item's positions, on the CPU."""
-    batch = batcher.batch(items, transcripts=False)
+    batch = batcher.make_batch(items, transcripts=False)
     found: list[tuple[Tensor, ...]] = []
     for features, spans in zip(_chunks(batch.features, windows), batch.spans.split(windows), strict=True):
         frames = model.encode_windows(features)
@@ -197,7 +200,7 @@ def hear(
         first += count
 
 
-def position_texts(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> list[str]:
+def decode_position_texts(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> list[str]:
     """The text of each of the listener's tokens, by its pieces in the LLM's."""
     return [
         processor.tokenizer.decode([piece for piece in pieces if piece >= 0])
@@ -205,7 +208,7 @@ def position_texts(model: SpeechLLMForConditionalGeneration, processor: SpeechLL
     ]
 
 
-def cut(stretch: Sequence[Utterance], texts: Sequence[str]) -> tuple[list[Part], int, int]:
+def cut_stretch(stretch: Sequence[TrainingUtterance], texts: Sequence[str]) -> tuple[list[Part], int, int]:
     """Parts of a stretch, its words that were heard, and its words. texts: of each position."""
     starts = [place for place, text in enumerate(texts) if text.startswith(" ") or place == 0]
     heard = ["".join(texts[start:end]) for start, end in pairwise([*starts, len(texts)])]
@@ -220,7 +223,7 @@ def cut(stretch: Sequence[Utterance], texts: Sequence[str]) -> tuple[list[Part],
         None, [normalise(word) for word in words], [normalise(word) for word in heard], False
     ).get_matching_blocks()
     if not cased:
-        words, _ = restore(words, "".join(heard))
+        words, _ = restore_case(words, "".join(heard))
     place = {block.a + k: block.b + k for block in blocks for k in range(block.size)}
     firsts = [0] + [
         index
@@ -239,7 +242,7 @@ def cut(stretch: Sequence[Utterance], texts: Sequence[str]) -> tuple[list[Part],
     return parts, len(place), len(words)
 
 
-def _stretches(recording: Sequence[Utterance]) -> Iterator[Stretch]:
+def _stretches(recording: Sequence[TrainingUtterance]) -> Iterator[Stretch]:
     """Utterances between which there is no long pause."""
     found: Stretch = []
     for utterance in recording:
@@ -265,8 +268,8 @@ def _groups(stretches: Sequence[tuple[Source, Stretch]], seconds: float) -> Iter
         yield group
 
 
-def _whole(stretch: Stretch) -> Utterance:
-    return Utterance(stretch[0].start, stretch[-1].end, "", None)
+def _whole(stretch: Stretch) -> TrainingUtterance:
+    return TrainingUtterance(stretch[0].start, stretch[-1].end, "", None)
 
 
 def _kept(part: Part, stretch: Stretch, candidates: Tensor, weights: Tensor) -> tuple[str, float, Tensor, Tensor]:

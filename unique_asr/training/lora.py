@@ -42,7 +42,7 @@ def add_lora(model: PreTrainedModel, config: LoraSettings) -> None:
 
 
 @torch.no_grad()
-def without_lora(model: PreTrainedModel) -> PreTrainedModel:
+def copy_without_lora(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself if it has no adapters; else one to save: the original layout, all other weights shared."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:

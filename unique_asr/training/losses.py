@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from unique_asr.models import SpeechLLMForConditionalGeneration
 from unique_asr.models.speech_llm.projector import Frames
-from unique_asr.training.decoders import Decoder
-from unique_asr.training.speech_batches import Batch, send
+from unique_asr.training.decoders import PlainDecoder
+from unique_asr.training.speech_batches import SpeechBatch, send
 
 
-def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
+def compute_ctc_loss(frames: Frames, batch: SpeechBatch) -> Tensor:
     """Mean negative log-likelihood a target token, over the items of one window (texts of cut windows are unknown)."""
     single = (batch.windows == 1).tolist()
     first = (batch.windows.cumsum(0) - batch.windows).tolist()
@@ -34,10 +34,10 @@ def ctc_loss(frames: Frames, batch: Batch) -> Tensor:
     return loss / max(sum(map(len, targets)), 1)
 
 
-def language_model_loss(
+def compute_llm_loss(
     model: SpeechLLMForConditionalGeneration,
     audio: Sequence[Tensor],
-    batch: Batch,
+    batch: SpeechBatch,
     shape: tuple[int, int] | None = None,
     decoder: Callable[..., Tensor] | None = None,
     mark_decoded: bool = False,
@@ -49,7 +49,7 @@ def language_model_loss(
     audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
     shape: rows and length that the LLM is given; items that do not fit are left out (the shortest is kept if none
     does). Raises ValueError if it has more tokens than all rows together.
-    decoder: as `Decoder`, the LLM's own by default.
+    decoder: as `PlainDecoder`, the LLM's own by default.
     mark_decoded: tell it which tokens inference decodes one by one: the transcript's; prompt and audio are prefill.
     slips: share of the tokens that it reads of its own transcript that are others of the transcript, as when it slips.
     page_size: items share rows, and each begins with a page, so that its pages are those that inference gives it; the
@@ -59,7 +59,7 @@ def language_model_loss(
     parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
     lengths = [len(before) + len(positions) + len(after) for before, positions, after, _ in parts]
     rows, longest = shape or (len(parts), max(lengths))
-    places = pack(lengths, rows, longest, page_size or longest)
+    places = pack_rows(lengths, rows, longest, page_size or longest)
     if not places:
         shortest = min(range(len(parts)), key=lengths.__getitem__)
         if lengths[shortest] > rows * longest:
@@ -93,14 +93,14 @@ def language_model_loss(
     embeds = model.get_input_embeddings()(send(ids, device)).flatten(0, 1)
     positions = torch.cat([parts[item][1] for item in places]).to(embeds.dtype)
     embeds = embeds.index_copy(0, send(torch.cat(heard), device), positions)
-    decoder = decoder or Decoder(model.get_decoder())
+    decoder = decoder or PlainDecoder(model.get_decoder())
     inputs = [decoded, starts] if page_size else [decoded] if mark_decoded else []
     states = decoder(embeds.unflatten(0, (rows, longest)), *(send(values, device) for values in inputs))
     logits = model.get_output_embeddings()(states.flatten(0, 1)[send(read_at, device)])
     return nn.functional.cross_entropy(logits.float(), targets), rows * longest
 
 
-def pack(lengths: Sequence[int], rows: int, length: int, step: int) -> dict[int, tuple[int, int]]:
+def pack_rows(lengths: Sequence[int], rows: int, length: int, step: int) -> dict[int, tuple[int, int]]:
     """Row and first token, a multiple of `step`, of every item that fits: in the first row that has room."""
     ends, places = [0] * rows, {}
     for item, tokens in enumerate(lengths):

@@ -18,11 +18,11 @@ from unique_asr.models.pretrained import Utterance, find
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig, Perturbation
-from unique_asr.training.corpus import Corpus, Item, log_uniform
-from unique_asr.training.decoders import Decoder, GraphedDecoder
-from unique_asr.training.losses import language_model_loss
-from unique_asr.training.speech_batches import Batch, timeline, waveforms
-from unique_asr.training.speech_material import described
+from unique_asr.training.corpus import Corpus, TrainingItem, draw_log_uniform
+from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
+from unique_asr.training.losses import compute_llm_loss
+from unique_asr.training.speech_batches import SpeechBatch, render_waveforms, walk_timeline
+from unique_asr.training.speech_material import describe_items
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig
@@ -32,7 +32,7 @@ PROMPT_TOKENS = 32  # of the request beside the audio
 WINDOW_SECONDS = 30.0  # what a stage's `windows` count
 
 
-class PretrainedSpeech:
+class PretrainedMaterial:
     """Draws micro-batches of items and computes the loss of their answers' tokens.
 
     Of the augmentation it takes what changes waveforms: tempo, level and noise. Transcripts are the manifests' own.
@@ -46,27 +46,27 @@ class PretrainedSpeech:
         self.model, self.processor, self.known_model = model, processor, known_model
         self.corpus, self.augment = corpus, augment
         self.random = torch.Generator().manual_seed(seed)
-        self.end = end_token(model, processor.tokenizer)
+        self.end = find_end_token(model, processor.tokenizer)
         self.logits_scaling = getattr(model.config.get_text_config(decoder=True), "logits_scaling", 1.0)
-        self.drawn: list[list[Item]] = []  # of the micro-batches since `forget`
+        self.drawn: list[list[TrainingItem]] = []  # of the micro-batches since `clear_drawn`
 
-    def loss(
+    def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None = None, mark_decoded: bool = False
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Of a micro-batch, and its parts: llm; seconds of audio and tokens of the LLM. There are no CUDA graphs."""
-        items = self.items(stage)
+        items = self.draw_items(stage)
         self.drawn.append(items)
         heard, answers = self._heard(items)
         with torch.set_grad_enabled(self._audio_trains()):
             prompts = [prompt_embeds(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
         none, seconds = torch.zeros(0, dtype=torch.long), sum(map(len, heard)) / SAMPLE_RATE
-        batch = Batch({}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds)
-        loss, tokens = language_model_loss(
-            self.model, prompts, batch, None, self._states, mark_decoded, slips=stage.slips
+        batch = SpeechBatch(
+            {}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds
         )
+        loss, tokens = compute_llm_loss(self.model, prompts, batch, None, self._states, mark_decoded, slips=stage.slips)
         return loss, {"llm": loss.detach(), "seconds": seconds, "tokens": tokens}
 
-    def items(self, stage: StageConfig) -> list[Item]:
+    def draw_items(self, stage: StageConfig) -> list[TrainingItem]:
         """Of one length: so many that the LLM reads about `tokens`, or that the audio fills `windows` of 30 s."""
         low, high = stage.seconds
         if high > self.known_model.pass_seconds:
@@ -79,39 +79,39 @@ class PretrainedSpeech:
                 raise ValueError(f"stage {stage.name}: {option} is for this package's own models; leave it out")
         if self.corpus.random.random() < stage.short_share:
             low, high = min(5.0, low), min(29.0, high)
-        seconds = log_uniform(self.corpus.random, low, high)
+        seconds = draw_log_uniform(self.corpus.random, low, high)
         count = stage.windows * WINDOW_SECONDS / max(seconds, WINDOW_SECONDS)
         if stage.tokens:
             a_second = self.known_model.tokens_a_second + self.known_model.marker_tokens_a_second + TEXT_TOKENS_A_SECOND
             seconds = min(seconds, (stage.tokens - PROMPT_TOKENS) / a_second)
             count = stage.tokens / (PROMPT_TOKENS + a_second * seconds)
-        return [self.corpus.item(seconds, stage.cased_share) for _ in range(max(1, int(count)))]
+        return [self.corpus.draw_item(seconds, stage.cased_share) for _ in range(max(1, int(count)))]
 
-    def answer(self, item: Item, speed: float = 1.0) -> list[int]:
+    def write_answer(self, item: TrainingItem, speed: float = 1.0) -> list[int]:
         """Token ids of what the model should write of an item that is played at this speed."""
         utterances, at = [], 0
-        for (_, utterance, _), (gap, length, whole) in zip(item.pieces, timeline(item), strict=True):
+        for (_, utterance, _), (gap, length, whole) in zip(item.pieces, walk_timeline(item), strict=True):
             start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
             utterances.append(Utterance(utterance.cased or utterance.text, start, end))
             at += whole
         text = self.known_model.opening + self.known_model.parser.write(utterances)
         return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
 
-    def _heard(self, items: Sequence[Item]) -> tuple[list[np.ndarray], list[list[int]]]:
+    def _heard(self, items: Sequence[TrainingItem]) -> tuple[list[np.ndarray], list[list[int]]]:
         """Samples [S] at 16 kHz and the answer of each item."""
         drawn = Perturbation.draw(len(items), self.augment, self.random)
-        whole = torch.tensor([sum(samples for *_, samples in timeline(item)) for item in items])
+        whole = torch.tensor([sum(samples for *_, samples in walk_timeline(item)) for item in items])
         # What would take longer than a pass is played faster.
         drawn.speed = drawn.speed.maximum(whole / (self.known_model.pass_seconds * SAMPLE_RATE))
         lengths = (whole / drawn.speed).int().tolist()
         cuts = [(number, 0, length) for number, length in enumerate(lengths)]
-        rows = waveforms(items, cuts, drawn, max(lengths), self.model.device).cpu().numpy()
-        answers = [self.answer(item, speed) for item, speed in zip(items, drawn.speed.tolist(), strict=True)]
+        rows = render_waveforms(items, cuts, drawn, max(lengths), self.model.device).cpu().numpy()
+        answers = [self.write_answer(item, speed) for item, speed in zip(items, drawn.speed.tolist(), strict=True)]
         return [row[:length] for row, length in zip(rows, lengths, strict=True)], answers
 
     def _states(self, embeds: Tensor, decoded: Tensor | None = None) -> Tensor:
         """Last hidden states, divided as Granite's LLM divides its logits."""
-        states = Decoder(self.model.get_decoder())(embeds, decoded)
+        states = PlainDecoder(self.model.get_decoder())(embeds, decoded)
         return states if self.logits_scaling == 1 else states / self.logits_scaling
 
     def _audio_trains(self) -> bool:
@@ -120,22 +120,22 @@ class PretrainedSpeech:
 
     # What a checkpoint keeps, and what is known of a bad loss
 
-    def random_states(self) -> dict[str, Any]:
+    def collect_random_states(self) -> dict[str, Any]:
         return {"corpus": self.corpus.random.bit_generator.state, "augment": self.random.get_state()}
 
-    def restore_random(self, states: dict[str, Any]) -> None:
+    def restore_random_states(self, states: dict[str, Any]) -> None:
         self.corpus.random.bit_generator.state = states["corpus"]
         self.random.set_state(states["augment"])
 
-    def forget(self) -> None:
+    def clear_drawn(self) -> None:
         self.drawn.clear()
 
     def describe(self) -> list[list[dict[str, Any]]]:
-        """The items since `forget`."""
-        return described(self.drawn)
+        """The items since `clear_drawn`."""
+        return describe_items(self.drawn)
 
 
-def end_token(model: Any, tokenizer: Any) -> int:
+def find_end_token(model: Any, tokenizer: Any) -> int:
     """The token that ends an answer: the tokenizer's, or else one of those that end decoding."""
     found = stop_ids(model, tokenizer)
     if not found:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
-from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, log_mel, mask_spectrogram
-from unique_asr.training.corpus import Item, Source
+from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, compute_log_mel, mask_spectrogram
+from unique_asr.training.corpus import Source, TrainingItem
 
 
 @dataclass
-class Batch:
+class SpeechBatch:
     """B items in W windows.
 
     features [W, mels, frames]; spans [W, 2]: frames to keep of each window; windows [B]: windows of each item (both on
@@ -35,7 +35,7 @@ class Batch:
     seconds: float
 
 
-class Batcher:
+class SpeechBatcher:
     """Builds batches; features of Whisper encoders are computed on the device, others by their feature extractor."""
 
     def __init__(
@@ -54,18 +54,18 @@ class Batcher:
         self.on_device = type(processor.feature_extractor).__name__ == "WhisperFeatureExtractor"
         self.mel_filters = torch.as_tensor(filters, dtype=torch.float32).to(self.device) if self.on_device else None
 
-    def batch(self, items: Sequence[Item], transcripts: bool = True) -> Batch:
+    def make_batch(self, items: Sequence[TrainingItem], transcripts: bool = True) -> SpeechBatch:
         """transcripts: whether the LLM's side of the batch is needed."""
         drawn = Perturbation.draw(len(items), self.augment, self.random)
         cuts, counts, seconds = [], [], 0.0
         for number, (item, speed) in enumerate(zip(items, drawn.speed.tolist(), strict=True)):
-            samples = int(sum(source_samples for _, _, source_samples in timeline(item)) / speed)
+            samples = int(sum(source_samples for _, _, source_samples in walk_timeline(item)) / speed)
             spans = self.processor.window_spans(samples)
             cuts += [(number, *span) for span in spans]
             counts.append(len(spans))
             seconds += samples / SAMPLE_RATE
         return replace(
-            self.texts(items if transcripts else []),
+            self.make_texts(items if transcripts else []),
             features=self._features(items, cuts, drawn),
             spans=torch.tensor([[first, last] for *_, first, last in cuts]),
             windows=torch.tensor(counts),
@@ -73,37 +73,39 @@ class Batcher:
             seconds=seconds,
         )
 
-    def texts(self, items: Sequence[Item]) -> Batch:
+    def make_texts(self, items: Sequence[TrainingItem]) -> SpeechBatch:
         """The LLM's side of a batch alone."""
         found = [self._text(item) for item in items]
         before, after, labels = map(list, zip(*found, strict=True)) if found else ([], [], [])
         none = torch.zeros(0, dtype=torch.long)
-        return Batch({}, none.view(0, 2), none, [], before, after, labels, 0.0)
+        return SpeechBatch({}, none.view(0, 2), none, [], before, after, labels, 0.0)
 
     def _features(
-        self, items: Sequence[Item], cuts: list[tuple[int, int, int, int, int]], drawn: Perturbation
+        self, items: Sequence[TrainingItem], cuts: list[tuple[int, int, int, int, int]], drawn: Perturbation
     ) -> dict[str, Tensor]:
         lengths = torch.tensor([end - start for _, start, end, _, _ in cuts])
         size = round(self.processor.window_seconds * SAMPLE_RATE) if self.on_device else int(lengths.max())
-        windows = waveforms(items, [(item, start, end) for item, start, end, *_ in cuts], drawn, size, self.device)
+        windows = render_waveforms(
+            items, [(item, start, end) for item, start, end, *_ in cuts], drawn, size, self.device
+        )
         if not self.on_device:
             parts = zip(windows.cpu().numpy(), lengths.tolist(), strict=True)
             return self.processor.features([window[:length] for window, length in parts])
-        return {"input_features": mask_spectrogram(log_mel(windows, self.mel_filters), self.augment)}
+        return {"input_features": mask_spectrogram(compute_log_mel(windows, self.mel_filters), self.augment)}
 
-    def _ctc_target(self, item: Item) -> list[int]:
+    def _ctc_target(self, item: TrainingItem) -> list[int]:
         text = " ".join(utterance.text for _, utterance, _ in item.pieces)
         ids, _ = self.processor.ctc_ids(text)
         return [self.ctc_index[token] for token in ids if token in self.ctc_index]
 
-    def _text(self, item: Item) -> tuple[list[int], list[int], int]:
+    def _text(self, item: TrainingItem) -> tuple[list[int], list[int], int]:
         before, after = self.processor.prompt(item.prompt)
         transcript = self.processor.tokenizer(item.text, add_special_tokens=False)["input_ids"]
         transcript = [*transcript, self.processor.end_token_id]
         return before, after + transcript, len(transcript)
 
 
-def timeline(item: Item) -> Iterator[tuple[int, int, int]]:
+def walk_timeline(item: TrainingItem) -> Iterator[tuple[int, int, int]]:
     """Samples of silence, samples of speech and their sum, for each utterance."""
     for _, utterance, gap in item.pieces:
         silence = int(gap * SAMPLE_RATE)
@@ -111,8 +113,12 @@ def timeline(item: Item) -> Iterator[tuple[int, int, int]]:
         yield silence, speech, silence + speech
 
 
-def waveforms(
-    items: Sequence[Item], cuts: Sequence[tuple[int, int, int]], drawn: Perturbation, size: int, device: torch.device
+def render_waveforms(
+    items: Sequence[TrainingItem],
+    cuts: Sequence[tuple[int, int, int]],
+    drawn: Perturbation,
+    size: int,
+    device: torch.device,
 ) -> Tensor:
     """[W, size]: what is heard of W cuts, each an item's number and its first and last sample, as it was perturbed."""
     windows = torch.zeros(len(cuts), size, device=device)
@@ -124,14 +130,14 @@ def waveforms(
 
 
 def _pieces(
-    items: Sequence[Item], cuts: Sequence[tuple[int, int, int]], speeds: list[float], size: int
+    items: Sequence[TrainingItem], cuts: Sequence[tuple[int, int, int]], speeds: list[float], size: int
 ) -> dict[Source, list[tuple[float, ...]]]:
     """By source, the arguments of `_play` for each utterance (or part) of each window."""
     pieces: dict[Source, list[tuple[float, ...]]] = {}
     for row, (number, start, end) in enumerate(cuts):
         item, speed = items[number], speeds[number]
         at = 0
-        for (source, utterance, _), (gap, length, whole) in zip(item.pieces, timeline(item), strict=True):
+        for (source, utterance, _), (gap, length, whole) in zip(item.pieces, walk_timeline(item), strict=True):
             begin = at + gap
             first, last = max(math.ceil(begin / speed), start), min(math.ceil((begin + length) / speed), end)
             if first < last:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, Item, log_uniform
+from unique_asr.training.corpus import Corpus, TrainingItem, draw_log_uniform
 from unique_asr.training.decoders import GraphedDecoder
-from unique_asr.training.losses import ctc_loss, language_model_loss
-from unique_asr.training.speech_batches import Batch, Batcher, send
+from unique_asr.training.losses import compute_ctc_loss, compute_llm_loss
+from unique_asr.training.speech_batches import SpeechBatch, SpeechBatcher, send
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
 
 
-class Speech:
+class SpeechMaterial:
     """Draws micro-batches of items and computes their losses.
 
     Utterances that were heard before (`listening.py`) give their positions at once; of all others the audio is
@@ -38,18 +38,18 @@ class Speech:
         seed: int = 0,
     ) -> None:
         self.model, self.processor, self.corpus = model, processor, corpus
-        self.batcher = Batcher(model, processor, augment, seed)
-        self.drawn: list[list[Item]] = []  # of the micro-batches since `forget`
+        self.batcher = SpeechBatcher(model, processor, augment, seed)
+        self.drawn: list[list[TrainingItem]] = []  # of the micro-batches since `clear_drawn`
 
-    def loss(
+    def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Of a micro-batch, and its parts: ctc, llm; seconds of audio and tokens of the LLM."""
-        items, shape = self.items(stage)
+        items, shape = self.draw_items(stage)
         self.drawn.append(items)
         if all(utterance.heard is not None for item in items for _, utterance, _ in item.pieces):
             return self._heard_loss(stage, items, shape, decoder, mark_decoded)
-        batch = self.batcher.batch(items, transcripts=stage.llm_weight > 0)
+        batch = self.batcher.make_batch(items, transcripts=stage.llm_weight > 0)
         frames_train = stage.trains_frames
         self.model.projector.train(frames_train)
         with torch.set_grad_enabled(frames_train):
@@ -58,7 +58,7 @@ class Speech:
         measures: dict[str, Tensor | float] = {"seconds": batch.seconds}
         loss = frames.logits.new_zeros((), dtype=torch.float32)
         if stage.ctc_weight and frames_train and bool((batch.windows == 1).any()):
-            measures["ctc"] = ctc_loss(frames, batch)
+            measures["ctc"] = compute_ctc_loss(frames, batch)
             loss = loss + stage.ctc_weight * measures["ctc"]
         if stage.llm_weight:
             with torch.set_grad_enabled(frames_train):
@@ -80,7 +80,7 @@ class Speech:
     def _heard_loss(
         self,
         stage: StageConfig,
-        items: Sequence[Item],
+        items: Sequence[TrainingItem],
         shape: tuple[int, int] | None,
         decoder: GraphedDecoder | None,
         mark_decoded: bool,
@@ -88,13 +88,13 @@ class Speech:
         if stage.trains_frames or not stage.llm_weight:
             raise ValueError(f"stage {stage.name}: what was heard before trains the LLM alone; give it `llm_weight`")
         loss, tokens = self._llm_loss(
-            stage, self._positions(items), self.batcher.texts(items), shape, decoder, mark_decoded
+            stage, self._positions(items), self.batcher.make_texts(items), shape, decoder, mark_decoded
         )
         seconds = sum(item.seconds for item in items)
         return stage.llm_weight * loss, {"llm": loss.detach(), "tokens": tokens, "seconds": seconds}
 
     @torch.no_grad()
-    def _positions(self, items: Sequence[Item]) -> list[Tensor]:
+    def _positions(self, items: Sequence[TrainingItem]) -> list[Tensor]:
         """[M, hidden] of each item, from what was heard of its utterances."""
         heard = [[utterance.heard for _, utterance, _ in item.pieces] for item in items]
         counts = [sum(len(candidates) for candidates, _ in parts) for parts in heard]
@@ -119,7 +119,7 @@ class Speech:
         self,
         stage: StageConfig,
         audio: list[Tensor],
-        batch: Batch,
+        batch: SpeechBatch,
         shape: tuple[int, int] | None,
         decoder: GraphedDecoder | None,
         mark_decoded: bool,
@@ -130,15 +130,15 @@ class Speech:
                 for embeds in audio
             ]
         page_size = stage.attention_config().sparse.page_size if stage.pack else None
-        return language_model_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips, page_size)
+        return compute_llm_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips, page_size)
 
-    def items(self, stage: StageConfig) -> tuple[list[Item], tuple[int, int] | None]:
+    def draw_items(self, stage: StageConfig) -> tuple[list[TrainingItem], tuple[int, int] | None]:
         """The items of a micro-batch, and the rows and length that the LLM is given."""
         low, high = stage.seconds
         if self.corpus.random.random() < stage.short_share:
             low, high = min(5.0, low), min(29.0, high)
         windows = self.processor.window_seconds
-        seconds, shape = log_uniform(self.corpus.random, low, high), None
+        seconds, shape = draw_log_uniform(self.corpus.random, low, high), None
         if stage.tokens:
             length = min(2 ** math.ceil(math.log2(seconds * TOKENS_A_SECOND)), stage.tokens)
             if stage.pack:
@@ -150,46 +150,46 @@ class Speech:
             lengths = self.corpus.random.uniform(low, high, stage.windows).tolist()
         else:
             lengths = [seconds] * max(1, round(stage.windows * windows / max(seconds, windows)))
-        return [self.corpus.item(seconds, stage.cased_share) for seconds in lengths], shape
+        return [self.corpus.draw_item(seconds, stage.cased_share) for seconds in lengths], shape
 
-    def _row(self, stage: StageConfig, low: float, high: float) -> list[Item]:
+    def _row(self, stage: StageConfig, low: float, high: float) -> list[TrainingItem]:
         """Items of `low` .. `high` seconds that fill a row together, those for its end ever shorter."""
-        items: list[Item] = []
+        items: list[TrainingItem] = []
         room = stage.tokens
         while not items or room >= low * TOKENS_A_SECOND:
             longest = min(room / TOKENS_A_SECOND, high)
             seconds = self.corpus.random.uniform(max(longest / 2, low), longest)
-            items.append(self.corpus.item(seconds, stage.cased_share))
-            room -= self.tokens(items[-1])
+            items.append(self.corpus.draw_item(seconds, stage.cased_share))
+            room -= self.count_tokens(items[-1])
         return items
 
-    def tokens(self, item: Item) -> int:
+    def count_tokens(self, item: TrainingItem) -> int:
         """That the LLM reads of it; of what was not heard before, as many as fast speech has."""
         heard = [utterance.heard for _, utterance, _ in item.pieces]
         if any(found is None for found in heard):
             return math.ceil(item.seconds * TOKENS_A_SECOND)
-        text = self.batcher.texts([item])
+        text = self.batcher.make_texts([item])
         return len(text.before[0]) + sum(len(candidates) for candidates, _ in heard) + len(text.after[0])
 
     # What a checkpoint keeps, and what is known of a bad loss
 
-    def random_states(self) -> dict[str, Any]:
+    def collect_random_states(self) -> dict[str, Any]:
         return {"corpus": self.corpus.random.bit_generator.state, "batcher": self.batcher.random.get_state()}
 
-    def restore_random(self, states: dict[str, Any]) -> None:
+    def restore_random_states(self, states: dict[str, Any]) -> None:
         self.corpus.random.bit_generator.state = states["corpus"]
         self.batcher.random.set_state(states["batcher"])
 
-    def forget(self) -> None:
+    def clear_drawn(self) -> None:
         """What was drawn so far was good."""
         self.drawn.clear()
 
     def describe(self) -> list[list[dict[str, Any]]]:
-        """The items since `forget`."""
-        return described(self.drawn)
+        """The items since `clear_drawn`."""
+        return describe_items(self.drawn)
 
 
-def described(drawn: Sequence[Sequence[Item]]) -> list[list[dict[str, Any]]]:
+def describe_items(drawn: Sequence[Sequence[TrainingItem]]) -> list[list[dict[str, Any]]]:
     """The utterances of every item of some micro-batches."""
     return [
         [

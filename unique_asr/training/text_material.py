@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unique_asr.training.decoders import Decoder, GraphedDecoder
+from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
 from unique_asr.training.speech_batches import send
 
 if TYPE_CHECKING:
     from unique_asr.training.trainer import StageConfig
 
 
-class Text:
+class TextMaterial:
     """Draws micro-batches of `tokens` in rows of `length`, and computes their loss: every next token's."""
 
     def __init__(
@@ -39,13 +39,13 @@ class Text:
             for file in self.files
         ]
         self.random = np.random.default_rng(seed)
-        self.drawn: list[tuple[Path, int, int]] = []  # files, first tokens and lengths since `forget`
+        self.drawn: list[tuple[Path, int, int]] = []  # files, first tokens and lengths since `clear_drawn`
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.ids))
 
-    def loss(
+    def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         length = stage.length
@@ -54,7 +54,7 @@ class Text:
         device = self.model.get_input_embeddings().weight.device
         ids = send(torch.stack([self._stretch(stage) for _ in range(stage.tokens // length)]), device)
         embeds = self.model.get_input_embeddings()(ids)
-        run = decoder or Decoder(self.model.get_decoder())
+        run = decoder or PlainDecoder(self.model.get_decoder())
         decoded = (torch.arange(length, device=device) >= length // 2).expand(len(ids), -1)
         states = run(embeds, decoded.contiguous()) if mark_decoded else run(embeds)
         logits = self.model.get_output_embeddings()(states[:, :-1])
@@ -71,13 +71,13 @@ class Text:
         self.drawn.append((self.files[chosen], first, stage.length))
         return self.ids[chosen][first : first + stage.length]
 
-    def random_states(self) -> dict[str, Any]:
+    def collect_random_states(self) -> dict[str, Any]:
         return {"text": self.random.bit_generator.state}
 
-    def restore_random(self, states: dict[str, Any]) -> None:
+    def restore_random_states(self, states: dict[str, Any]) -> None:
         self.random.bit_generator.state = states["text"]
 
-    def forget(self) -> None:
+    def clear_drawn(self) -> None:
         self.drawn.clear()
 
     def describe(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from unique_asr.models.speech_llm.compose import listener_tokens
 from unique_asr.models.speech_llm.listener import Listener
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
-from unique_asr.training.corpus import Source, Utterance, has_case, log_uniform
+from unique_asr.training.corpus import Source, TrainingUtterance, draw_log_uniform, has_case
 
 WORDS_A_SECOND = 2.7  # of speech that was read aloud
 STRETCH = 4, 200  # lines that are read one after the other, log-uniform
@@ -50,7 +50,7 @@ class ListenerTokens:
         return [self.places[token] for token in ids if token in self.places]
 
 
-class Texts(Source):
+class TextSource(Source):
     """Lines of a file, consecutive sentences, in the order of the file or in none.
 
     A line without case begins with a capital and ends in a full stop. tokens: text -> the listener's, below its `stop`.
@@ -66,12 +66,12 @@ class Texts(Source):
         recordings = [[self._utterance(line) for line in self.lines]]
         super().__init__(path.stem, torch.zeros(0, dtype=torch.int16), recordings, weight)
 
-    def stretch(self, cased: bool, random: np.random.Generator) -> Iterator[Utterance]:
+    def draw_stretch(self, cased: bool, random: np.random.Generator) -> Iterator[TrainingUtterance]:
         """Case is always known."""
         shuffled = random.random() < SHUFFLED_SHARE
         made_up = MADE_UP if random.random() < MADE_UP_SHARE else 0.0
         first = int(random.integers(len(self.lines)))
-        for number in range(round(log_uniform(random, *STRETCH))):
+        for number in range(round(draw_log_uniform(random, *STRETCH))):
             place = int(random.integers(len(self.lines))) if shuffled else (first + number) % len(self.lines)
             text = self.lines[place]
             if made_up:
@@ -79,8 +79,8 @@ class Texts(Source):
             yield self._utterance(text, self._heard(self._misheard(text, random), random))
 
     @staticmethod
-    def _utterance(text: str, heard: tuple[Tensor, Tensor] | None = None) -> Utterance:
-        return Utterance(0, round(len(text.split()) / WORDS_A_SECOND * SAMPLE_RATE), text, text, heard)
+    def _utterance(text: str, heard: tuple[Tensor, Tensor] | None = None) -> TrainingUtterance:
+        return TrainingUtterance(0, round(len(text.split()) / WORDS_A_SECOND * SAMPLE_RATE), text, text, heard)
 
     def _word(self, random: np.random.Generator) -> str:
         return self.words[int(random.integers(len(self.words)))]
@@ -116,9 +116,9 @@ class Texts(Source):
         return torch.from_numpy(tokens), torch.from_numpy(weights).float()
 
 
-def read_texts(
+def read_text_sources(
     paths: Sequence[str | Path], tokenizer: str | Path | None, listener: Listener, weights: dict[str, float]
-) -> list[Texts]:
+) -> list[TextSource]:
     """A source for each file, by its stem. Raises ValueError for what is missing."""
     if not tokenizer:
         raise ValueError("data.listener_tokenizer is missing: data.texts needs the Whisper model of the listener")
@@ -126,4 +126,4 @@ def read_texts(
         if not path.is_file():
             raise ValueError(f"{path}: no such text")
     tokens = ListenerTokens(tokenizer, listener)
-    return [Texts(path, tokens, weights.get(path.stem, 1.0)) for path in map(Path, paths)]
+    return [TextSource(path, tokens, weights.get(path.stem, 1.0)) for path in map(Path, paths)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig
-from unique_asr.training.checkpoint import Checkpoint, random_states, restore_random
+from unique_asr.training.checkpoint import Checkpoint, collect_random_states, restore_random_states
 from unique_asr.training.decoders import GraphedDecoder
 from unique_asr.training.distributed import Processes
 from unique_asr.training.lora import PART as LORA
@@ -71,22 +71,22 @@ class StageConfig:
 
 
 class Material(Protocol):
-    """What a model learns from: `speech_material.Speech`, `pretrained_material.PretrainedSpeech`, `text_material.Text`."""
+    """What a model learns from: `SpeechMaterial`, `PretrainedMaterial`, `TextMaterial`."""
 
-    def loss(
+    def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Of a new micro-batch, and measures of it; mark_decoded: tell the LLM which tokens inference decodes."""
 
-    def random_states(self) -> dict[str, Any]: ...
+    def collect_random_states(self) -> dict[str, Any]: ...
 
-    def restore_random(self, states: dict[str, Any]) -> None: ...
+    def restore_random_states(self, states: dict[str, Any]) -> None: ...
 
-    def forget(self) -> None:
+    def clear_drawn(self) -> None:
         """The losses so far were numbers."""
 
     def describe(self) -> list[Any]:
-        """What was drawn since `forget`."""
+        """What was drawn since `clear_drawn`."""
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             for _ in range(stage.micro_batches):
-                loss, measures = self.material.loss(stage, decoder, mark)
+                loss, measures = self.material.compute_loss(stage, decoder, mark)
                 (loss / stage.micro_batches).backward()
                 for name, value in {"loss": loss.detach(), **measures}.items():
                     totals[name] += value
@@ -220,7 +220,7 @@ class Trainer:
             masters.give_weights(trained)
             step += 1
             self._steps += 1
-            elapsed = self.processes.agree(time.monotonic() - began)
+            elapsed = self.processes.share_first(time.monotonic() - began)
             done = _done(step, elapsed, stage)
             if step % self.log_every == 0 or step == stage.steps or done >= 1:
                 count = ((step - 1) % self.log_every + 1) * stage.micro_batches
@@ -256,7 +256,7 @@ class Trainer:
     def _checkpoint(
         self, stage: int, step: int, elapsed: float, totals: dict, optimizer: torch.optim.Optimizer | None
     ) -> None:
-        random = self.processes.gather(random_states(self.material))
+        random = self.processes.gather(collect_random_states(self.material))
         if self.processes.first:
             weights = {name: value.data for name, value in self.model.named_parameters() if name in self._moved}
             totals = {name: float(value) for name, value in totals.items()}
@@ -275,7 +275,7 @@ class Trainer:
         self._moved = set(checkpoint.weights)
         self.best = checkpoint.best
         self._steps = sum(stage.steps for stage in self._stages[: checkpoint.stage]) + checkpoint.step
-        restore_random(checkpoint.random, self.processes, self.material)
+        restore_random_states(checkpoint.random, self.processes, self.material)
         names = [*(f"stage {stage.name}" for stage in self._stages), "the end"]
         self.log(f"resumed at step {checkpoint.step} of {names[checkpoint.stage]}")
 
@@ -322,7 +322,7 @@ class Trainer:
                 f"stage {stage.name}: the loss is {means['loss']} near step {step}; the items of the steps since the "
                 f"last line are in {path}"
             )
-        self.material.forget()
+        self.material.clear_drawn()
         left = elapsed * (1 - done) / max(done, 1e-9)
         if not self.processes.first:
             return

@@ -54,7 +54,7 @@ def validate(
             windows = iter(zip(frames.logits.argmax(-1), inputs["window_frames"].tolist(), strict=True))
             for recording, count in zip(group, inputs["window_counts"].tolist(), strict=True):
                 best = torch.cat([path[start:end] for path, (start, end) in (next(windows) for _ in range(count))])
-                ctc.add(recording.text, greedy_text(model, processor, best))
+                ctc.add(recording.text, decode_ctc_path(model, processor, best))
             limit = max(256, round(TOKENS_A_SECOND * max(recording.duration for recording in group)))
             passes = ([(llm, None)] if with_llm else []) + ([(selected, sparse)] if with_llm and sparse else [])
             for score, attention in passes:
@@ -115,7 +115,7 @@ def set_training(model: Any, training: bool) -> bool:
     return former
 
 
-def greedy_text(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor) -> str:
+def decode_ctc_path(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, best: torch.Tensor) -> str:
     """The text of a CTC path [T] of indices into `model.ctc_tokens`, the blank being one past the last."""
     path = torch.unique_consecutive(best)
     return processor.tokenizer.decode(model.ctc_tokens[path[path < len(model.ctc_tokens)]]).strip()
