@@ -13,8 +13,9 @@ from unique_asr.training.corpus import Corpus, Source, TrainingUtterance
 from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
 from unique_asr.training.listening import CLEAN
 from unique_asr.training.speech_material import SpeechMaterial
+from unique_asr.training.stages import StageConfig
 from unique_asr.training.text_material import TextMaterial
-from unique_asr.training.trainer import StageConfig, Trainer
+from unique_asr.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,7 +75,7 @@ def test_stages_as_graphs_have_the_losses_of_plain_ones(byte_tokenizer, tmp_path
     config = LlamaConfig(**shape, num_key_value_heads=1, vocab_size=len(tokenizer), tie_word_embeddings=True)
     if attention:
         attention = {"budget": 128, **attention}
-    stage = StageConfig("adapt", 10, {"language_model": 1e-3}, tokens=2048, length=1024, attention=attention,
+    stage = StageConfig("adapt", 10, {"language_model": 1e-3}, tokens=2048, lengths=[1024], attention=attention,
                         checkpointing=checkpointing)  # fmt: skip
     for graphs in (False, True):
         torch.manual_seed(0)
@@ -99,8 +100,8 @@ def test_stages_as_graphs_have_the_losses_of_plain_ones(byte_tokenizer, tmp_path
 def test_packed_stages_as_graphs_have_the_losses_of_plain_ones(speech_llm, tmp_path, attention):
     """Rows that hold other items at every step, by one graph a mode."""
     attention = attention and {"budget": 40, **attention}
-    stage = StageConfig("adapt", 10, {"language_model": 3e-3}, (2.0, 9.0), ctc_weight=0.0, llm_weight=1.0, tokens=1024,
-                        pack=True, warmup=0.0, attention=attention)  # fmt: skip
+    stage = StageConfig("adapt", 10, {"language_model": 3e-3}, seconds=(2.0, 9.0), ctc_weight=0.0, llm_weight=1.0,
+                        tokens=1024, pack=True, warmup=0.0, attention=attention)  # fmt: skip
     losses = {}
     for graphs in (False, True):
         model, processor = speech_llm()

@@ -1,6 +1,5 @@
 """The recipes that make training data and weights: what they compute, without the packages that they read."""
 
-import difflib
 import random
 import struct
 import sys
@@ -8,10 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-
-from unique_asr.models import PRETRAINED, SpeechLLMProcessor
-from unique_asr.training.text_sources import TextSource
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "recipes"))
 
@@ -19,7 +14,6 @@ import import_weights
 import restore_case
 import synthesize
 import synthesize_kokoro
-import teach_reading
 
 
 def test_case_and_punctuation_come_from_what_was_heard_and_words_never_do() -> None:
@@ -80,52 +74,3 @@ def test_recordings_alternate_between_sources_and_keep_lines_together() -> None:
     made = list(synthesize_kokoro.recordings(rows, 3, seed=0))
     assert [lines[0]["source"] for _, lines in made] == ["a", "b", "a", "b"]
     assert all(lines[-1]["line"] - lines[0]["line"] == 2 for _, lines in made)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Of a file of ten lines; the listener's tokens are those of the LLM."""
-    processor = SpeechLLMProcessor.from_pretrained(PRETRAINED / "default")
-    file = tmp_path_factory.mktemp("texts") / "texts.txt"
-    file.write_text("".join(f"line {word} of the text is read aloud\n" for word in "abcdefghij"))
-
-    def tokens(text: str) -> list[int]:
-        return processor.tokenizer(" " + text, add_special_tokens=False)["input_ids"]
-
-    tokens.stop = len(processor.tokenizer)
-    return teach_reading.Rows([TextSource(file, tokens, weight=1.0)], [], processor, seed=0)
-
-
-def test_rows_are_texts_that_were_heard_nearly_as_they_are(rows) -> None:
-    decode, same, count = rows.processor.tokenizer.decode, 0, 0
-    for _ in range(40):
-        row = rows.row(400)
-        answer = decode(row.answer[:-1]).split()
-        heard = decode(row.candidates[torch.arange(len(row.weights)), row.weights.argmax(1)]).split()
-        matcher = difflib.SequenceMatcher(None, [w.lower().strip(".") for w in answer],
-                                          [w.lower().strip(".") for w in heard], False)  # fmt: skip
-        same, count = same + sum(block.size for block in matcher.get_matching_blocks()), count + len(answer)
-        assert row.answer[-1] == rows.processor.end_token_id
-        assert row.weights.sum(1).allclose(torch.ones(len(row.weights)))
-    assert same / count > 0.85
-
-
-def test_a_batch_holds_positions_and_targets_in_their_places(rows) -> None:
-    made = [rows.row(300), rows.row(300)]
-    batch = teach_reading.collate(made, 400)
-    for index, row in enumerate(made):
-        ids = batch.ids[index, : len(row)].tolist()
-        first, last = len(row.before), len(row.before) + len(row.candidates)
-        assert ids[:first] + ids[last:] == row.before + row.after + row.written
-        assert batch.decoded[index].nonzero().flatten().tolist() == list(range(len(row) - len(row.answer), len(row)))
-        places = batch.heard[(batch.heard // 400) == index] - 400 * index
-        assert places.tolist() == list(range(first, last))
-    assert batch.targets.tolist() == made[0].answer + made[1].answer
-    assert batch.ids.flatten()[batch.read + 1].tolist() == made[0].written + made[1].written
-
-
-def test_the_llm_reads_slips_of_its_own_and_is_taught_what_is_right(rows) -> None:
-    made = [rows.row(400) for _ in range(40)]
-    slips = [sum(a != b for a, b in zip(row.written, row.answer, strict=True)) for row in made]
-    assert slips.count(0) >= 10
-    assert 0 < sum(slips) < 0.03 * sum(len(row.answer) for row in made)

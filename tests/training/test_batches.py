@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from training_cases import CLEAN
 from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
 from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, compute_log_mel, mask_spectrogram
 from unique_asr.training.corpus import TrainingItem, read_manifests
 from unique_asr.training.speech_batches import SpeechBatcher
-
-CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_synthetic_speakers_are_recordings(tmp_path):
     assert [[utterance.cased for utterance in run] for run in source.cased_runs] == [["Three?"], ["Two."]]
     one = source.recordings[0][0]
     assert np.array_equal(source.audio[one.start : one.end].numpy(), shards["1.npy"][4_000:20_000])
-    with pytest.raises(ValueError, match=r"index\.jsonl: no such file; make it with scripts/recipes/synthesize\.py speak"):
+    with pytest.raises(ValueError, match=r"index\.jsonl: no such file; make it with scripts/recipes/synthesize\.py"):
         read_synthetic(tmp_path / "none", {}, CPU)
 
 

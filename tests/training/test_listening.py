@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_sparsity import SOFT, Stopped, rows
-from test_trainer import configuration, metrics, stage
+from training_cases import SOFT, Stopped, configuration, metrics, rows, stage, stop_after
 
 from unique_asr.models import load
 from unique_asr.training import listening as listening_module
@@ -16,6 +15,7 @@ from unique_asr.training import losses as losses_module
 from unique_asr.training import speech_material as speech_module
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, TrainingItem, TrainingUtterance, read_manifests
+from unique_asr.training.finetune import finetune
 from unique_asr.training.listening import (
     CLEAN,
     can_listen_once,
@@ -155,17 +155,10 @@ def test_a_resumed_run_on_what_was_heard_has_the_same_losses(listener, manifest,
     whole = heard_trainer(listener, manifest, tmp_path / "whole", **options)
     whole.run(stages)
     trained = {name: value.clone() for name, value in model.state_dict().items()}
-    lines = []
-
-    def log(line):
-        lines.append(line)
-        if len(lines) > 3:
-            raise Stopped
-
     model.load_state_dict(begin)
     torch.manual_seed(5)
     with pytest.raises(Stopped):
-        heard_trainer(listener, manifest, tmp_path / "cut", log=log, **options).run(stages)
+        heard_trainer(listener, manifest, tmp_path / "cut", log=stop_after(3), **options).run(stages)
     model.load_state_dict(begin)
     torch.manual_seed(99)
     resumed = heard_trainer(listener, manifest, tmp_path / "cut", resume=True, **options)
@@ -241,13 +234,6 @@ def test_the_tokenizer_has_to_be_the_listeners(listener, tmp_path, byte_tokenize
 
 def test_the_script_listens_trains_and_saves(listener, manifest, tmp_path, monkeypatch, capsys):
     """From a listening model on disk to one trained with a soft mask; a second run does not listen again."""
-    import sys
-
-    from test_trainer import ROOT
-
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import finetune
-
     model, processor = listener
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
@@ -256,10 +242,10 @@ def test_the_script_listens_trains_and_saves(listener, manifest, tmp_path, monke
         *(f"data.manifests=[{manifest}]", f"data.heard={tmp_path}/heard.pt", "recipe.steps=2", "recipe.tokens=128"),
         *("recipe.seconds=[4,9]", f"output.dir={tmp_path}/run", "log_every=1"),
     ]
-    finetune.finetune(configuration("finetune", *overrides))
+    finetune(configuration(*overrides))
     assert "listened to 100%" in capsys.readouterr().out
     monkeypatch.setattr(listening_module, "listen", None)
-    finetune.finetune(configuration("finetune", *overrides, f"output.dir={tmp_path}/again"))
+    finetune(configuration(*overrides, f"output.dir={tmp_path}/again"))
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "again")
     ]
@@ -267,5 +253,4 @@ def test_the_script_listens_trains_and_saves(listener, manifest, tmp_path, monke
     trained, _ = load(tmp_path / "run" / "adapt", device="cpu")
     assert trained.config.sparse_attention["budget"] == 40
     with pytest.raises(ValueError, match=r"data\.listener_tokenizer is missing"):
-        finetune.finetune(configuration("finetune", *overrides, f"data.texts=[{manifest}]"))
-    assert "finetune" in sys.modules
+        finetune(configuration(*overrides, f"data.texts=[{manifest}]"))

@@ -5,9 +5,7 @@ import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from test_sparsity import Stopped, configuration, rows
-from test_trainer import CLEAN, ROOT, metrics, stage
+from training_cases import CLEAN, ROOT, SOFT, Stopped, configuration, metrics, rows, stage, stop_after
 
 sys.path.append(str(ROOT / "tests" / "models"))
 import speech_models
@@ -18,6 +16,7 @@ from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, m
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.finetune import finetune
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
 from unique_asr.training.pretrained_material import PretrainedMaterial
 from unique_asr.training.trainer import Trainer
@@ -29,7 +28,6 @@ WORDS = {
         {"start": 0.6, "end": 1.2, "text": "on a mat"},
     ]
 }
-SOFT = {"mode": "soft", "budget": 40}
 LEARN = {"seconds": (1.4, 1.5), "windows": 1, "train": {"language_model": 3e-3}, "cased_share": 0.0}
 
 
@@ -189,16 +187,9 @@ def test_a_resumed_run_has_the_same_losses(make_trainer, lora):
     torch.manual_seed(5)
     whole = make_trainer(folder="whole", **options)
     whole.run(stages)
-    lines = []
-
-    def log(line):
-        lines.append(line)
-        if len(lines) > 3:
-            raise Stopped
-
     torch.manual_seed(5)
     with pytest.raises(Stopped):
-        make_trainer(folder="cut", log=log, **options).run(stages)
+        make_trainer(folder="cut", log=stop_after(3), **options).run(stages)
     torch.manual_seed(99)
     resumed = make_trainer(folder="cut", resume=True, **options)
     resumed.run(stages)
@@ -232,16 +223,14 @@ def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
 @pytest.mark.parametrize("name", ["qwen3_asr", "glmasr"])
 def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatch, name):
     """From the command to a folder that is read with the attention that it was trained for."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import finetune
-
     monkeypatch.setattr("unique_asr.training.validation.text_tokens", lambda *_: 8)
     monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda *_: 8)
     model, processor = speech_models.make(name)
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
-    (tmp_path / "mine.yaml").write_text(f"name_or_path: {tmp_path}/start")
-    monkeypatch.setattr(finetune, "MODELS", tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(f"name_or_path: {tmp_path}/start")
+    monkeypatch.setattr("unique_asr.training.finetune.conf_folder", lambda: tmp_path)
     manifest, out = write_manifest(WORDS, seconds=1.5), tmp_path / "out"
     overrides = [
         *("experiment=speech_llm", "training=soft", "training.budget=40", "init.model=mine"),
@@ -249,7 +238,7 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
         *("validation.limit=1", "validation.every=1", f"validation.manifest={manifest}"),
         *(f"data.manifests=[{manifest}]", "device=cpu", "bfloat16=always", f"output.dir={out}"),
     ]
-    finetune.finetune(OmegaConf.create(configuration(*overrides)))
+    finetune(configuration(*overrides))
     assert (out / "checkpoint.pt").is_file()
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["sparse_steps"] for row in found if "sparse" in row] == [1.0] * 2
@@ -265,13 +254,10 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
     assert info.sparsity["sparse_steps"] > 0
 
 
-def test_the_script_names_what_is_wrong(write_manifest, tmp_path, monkeypatch, llama):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import finetune
-
+def test_the_script_names_what_is_wrong(write_manifest, tmp_path, llama):
     def error(*overrides):
         with pytest.raises(ValueError) as caught:
-            finetune.finetune(OmegaConf.create(configuration("experiment=speech_llm", "device=cpu", *overrides)))
+            finetune(configuration("experiment=speech_llm", "device=cpu", *overrides))
         return str(caught.value)
 
     model, processor = speech_models.make("glmasr")

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_sparsity import LONG
-from test_trainer import ROOT
+from training_cases import LONG, ROOT
 
 from unique_asr.models import load
 

@@ -4,25 +4,18 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_trainer import CLEAN, ROOT, SEGMENTS, metrics, stage
+from training_cases import CLEAN, LONG, SEGMENTS, SOFT, Stopped, configuration, metrics, rows, stage, stop_after
 
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
 from unique_asr.models.speech_llm.packing import save_packed_model
 from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.finetune import finetune
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
 from unique_asr.training.speech_material import SpeechMaterial
-from unique_asr.training.trainer import StageConfig, Trainer
-
-LONG = {
-    "a.wav": [
-        {"start": n, "end": n + 1, "text": f"the cat number {n} sat", "cased": f"The cat number {n} sat."}
-        for n in range(8)
-    ]
-}
-SOFT = {"mode": "soft", "budget": 40}
+from unique_asr.training.stages import StageConfig
+from unique_asr.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -116,10 +109,6 @@ def test_wrong_targets_are_named(speech_llm):
 # Checkpoints
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("stop", "shape"),
     [(2, {}), (4, {}), (7, {}), (7, {"tokens": 512, "pack": True})],
@@ -137,16 +126,9 @@ def test_a_resumed_run_has_the_same_losses(make_trainer, stop, shape):
     whole = make_trainer("whole", **options)
     whole.run(stages)
 
-    lines = []
-
-    def log(line):
-        lines.append(line)
-        if len(lines) > stop:
-            raise Stopped
-
     torch.manual_seed(5)
     with pytest.raises(Stopped):
-        make_trainer("cut", log=log, **options).run(stages)
+        make_trainer("cut", log=stop_after(stop), **options).run(stages)
     torch.manual_seed(99)
     resumed = make_trainer("cut", resume=True, **options)
     resumed.run(stages)
@@ -167,10 +149,6 @@ def test_a_checkpoint_may_lack_options_that_came_later(make_trainer, tmp_path):
     make_trainer(resume=True).run([long_stage(steps=1)])
     with pytest.raises(ValueError, match="made with other stages"):
         make_trainer(resume=True).run([long_stage(steps=1, tokens=512, pack=True)])
-
-
-def rows(trainer):
-    return [json.loads(line) for line in (trainer.output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_what_cannot_be_resumed_is_named(make_trainer):
@@ -196,16 +174,13 @@ def test_the_best_model_is_kept(make_trainer):
 # Configurations
 
 
-def configuration(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return OmegaConf.to_container(compose("finetune", overrides=list(overrides)), resolve=True)
-
-
 @pytest.mark.parametrize("experiment", ["sparsity", "sparsity_lora"])
 def test_the_arms_differ_in_the_mode_alone(experiment):
     arms = {}
     for mode in ("dense", "soft", "hard"):
-        config = configuration(f"experiment={experiment}", f"training={mode}", "seed=2")
+        config = OmegaConf.to_container(
+            configuration(f"experiment={experiment}", f"training={mode}", "seed=2"), resolve=True
+        )
         assert mode in config["output"]["dir"]
         assert "seed2" in config["output"]["dir"]
         (only,) = (StageConfig(**found) for found in config["stages"])
@@ -221,11 +196,8 @@ def test_the_arms_differ_in_the_mode_alone(experiment):
 @pytest.mark.parametrize(
     ("experiment", "mode", "pack"), [("sparsity", "soft", "false"), ("sparsity_lora", "hard", "true")]
 )
-def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, monkeypatch, experiment, mode, pack):
+def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, experiment, mode, pack):
     """From a model to one that says how it is to be decoded, and the best one beside it."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import finetune
-
     model, processor = speech_llm()
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
@@ -241,7 +213,7 @@ def test_an_experiment_runs(speech_llm, write_manifest, tmp_path, monkeypatch, e
             f"output.dir={tmp_path}/out",
         ),
     ]
-    finetune.finetune(OmegaConf.create(configuration(*overrides)))
+    finetune(configuration(*overrides))
     found = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     validations = [row for row in found if "sparse" in row]
     assert len(validations) == 2

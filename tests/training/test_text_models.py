@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_sparsity import Stopped, rows
-from test_trainer import ROOT, configuration, metrics, stage
+from training_cases import Stopped, configuration, metrics, rows, stage, stop_after
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from unique_asr.evaluation.cli import main
+from unique_asr.training.finetune import finetune
 from unique_asr.training.text_material import TextMaterial
 from unique_asr.training.trainer import Trainer
 
-ROW = {"tokens": 256, "length": 128, "train": {"language_model": 1e-2}}
+ROW = {"tokens": 256, "lengths": [128], "train": {"language_model": 1e-2}}
 
 
 @pytest.fixture
@@ -87,15 +88,8 @@ def test_a_resumed_run_has_the_same_losses(make_trainer):
     stages, options = [stage(**{**ROW, "steps": 5})], {"checkpoints": True, "save_minutes": 0.0}
     whole = make_trainer("whole", **options)
     whole.run(stages)
-    lines = []
-
-    def log(line):
-        lines.append(line)
-        if len(lines) > 2:
-            raise Stopped
-
     with pytest.raises(Stopped):
-        make_trainer("cut", log=log, **options).run(stages)
+        make_trainer("cut", log=stop_after(2), **options).run(stages)
     resumed = make_trainer("cut", resume=True, **options)
     resumed.run(stages)
     assert {row["step"]: row["loss"] for row in rows(resumed)} == {row["step"]: row["loss"] for row in rows(whole)}
@@ -107,10 +101,10 @@ def test_what_is_wrong_is_named(language_model, file, make_trainer):
         TextMaterial(model, tokenizer, [])
     with pytest.raises(ValueError, match=r"none\.txt: no such text"):
         TextMaterial(model, tokenizer, [file.with_name("none.txt")])
-    with pytest.raises(ValueError, match="length is 0; give the tokens of a row"):
-        make_trainer().run_stage(stage(**{**ROW, "length": 0}))
+    with pytest.raises(ValueError, match=r"lengths is \[\]; give the tokens of a row"):
+        make_trainer().run_stage(stage(**{**ROW, "lengths": []}))
     with pytest.raises(ValueError, match=r"longer than every text in text\.files"):
-        make_trainer().run_stage(stage(**{**ROW, "tokens": 4096, "length": 4096}))
+        make_trainer().run_stage(stage(**{**ROW, "tokens": 4096, "lengths": [4096]}))
 
 
 def test_a_loss_that_is_no_number_leaves_its_stretches(make_trainer, file):
@@ -124,11 +118,6 @@ def test_a_loss_that_is_no_number_leaves_its_stretches(make_trainer, file):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_script_trains_what_evaluation_reads(language_model, file, tmp_path, monkeypatch, capsys, lora):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import finetune
-
-    from unique_asr.evaluation.cli import main
-
     model, tokenizer = language_model()
     model.save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
@@ -137,9 +126,9 @@ def test_the_script_trains_what_evaluation_reads(language_model, file, tmp_path,
         *(f"text.model={tmp_path}/start", f"text.files=[{file}]", "device=cpu", f"output.dir={tmp_path}/run"),
     ]
     if lora:
-        train = "{name: adapt, steps: 2, tokens: 128, length: 128, train: {lora: 1e-2}, attention: ${training}}"
+        train = "{name: adapt, steps: 2, tokens: 128, lengths: [128], train: {lora: 1e-2}, attention: ${training}}"
         overrides += ["+lora={rank: 4, alpha: 8}", f"stages=[{train}]"]
-    finetune.finetune(configuration("finetune", *overrides))
+    finetune(configuration(*overrides))
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "adapt")
     assert trained.config.sparse_attention["budget"] == 40
     assert not np.array_equal(*(m.model.layers[0].mlp.up_proj.weight.detach().numpy() for m in (trained, model)))

@@ -1,26 +1,25 @@
-"""Everything that a run needs to go on as if it had never stopped: weights, optimiser, random numbers, place."""
+"""A checkpoint: everything that a run needs to go on as if it had never stopped."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unique_asr.training.distributed import Processes
-
-if TYPE_CHECKING:
-    from unique_asr.training.trainer import Material
+from unique_asr.training.material import Material
+from unique_asr.training.stages import StageConfig
 
 FILE = "checkpoint.pt"
 
 
 @dataclass
 class Checkpoint:
-    """A place between two steps. weights: float32, of all parameters that were trained so far, by name."""
+    """The state of a run between two steps."""
 
     stages: list[dict[str, Any]]  # what the run was to do
     stage: int  # index of the stage that goes on
@@ -28,19 +27,23 @@ class Checkpoint:
     elapsed: float  # its seconds so far
     totals: dict[str, float]  # of measures since the last line of the log
     best: float | None  # word error rate of the best model so far
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # float32, of all parameters that were trained so far, by name
     optimizer: dict[str, Any] | None  # None at the start of a stage
     random: list[dict[str, Any]]  # of each process
+    all_steps: int = 0  # of all stages so far
 
     def save(self, folder: Path) -> None:
-        """A crash while writing leaves the former checkpoint."""
+        """Write it to `folder`/checkpoint.pt; a crash while writing leaves the former one."""
         path = folder / FILE
         torch.save(vars(self), path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
 
     @classmethod
-    def load(cls, folder: Path, stages: list[Any]) -> Checkpoint | None:
-        """None if the folder has none. Raises ValueError if it belongs to other stages than these."""
+    def load(cls, folder: Path, stages: list[StageConfig]) -> Checkpoint | None:
+        """Read `folder`/checkpoint.pt; None if there is none.
+
+        Raises ValueError if it cannot be read or was made with other stages than these.
+        """
         path = folder / FILE
         if not path.is_file():
             return None
@@ -48,14 +51,17 @@ class Checkpoint:
             found = cls(**torch.load(path, map_location="cpu", weights_only=False))
         except Exception as error:
             raise ValueError(f"{path}: not a checkpoint ({error}); remove it or give another output.dir") from None
-        defaults = {each.name: each.default for stage in stages for each in fields(stage)}  # of options that came later
+        defaults = {  # of options that came later
+            each.name: each.default if each.default_factory is MISSING else each.default_factory()
+            for each in fields(StageConfig)
+        }
         if [{**defaults, **stage} for stage in found.stages] != [asdict(stage) for stage in stages]:
             raise ValueError(f"{path}: made with other stages; give the same, another output.dir, or resume=false")
         return found
 
 
 def collect_random_states(material: Material) -> dict[str, Any]:
-    """The states of all random numbers of this process."""
+    """The states of all random number generators of this process, for `restore_random_states`."""
     return {
         "material": material.collect_random_states(),
         "torch": torch.get_rng_state(),
@@ -64,7 +70,10 @@ def collect_random_states(material: Material) -> dict[str, Any]:
 
 
 def restore_random_states(states: list[dict[str, Any]], processes: Processes, material: Material) -> None:
-    """Raises ValueError if the run had another number of processes."""
+    """Put this process's generators into its state among `states`.
+
+    Raises ValueError if there was another number of processes.
+    """
     if len(states) != processes.count:
         raise ValueError(f"the checkpoint is of {len(states)} processes, not {processes.count}: start as many")
     state = states[processes.rank]

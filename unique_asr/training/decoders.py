@@ -1,23 +1,19 @@
-"""The LLM's forward and backward pass as CUDA graphs, one for each shape of its inputs.
+"""The LLM's decoder as training runs it: plainly, or as CUDA graphs, one for each shape of its inputs.
 
 Launching the kernels of thirty thin layers takes the host several times what the GPU needs to run them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from unique_asr.attention.cuda_graph import garbage_kept
-
-if TYPE_CHECKING:
-    from unique_asr.attention.soft_mask import TrainingAttention
+from unique_asr.attention.soft_mask import TrainingAttention
 
 
 class PlainDecoder(nn.Module):
-    """Vectors [B, N, hidden] -> last hidden states [B, N, hidden] of a transformers decoder."""
+    """A transformers decoder from embeddings to last hidden states, without a cache."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -25,7 +21,12 @@ class PlainDecoder(nn.Module):
         self.train(decoder.training)
 
     def forward(self, embeds: Tensor, decoded: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-        """For `TrainingAttention`: decoded, bool [B, N], and starts, int [B, N], the first token of each one's item."""
+        """Last hidden states [B, N, hidden] of `embeds` [B, N, hidden].
+
+        Args:
+            decoded: bool [B, N], the tokens that inference decodes one by one; for `TrainingAttention`.
+            starts: int [B, N], the first token of each token's item, where items share a row; for the same.
+        """
         more = {} if decoded is None else {"decoded": decoded}
         if starts is not None:
             position = torch.arange(starts.shape[1], device=starts.device)
@@ -34,10 +35,13 @@ class PlainDecoder(nn.Module):
 
 
 class GraphedDecoder:
-    """Captures a graph at the first use of a shape; weights must keep their addresses as long as it is used.
+    """The same as CUDA graphs, forward and backward; one is captured at the first use of a shape.
 
-    attention: of sparsity-aware training; its configuration may change, and each has graphs of its own.
-    All graphs share their memory: a backward pass has to come before the next forward pass.
+    Weights must keep their addresses as long as it is used. All graphs share their memory, so a backward pass has to
+    come before the next forward pass.
+
+    Args:
+        attention: of sparsity-aware training; its `config` may change, and each has graphs of its own.
     """
 
     def __init__(self, decoder: nn.Module, attention: TrainingAttention | None = None) -> None:
@@ -46,9 +50,12 @@ class GraphedDecoder:
         self.graphs: dict[tuple, nn.Module] = {}
 
     def __call__(self, embeds: Tensor, *more: Tensor) -> Tensor:
-        """As `PlainDecoder`."""
+        """The same as `PlainDecoder.forward`."""
         inputs = (embeds if embeds.requires_grad else embeds.detach().requires_grad_(), *more)
-        kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
+        config = self.attention.config if self.attention else None
+        if config and not (config.masks and embeds.shape[1] > config.sparse.budget):
+            config = None  # every query reads everything, whatever the budget
+        kind = tuple(embeds.shape), len(inputs), config
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
             with garbage_kept():

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,9 +32,7 @@ from unique_asr.training.case_restoration import normalise, restore_case
 from unique_asr.training.corpus import Source, TrainingItem, TrainingUtterance
 from unique_asr.training.distributed import Processes
 from unique_asr.training.speech_batches import SpeechBatcher
-
-if TYPE_CHECKING:
-    from unique_asr.training.trainer import StageConfig
+from unique_asr.training.stages import StageConfig
 
 WINDOWS = 128  # that the listener hears at once
 MAX_PAUSE = 1.0  # seconds between two utterances; what lies in a longer pause may be speech that has no text

@@ -32,10 +32,10 @@ def add_lora(model: PreTrainedModel, config: LoraSettings) -> None:
         lora_alpha=config.alpha,
         target_modules=config.targets,
         lora_dropout=config.dropout,
-        exclude_modules=rf"{EXTENSION}\..*" if hasattr(language_model(model), EXTENSION) else None,
+        exclude_modules=rf"{EXTENSION}\..*" if hasattr(find_language_model(model), EXTENSION) else None,
     )
     try:
-        inject_adapter_in_model(options, language_model(model))
+        inject_adapter_in_model(options, find_language_model(model))
     except ValueError as error:
         raise ValueError(f"lora.targets is {config.targets}: {str(error).splitlines()[0]}") from None
     model.to(model.device)
@@ -58,22 +58,22 @@ def copy_without_lora(model: PreTrainedModel) -> PreTrainedModel:
         plain = type(model)(model.config)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
-    for ours, theirs in ((plain, model), (language_model(plain), language_model(model))):
+    for ours, theirs in ((plain, model), (find_language_model(plain), find_language_model(model))):
         if theirs.can_generate():
             ours.generation_config = theirs.generation_config
     return plain
 
 
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
+def find_language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The LLM of a speech LLM (its decoder, where an adapter knows the model), or the model itself."""
     return model.get_decoder() if find(model) else getattr(model, "language_model", model)
 
 
-def parts(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+def list_parts(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """How the names of the weights begin of each part that a stage's `train` may name."""
     if known_model := find(model):
         return known_model.parts
-    if language_model(model) is model:
+    if find_language_model(model) is model:
         return {"language_model": ("",)}
     named = {part: (f"{part}.",) for part in ("encoder", "projector", "residual", "language_model")}
     return named | {"residual": ("projector.residual.",)}

@@ -43,6 +43,7 @@ def compute_llm_loss(
     mark_decoded: bool = False,
     slips: float = 0.0,
     page_size: int | None = None,
+    slips_share: float = 1.0,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
 
@@ -81,7 +82,7 @@ def compute_llm_loss(
         ids[row, last:end] = torch.tensor(after)
         answer = ids[row, end - labels : end]
         targets.append(answer.clone())
-        if slips:
+        if slips and (slips_share == 1 or torch.rand(()).item() < slips_share):
             slipped = torch.rand(labels) < slips
             answer[slipped] = targets[-1][torch.randint(labels, (int(slipped.sum()),))]
         heard.append(torch.arange(first, last) + row * longest)

@@ -7,7 +7,7 @@ follows as its parser would read it, with times where the model gives them, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
 from unique_asr.training.losses import compute_llm_loss
 from unique_asr.training.speech_batches import SpeechBatch, render_waveforms, walk_timeline
 from unique_asr.training.speech_material import describe_items
-
-if TYPE_CHECKING:
-    from unique_asr.training.trainer import StageConfig
+from unique_asr.training.stages import StageConfig
 
 TEXT_TOKENS_A_SECOND = 5.0  # of speech
 PROMPT_TOKENS = 32  # of the request beside the audio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, TrainingItem, draw_log_uniform
 from unique_asr.training.decoders import GraphedDecoder
 from unique_asr.training.losses import compute_ctc_loss, compute_llm_loss
-from unique_asr.training.speech_batches import SpeechBatch, SpeechBatcher, send
-
-if TYPE_CHECKING:
-    from unique_asr.training.trainer import StageConfig
+from unique_asr.training.positions import drop_positions, embed_heard
+from unique_asr.training.speech_batches import SpeechBatch, SpeechBatcher
+from unique_asr.training.stages import StageConfig
 
 TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript together
 
@@ -88,32 +87,16 @@ class SpeechMaterial:
         if stage.trains_frames or not stage.llm_weight:
             raise ValueError(f"stage {stage.name}: what was heard before trains the LLM alone; give it `llm_weight`")
         loss, tokens = self._llm_loss(
-            stage, self._positions(items), self.batcher.make_texts(items), shape, decoder, mark_decoded
+            stage, self._embed(items), self.batcher.make_texts(items), shape, decoder, mark_decoded
         )
         seconds = sum(item.seconds for item in items)
         return stage.llm_weight * loss, {"llm": loss.detach(), "tokens": tokens, "seconds": seconds}
 
-    @torch.no_grad()
-    def _positions(self, items: Sequence[TrainingItem]) -> list[Tensor]:
-        """[M, hidden] of each item, from what was heard of its utterances."""
-        heard = [[utterance.heard for _, utterance, _ in item.pieces] for item in items]
-        counts = [sum(len(candidates) for candidates, _ in parts) for parts in heard]
-        widest = max(candidates.shape[1] for parts in heard for candidates, _ in parts)
-        candidates, weights = (
-            torch.cat(
-                [
-                    torch.nn.functional.pad(part[which], (0, widest - part[which].shape[1])).to(dtype)
-                    for parts in heard
-                    for part in parts
-                ]
-            )
-            for which, dtype in ((0, torch.long), (1, torch.float32))
-        )
-        table = self.model.get_input_embeddings().weight
-        expected = self.model.listener.expected(
-            send(weights, table.device).to(table.dtype), send(candidates, table.device), table
-        )
-        return list(expected.split(counts))
+    def _embed(self, items: Sequence[TrainingItem]) -> list[Tensor]:
+        """Positions [M, hidden] of each item, from what was heard of its utterances."""
+        parts = [[utterance.heard for _, utterance, _ in item.pieces] for item in items]
+        embedded = iter(embed_heard(self.model, [part for own in parts for part in own]))
+        return [torch.cat([next(embedded) for _ in own]) for own in parts]
 
     def _llm_loss(
         self,
@@ -124,13 +107,18 @@ class SpeechMaterial:
         decoder: GraphedDecoder | None,
         mark_decoded: bool,
     ) -> tuple[Tensor, int]:
-        if stage.position_dropout:
-            audio = [
-                embeds * (torch.rand(len(embeds), 1, device=embeds.device) >= stage.position_dropout)
-                for embeds in audio
-            ]
-        page_size = stage.attention_config().sparse.page_size if stage.pack else None
-        return compute_llm_loss(self.model, audio, batch, shape, decoder, mark_decoded, stage.slips, page_size)
+        page_size = stage.schedule.last.sparse.page_size if stage.pack else None
+        return compute_llm_loss(
+            self.model,
+            drop_positions(audio, stage.position_dropout),
+            batch,
+            shape,
+            decoder,
+            mark_decoded,
+            stage.slips,
+            page_size,
+            stage.slips_share,
+        )
 
     def draw_items(self, stage: StageConfig) -> tuple[list[TrainingItem], tuple[int, int] | None]:
         """The items of a micro-batch, and the rows and length that the LLM is given."""

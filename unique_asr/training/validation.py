@@ -21,7 +21,7 @@ from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProces
 from unique_asr.models.pretrained import find
 from unique_asr.models.pretrained.memory import text_tokens
 from unique_asr.models.pretrained.prompting import prompt_embeds
-from unique_asr.training.precision import rounded
+from unique_asr.training.precision import cast_weights
 
 TOKENS_A_SECOND = 9.0  # of fast speech
 
@@ -87,7 +87,7 @@ def validate_pretrained(
     stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
     training = set_training(model, False)
-    with rounded(model, dtype):
+    with cast_weights(model, dtype):
         for name, (attention, score) in scores.items():
             # One chunk and steps that are not captured: weights move while training.
             decoder = GreedyDecoder(model, attention, prefill_chunk=1 << 30, static=False)
