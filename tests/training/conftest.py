@@ -8,8 +8,9 @@ import soundfile
 import torch
 from transformers import WhisperConfig
 
-from unique_asr.training.corpus import TrainingItem, read_manifests
+from unique_asr.training.corpus import TrainingItem
 from unique_asr.training.listening import CLEAN, decode_position_texts, hear
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.speech_batches import SpeechBatcher
 
 SEGMENTS = {

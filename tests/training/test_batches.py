@@ -7,7 +7,8 @@ from training_cases import CLEAN
 from transformers import SeamlessM4TFeatureExtractor, WhisperFeatureExtractor
 
 from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise, compute_log_mel, mask_spectrogram
-from unique_asr.training.corpus import TrainingItem, read_manifests
+from unique_asr.training.corpus import TrainingItem
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.speech_batches import SpeechBatcher
 
 

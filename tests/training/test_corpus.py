@@ -10,8 +10,9 @@ import torch
 
 from unique_asr.data import Recording, Span
 from unique_asr.data import Utterance as Spoken
-from unique_asr.training import corpus as corpus_module
-from unique_asr.training.corpus import Corpus, Source, TrainingUtterance, read_manifests, read_synthetic
+from unique_asr.training import manifests as manifests_module
+from unique_asr.training.corpus import Corpus, Source, TrainingUtterance
+from unique_asr.training.manifests import read_manifests, read_synthetic
 
 CPU = torch.device("cpu")
 
@@ -105,7 +106,7 @@ def test_hub_data_sets_are_read(write_manifest, tmp_path, monkeypatch):
         span = Span(tmp_path / "a.wav", 0.0, 4.0)
         return [Recording("0", (span,), (Spoken(0.0, 4.0, "from the hub"),), source=name)]
 
-    monkeypatch.setattr(corpus_module, "read_hub", read_hub)
+    monkeypatch.setattr(manifests_module, "read_hub", read_hub)
     sources = read_manifests(["owner/data:clean", "owner/data:clean:dev"], {}, CPU)
     assert asked == ["owner/data:clean:train", "owner/data:clean:dev"]
     assert [source.name for source in sources] == ["owner/data:clean", "owner/data:clean:dev"]

@@ -14,7 +14,7 @@ from unique_asr.training import listening as listening_module
 from unique_asr.training import losses as losses_module
 from unique_asr.training import speech_material as speech_module
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, TrainingItem, TrainingUtterance, read_manifests
+from unique_asr.training.corpus import Corpus, TrainingItem, TrainingUtterance
 from unique_asr.training.finetune import finetune
 from unique_asr.training.listening import (
     CLEAN,
@@ -25,6 +25,7 @@ from unique_asr.training.listening import (
     listen,
     load_or_listen,
 )
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.speech_batches import SpeechBatcher
 from unique_asr.training.speech_material import SpeechMaterial
 from unique_asr.training.text_sources import ListenerTokens, TextSource
@@ -107,6 +108,18 @@ def test_it_listens_once(listener, manifest, tmp_path, monkeypatch):
     (tmp_path / "kept" / "heard.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"heard\.pt: not a file of what was heard"):
         sources()
+
+
+def test_what_falls_out_is_counted(listener, write_manifest, tmp_path):
+    """Of texts that are not those of the audio nothing is kept, and that is said in one line."""
+    model, processor = listener
+    manifest = write_manifest({"a.wav": None, "b.wav": None}, seconds=9.0, text="zebras hum quietly far away")
+    with pytest.raises(ValueError, match="heard 0% of the words, and of none of 2 stretches of speech the 70% that"):
+        load_or_listen(
+            model, processor, lambda: read_manifests([manifest], {}, model.device), {}, tmp_path / "heard.pt", CLEAN,
+            log=lambda line: None,
+        )  # fmt: skip
+    assert not (tmp_path / "heard.pt").exists()
 
 
 def test_what_trains_decides_whether_once_is_enough(listener, speech_llm):

@@ -15,9 +15,10 @@ from unique_asr.application.cli import saved_attention
 from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.corpus import Corpus
 from unique_asr.training.finetune import finetune
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.pretrained_material import PretrainedMaterial
 from unique_asr.training.trainer import Trainer
 

@@ -10,9 +10,10 @@ from training_cases import CLEAN, LONG, SEGMENTS, SOFT, Stopped, configuration, 
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 from unique_asr.models import load
 from unique_asr.models.speech_llm.packing import save_packed_model
-from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.corpus import Corpus
 from unique_asr.training.finetune import finetune
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.speech_material import SpeechMaterial
 from unique_asr.training.stages import StageConfig
 from unique_asr.training.trainer import Trainer

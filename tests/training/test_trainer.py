@@ -10,8 +10,9 @@ from training_cases import CLEAN, EVERYTHING, ROOT, SEGMENTS, configuration, met
 
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, read_manifests
+from unique_asr.training.corpus import Corpus
 from unique_asr.training.finetune import finetune
+from unique_asr.training.manifests import read_manifests
 from unique_asr.training.parameter_groups import make_parameter_groups
 from unique_asr.training.speech_material import SpeechMaterial
 from unique_asr.training.stages import StageConfig

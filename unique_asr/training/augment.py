@@ -24,15 +24,16 @@ class AugmentConfig:
 
 @dataclass
 class Perturbation:
-    """What was drawn for each of B items, on the CPU: factors on tempo, on amplitude, on noise by signal amplitude."""
+    """What was drawn for each of B items, on the CPU."""
 
-    speed: Tensor  # [B]
-    gain: Tensor  # [B]
-    noise: Tensor  # [B], 0 without noise
+    speed: Tensor  # [B], factor on tempo and pitch
+    gain: Tensor  # [B], factor on the amplitude
+    noise: Tensor  # [B], amplitude of the noise relative to the signal's; 0 without noise
     low: Tensor  # [B] bool: noise with more power at low frequencies, as in rooms and streets
 
     @classmethod
     def draw(cls, items: int, config: AugmentConfig, random: torch.Generator) -> Perturbation:
+        """Draw one for each of `items` items."""
         speed, gain, share, snr, color = torch.rand(5, items, generator=random)
         quietest, loudest = config.snr_db
         level = 10 ** (-(quietest + (loudest - quietest) * snr) / 20)
@@ -45,7 +46,14 @@ class Perturbation:
 
 
 def add_noise(windows: Tensor, lengths: Tensor, gain: Tensor, noise: Tensor, low: Tensor) -> Tensor:
-    """Noise relative to the power of each window and a gain; windows [W, N] of which `lengths` [W] are in use."""
+    """Add noise to windows [W, N] and multiply by a gain.
+
+    Args:
+        lengths: int [W], samples that are in use; the rest stays zero.
+        gain: [W], factors on signal and noise.
+        noise: [W], amplitude of the noise relative to the window's own.
+        low: bool [W], noise with more power at low frequencies.
+    """
     inside = torch.arange(windows.shape[1], device=windows.device) < lengths[:, None]
     white = torch.randn_like(windows)
     rumble = torch.nn.functional.avg_pool1d(white, 8, 1, 4)[:, : windows.shape[1]] * 8**0.5  # of the same power
@@ -55,7 +63,7 @@ def add_noise(windows: Tensor, lengths: Tensor, gain: Tensor, noise: Tensor, low
 
 
 def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:
-    """SpecAugment (arXiv 1904.08779) without warping; features [W, bins, frames], masked with each window's mean."""
+    """SpecAugment (arXiv 1904.08779) without warping: features [W, bins, frames] with bands and spans at the mean."""
     windows, bins, frames = features.shape
     fill = features.mean((1, 2), keepdim=True)
     for axis, size, count, longest in (
@@ -72,9 +80,13 @@ def mask_spectrogram(features: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def compute_log_mel(windows: Tensor, mel_filters: Tensor, n_fft: int = 400, hop: int = 160) -> Tensor:
-    """Whisper's log-mel features of W padded windows on their device: [W, samples] -> [W, mels, samples / hop].
+    """Whisper's log-mel features of padded windows [W, samples], on their device: [W, mels, samples / hop].
 
-    mel_filters: [n_fft / 2 + 1, mels], the feature extractor's. WhisperFeatureExtractor gives the same on the CPU.
+    WhisperFeatureExtractor gives the same on the CPU.
+
+    Args:
+        mel_filters: [n_fft / 2 + 1, mels], the feature extractor's.
+        n_fft, hop: in samples.
     """
     taper = torch.hann_window(n_fft, device=windows.device)
     spectrum = torch.stft(windows, n_fft, hop, window=taper, return_complex=True)

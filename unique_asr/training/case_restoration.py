@@ -12,11 +12,12 @@ SIMILAR = (
 
 
 def normalise(word: str) -> str:
+    """The letters, digits and inner apostrophes of a word, in lower case."""
     return re.sub(r"[^a-z0-9']", "", word.lower()).strip("'")
 
 
 def split_heard(text: str) -> list[tuple[str, str, str]]:
-    """(normalised word, its surface without punctuation, trailing punctuation) of each word of Whisper's text."""
+    """Split Whisper's text into (normalised word, the word without punctuation, the punctuation after it)."""
     words = []
     for token in re.split(r"[\s\-–—]+", text.replace("’", "'")):
         surface = re.sub(r"^[^\w']+|[^\w']+$", "", token)
@@ -30,11 +31,20 @@ def split_heard(text: str) -> list[tuple[str, str, str]]:
 
 
 def copy_case(word: str, like: str) -> str:
+    """The word, with a capital if `like` has one."""
     return word.capitalize() if like[:1].isupper() and like != "I" else word
 
 
 def restore_case(words: list[str], text: str) -> tuple[list[str], list[bool]]:
-    """The reference words with the case and punctuation of Whisper's `text`, and which of them Whisper heard."""
+    """Give words the case and punctuation of what Whisper heard.
+
+    Args:
+        words: of the reference.
+        text: what Whisper wrote of the same speech.
+
+    Returns:
+        The words, none of them another than before but for case and punctuation, and whether Whisper heard each.
+    """
     heard = split_heard(text)
     matcher = difflib.SequenceMatcher(None, [normalise(word) for word in words], [word for word, *_ in heard], False)
     restored, matched = list(words), [False] * len(words)

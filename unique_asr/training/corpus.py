@@ -1,25 +1,18 @@
-"""Speech and texts in memory, and the joined items that training draws from them.
+"""Speech in memory, and the items that training draws from it: utterances joined to any length.
 
-All audio sits as int16 in one tensor per source on the training device (an hour is 115 MB), so that joining utterances
-to any length, augmenting them and computing features costs no loading.
+All audio of a source is one int16 tensor on the training device (an hour is 115 MB), so that joining utterances,
+augmenting them and computing features needs no loading.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from unique_asr.audio import load_audio
-from unique_asr.evaluation.readers import HUB_NAME, read_hub
 from unique_asr.models.speech_llm.ctc import ctc_text
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 
@@ -30,9 +23,13 @@ MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it w
 
 @dataclass(eq=False)
 class TrainingUtterance:
-    """Samples [start, end) of its source's audio. `cased`: the text with case and punctuation, None where unknown.
+    """What was said without a pause, and where in the audio of its source.
 
-    heard: what a listener made of it: the most likely tokens of each position, [M, A], and their weights, [M, A].
+    Attributes:
+        start, end: its first sample and the one after its last, at 16 kHz.
+        text: the transcript.
+        cased: the transcript with case and punctuation; None where they are unknown.
+        heard: what a listener made of it: the likely tokens of each of M positions, [M, A], and their weights, [M, A].
     """
 
     start: int
@@ -48,27 +45,28 @@ class TrainingUtterance:
 
 @dataclass(eq=False)
 class Source:
-    """Recordings of one kind: each a list of consecutive utterances. `weight`: share of the items drawn from it."""
+    """Recordings of one kind, each a list of consecutive utterances."""
 
     name: str
     audio: Tensor  # [samples] int16
     recordings: list[list[TrainingUtterance]]
-    weight: float
-    cased_runs: list[list[TrainingUtterance]] = field(init=False)
+    weight: float  # how often it is drawn from, relative to other sources
+    cased_runs: list[list[TrainingUtterance]] = field(init=False)  # consecutive utterances of known case
 
     def __post_init__(self) -> None:
         self.cased_runs = [run for recording in self.recordings for run in _cased_runs(recording)]
 
     @property
     def hours(self) -> float:
+        """Speech in all recordings."""
         return sum(utterance.seconds for recording in self.recordings for utterance in recording) / 3600
 
     def has_utterances(self, cased: bool) -> bool:
-        """Whether there is anything to draw, with known case if `cased`."""
+        """Whether there is anything to draw; with `cased`, anything whose case is known."""
         return bool(self.cased_runs if cased else self.recordings)
 
     def draw_stretch(self, cased: bool, random: np.random.Generator) -> Iterable[TrainingUtterance]:
-        """Consecutive utterances of one recording, from any of them on."""
+        """Consecutive utterances of one recording, from a random one on; with `cased` only those of known case."""
         pool = self.cased_runs if cased else self.recordings
         run = pool[random.integers(len(pool))]
         return run[random.integers(len(run)) :]
@@ -76,19 +74,21 @@ class Source:
 
 @dataclass
 class TrainingItem:
-    """Utterances joined in this order. `pieces`: (source, utterance, seconds of silence before it)."""
+    """Utterances joined one after the other."""
 
-    pieces: list[tuple[Source, TrainingUtterance, float]]
-    cased: bool
+    pieces: list[tuple[Source, TrainingUtterance, float]]  # with the seconds of silence before each
+    cased: bool  # the transcript has case and punctuation
 
     @property
     def text(self) -> str:
+        """The transcript that the LLM is to write."""
         if self.cased:
             return " ".join(utterance.cased or "" for _, utterance, _ in self.pieces)
         return ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
 
     @property
     def prompt(self) -> str | None:
+        """The instruction that asks for such a transcript."""
         return None if self.cased else LOWER_CASE
 
     @property
@@ -100,6 +100,7 @@ class Corpus:
     """Draws items of a wanted length from several sources.
 
     Args:
+        seed: the same seed draws the same items.
         max_gap_seconds: longest silence put between two utterances.
     """
 
@@ -109,10 +110,14 @@ class Corpus:
         self.max_gap_seconds = max_gap_seconds
 
     def draw_item(self, seconds: float, cased_share: float) -> TrainingItem:
-        """Consecutive utterances of at most `seconds`, or one longer; more recordings follow where one is too short.
+        """Draw consecutive utterances; those of further recordings follow where one is too short.
 
-        cased_share: probability of an item drawn from the utterances whose case and punctuation are known.
-        Raises ValueError if there is nothing to draw from.
+        Args:
+            seconds: longest item, unless its first utterance is longer.
+            cased_share: probability of an item of utterances whose case and punctuation are known.
+
+        Raises:
+            ValueError: there is nothing to draw from.
         """
         if not any(source.has_utterances(cased=False) for source in self.sources):
             raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and the filters")
@@ -147,179 +152,11 @@ def _cased_runs(recording: Iterable[TrainingUtterance]) -> Iterator[list[Trainin
         yield run
 
 
-def read_manifests(
-    paths: Iterable[str | Path],
-    weights: dict[str, float],
-    device: torch.device,
-    min_match: float = 0.8,
-    workers: int = 8,
-    missing: str = "error",
-    log: Callable[[str], None] = print,
-) -> list[Source]:
-    """Sources from JSONL manifests with rows of `audio_filepath`, `source`, `segments` (`start`, `end`, `text`).
-
-    A folder in place of a manifest stands for its audio files with a text beside them: x.wav and x.txt. OWNER/DATA,
-    OWNER/DATA:CONFIG or OWNER/DATA:CONFIG:SPLIT is a data set of the Hugging Face hub, its split `train` unless named.
-
-    A segment may carry `cased` (text with case and punctuation, or null) and `match` (share of its words that a
-    recogniser heard: segments below `min_match` are dropped as misread). weights: by source name; others weigh 1.
-    missing: what to do about audio that is not there: `error`, or `skip`.
-    log: is told how many files were missing and the first of them, and how many segments were left out and why.
-    Raises ValueError naming the file for a missing or empty manifest and for missing audio.
-    """
-    if missing not in ("error", "skip"):
-        raise ValueError(f"data.missing is {missing!r}: choose one of error, skip")
-    rows = []
-    for path in map(Path, paths):
-        if HUB_NAME.fullmatch(str(path)) and path.suffix not in (".jsonl", ".json") and not path.parent.is_dir():
-            rows += _hub(str(path))
-            continue
-        if path.is_dir():
-            rows += _folder(path)
-            continue
-        if not path.is_file():
-            raise ValueError(f"{path}: no such manifest")
-        try:
-            found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON lines ({error})") from None
-        if any("audio_filepath" not in row or not (row.get("segments") or row.get("text")) for row in found):
-            raise ValueError(f"{path}: each row needs audio_filepath and text or segments")
-        if not found:
-            raise ValueError(f"{path}: the manifest is empty")
-        rows += [(path.parent / row["audio_filepath"], row) for row in found]
-    rows = [(path, row) for path, row in rows if weights.get(_source_name(row), 1.0) > 0]
-    absent = [str(path) for path, _ in rows if not path.is_file()]
-    if absent:
-        message = f"{absent[0]}: missing audio ({len(absent)} of {len(rows)} files of the manifests)"
-        if missing == "error" or len(absent) == len(rows):
-            raise ValueError(f"{message}; data.missing=skip goes on without")
-        log(f"{message}; skipped")
-        rows = [(path, row) for path, row in rows if path.is_file()]
-    with ThreadPoolExecutor(workers) as pool:
-        audio = list(pool.map(_read_int16, [path for path, _ in rows]))
-    by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
-    for samples, (_, row) in zip(audio, rows, strict=True):
-        by_source.setdefault(_source_name(row), []).append((samples, row))
-    left_out: Counter[str] = Counter()
-    sources = [
-        _source(name, entries, weights.get(name, 1.0), device, min_match, left_out)
-        for name, entries in by_source.items()
-    ]
-    if left_out:
-        log("segments left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
-    return sources
-
-
-def _source_name(row: dict) -> str:
-    return row.get("source", "manifest")
-
-
-def _hub(name: str) -> list[tuple[Path, dict]]:
-    repository, config, split = (*name.split(":"), "", "")[:3]
-    return [
-        (recording.spans[0].path, {"text": recording.text, "source": name})
-        for recording in read_hub(f"{repository}:{config}:{split or 'train'}")
-    ]
-
-
-def _folder(folder: Path) -> list[tuple[Path, dict]]:
-    """Every audio file of a folder that has a text of the same name beside it."""
-    texts = {path.stem: path for path in sorted(folder.glob("*.txt"))}
-    rows = [
-        (path, {"text": " ".join(texts[path.stem].read_text().split()), "source": folder.name})
-        for path in sorted(folder.iterdir())
-        if path.stem in texts and path.suffix != ".txt"
-    ]
-    if not rows:
-        raise ValueError(f"{folder}: no audio file with a text of the same name, such as x.wav and x.txt")
-    return rows
-
-
-def _read_int16(path: Path) -> np.ndarray:
-    """Samples at 16 kHz; what has another rate or many channels, or is not for libsndfile, goes through FFmpeg."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.samplerate == SAMPLE_RATE and file.channels == 1:
-                return file.read(dtype="int16")
-    except soundfile.LibsndfileError:
-        pass
-    return (load_audio(path).clip(-1, 1) * 32767).astype(np.int16)
-
-
-def _source(
-    name: str,
-    entries: list[tuple[np.ndarray, dict]],
-    weight: float,
-    device: torch.device,
-    min_match: float,
-    left_out: Counter[str],
-) -> Source:
-    recordings, offset = [], 0
-    for samples, row in entries:
-        segments = row.get("segments") or [_whole(row, len(samples) / SAMPLE_RATE)]
-        recording = []
-        for segment in segments:
-            start, end = round(segment["start"] * SAMPLE_RATE), round(segment["end"] * SAMPLE_RATE)
-            if end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE:
-                reason = f"longer than {MAX_UTTERANCE_SECONDS:g} s"
-            elif end > len(samples) + SAMPLE_RATE // 10 or min(end, len(samples)) - start < MIN_SAMPLES:
-                reason = "outside their audio"
-            elif segment.get("match") is not None and segment["match"] < min_match:
-                reason = "misread"
-            else:
-                reason = None
-            if reason:
-                left_out[reason] += 1
-                continue
-            cased = segment.get("cased") or (segment["text"] if has_case(segment["text"]) else None)
-            recording.append(TrainingUtterance(offset + start, offset + min(end, len(samples)), segment["text"], cased))
-        if recording:
-            recordings.append(recording)
-        offset += len(samples)
-    audio = torch.from_numpy(np.concatenate([samples for samples, _ in entries])).to(device)
-    return Source(name, audio, recordings, weight)
-
-
-def _whole(row: dict, seconds: float) -> dict:
-    """The one segment of a row without segments, as NeMo writes it."""
-    start = float(row.get("offset") or 0.0)
-    return {"start": start, "end": start + float(row.get("duration") or seconds - start), "text": row["text"]}
-
-
 def has_case(text: str) -> bool:
-    """Both cases occur: a text all in capitals says nothing about them."""
+    """Whether the text has both cases; one all in capitals says nothing about them."""
     return text != text.lower() and text != text.upper()
 
 
 def draw_log_uniform(random: np.random.Generator, low: float, high: float) -> float:
+    """A number from `low` to `high` whose logarithm is uniformly distributed."""
     return math.exp(random.uniform(math.log(low), math.log(high)))
-
-
-def read_synthetic(folder: str | Path, weights: dict[str, float], device: torch.device) -> list[Source]:
-    """Sources from shards of scripts/recipes/synthesize.py: the lines of one synthetic speaker are one recording."""
-    folder = Path(folder)
-    index = folder / "index.jsonl"
-    if not index.is_file():
-        raise ValueError(f"{index}: no such file; make it with scripts/recipes/synthesize.py speak")
-    rows = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
-    shards = sorted({row["shard"] for row in rows})
-    audio = {shard: np.load(folder / shard, mmap_mode="r") for shard in shards}
-    offsets = dict(zip(shards, np.cumsum([0, *(len(audio[shard]) for shard in shards)]).tolist(), strict=False))
-    flat = torch.empty(sum(map(len, audio.values())), dtype=torch.int16, device=device)
-    for shard in shards:
-        flat[offsets[shard] : offsets[shard] + len(audio[shard])] = torch.from_numpy(np.array(audio[shard])).to(device)
-    recordings: dict[str, dict[str, list[TrainingUtterance]]] = {}
-    for row in rows:
-        start = offsets[row["shard"]] + row["offset"]
-        cased = row["text"] if has_case(row["text"]) else row.get("cased")
-        utterance = TrainingUtterance(start, start + row["samples"], row["text"], cased)
-        if utterance.seconds <= MAX_UTTERANCE_SECONDS:
-            recordings.setdefault(row["source"], {}).setdefault(row["speaker"], []).append(utterance)
-    return [
-        Source(name, flat, list(speakers.values()), weights.get(name, 1.0))
-        for name, speakers in recordings.items()
-        if weights.get(name, 1.0) > 0
-    ]

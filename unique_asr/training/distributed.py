@@ -16,15 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all; one alone communicates with nobody."""
+    """This process among all that train together."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # of all; one alone communicates with nobody
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def start(cls, device: torch.device) -> Processes:
-        """Joins the processes that a launcher started, if one did; on CUDA each gets a device of its own."""
+        """Join the processes that a launcher started, if one did; on CUDA each gets a device of its own."""
         from accelerate import PartialState
 
         if "cuda" in device.type or not dist.is_available():
@@ -37,10 +37,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that logs and saves."""
         return self.rank == 0
 
     def average_gradients(self, weights: Sequence[Tensor]) -> None:
-        """All at once; a weight without a gradient in one process counts as zero."""
+        """Replace the gradients of `weights` by their means over all processes; a missing one counts as zero."""
         if self.count == 1:
             return
         for weight in weights:
@@ -53,7 +54,7 @@ class Processes:
             weight.grad.copy_(gradient.view_as(weight))
 
     def share_first(self, seconds: float) -> float:
-        """The time of the first process, so that all of them stop and save at the same step."""
+        """The `seconds` of the first process, so that all stop and save at the same step."""
         if self.count == 1:
             return seconds
         value = torch.tensor(seconds, dtype=torch.float64, device=self.device)
@@ -61,7 +62,7 @@ class Processes:
         return value.item()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
+        """The values of all processes, in the order of their ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -69,5 +70,6 @@ class Processes:
         return values
 
     def wait(self) -> None:
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()

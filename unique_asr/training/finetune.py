@@ -19,12 +19,13 @@ from unique_asr.models import PRETRAINED, ModelError, load, pretrained, resolve_
 from unique_asr.models.speech_llm.compose import compose
 from unique_asr.models.speech_llm.packing import INDEX, save_packed_changes, save_packed_model
 from unique_asr.training.augment import AugmentConfig
-from unique_asr.training.corpus import Corpus, Source, read_manifests, read_synthetic
+from unique_asr.training.corpus import Corpus, Source
 from unique_asr.training.distributed import Processes
 from unique_asr.training.heard_material import HeardMaterial
 from unique_asr.training.heard_rows import HeardRowMaker
 from unique_asr.training.listening import can_listen_once, load_or_listen, read_heard
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
+from unique_asr.training.manifests import read_manifests, read_synthetic
 from unique_asr.training.material import Material
 from unique_asr.training.precision import cast_weights
 from unique_asr.training.pretrained_material import PretrainedMaterial

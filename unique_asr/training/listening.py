@@ -1,12 +1,12 @@
-"""What a listener hears in the training recordings: listened to once, and kept in a file.
+"""Listening to the training recordings once, before the first step; what was heard is kept in a file.
 
-Whisper's decoder (`merge: decoder`) writes token by token, for which no training step can wait, and it does not train.
-So the recordings are heard before the first step, in windows as at inference, and cut where listener and reference
-agree on the words at either side of an utterance's end: each part has its positions, and the reference in the case that
-was heard. Parts are joined to items of any length afterwards, as utterances of audio are.
+Whisper's decoder (`merge: decoder`) writes token by token, too slowly for a training step, and it does not train.
+So the recordings are heard before, in windows as at inference. They are cut where listener and reference agree on the
+words at both sides of an utterance's end. Each part has its positions, and the reference in the case that was heard.
+Parts are joined to items of any length later, as utterances of audio are.
 
-Speed, noise and masks on the spectrogram change what is heard, so they need further readings: of `readings`, the first
-hears the recordings as they are, every other hears them augmented.
+Speed, noise and masks on the spectrogram change what is heard. With several `readings` the first hears the recordings
+as they are, and each other one hears them augmented.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Stretch = list[TrainingUtterance]  # consecutive utterances of a recording
 
 @dataclass
 class Part:
-    """Utterances [first, end) of a stretch: their text as it was heard, and the positions [start, stop)."""
+    """Utterances [first, end) of a stretch: their text, cased as heard, and their positions [start, stop)."""
 
     first: int
     end: int
@@ -55,7 +55,7 @@ class Part:
 
 
 def can_listen_once(model: SpeechLLMForConditionalGeneration, stages: Sequence[StageConfig]) -> bool:
-    """Whether positions stay as they are: a listener's tokens are all of them, and nothing before the LLM trains."""
+    """Whether no step changes the LLM's positions: all are the listener's tokens, and the LLM alone trains."""
     residual = model.projector.residual
     silent = model.config.merge == "decoder" and not any(weight.any() for weight in residual.parameters())
     return silent and not any(stage.trains_frames or "residual" in stage.train for stage in stages)
@@ -72,9 +72,16 @@ def load_or_listen(
     processes: Processes | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Source]:
-    """Sources whose utterances are parts that were heard, each of weight 1; what is heard first is kept in `path`.
+    """Sources of what was heard, each of weight 1, from `path` or, if that was made of something else, by listening.
 
-    read: the sources of audio, called if `path` does not have what is wanted; about: what they depend on.
+    Args:
+        read: reads the sources of audio; is called only to listen.
+        about: what those sources depend on, as JSON values; a change makes the model listen again.
+        path: the file to read or to write.
+        readings: times that each recording is heard; all but the first are augmented.
+
+    Raises:
+        ValueError: `path` is not such a file, or nothing that was heard fits its text.
     """
     processes = processes or Processes()
     about = {"data": about, "augment": asdict(augment) if readings > 1 else None, "readings": readings}
@@ -94,13 +101,14 @@ def load_or_listen(
 
 
 def save_heard(path: Path, values: dict) -> None:
+    """Write what was heard to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(values, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
 def read_heard(path: Path) -> list[Source]:
-    """Of a file that `load_or_listen` or scripts/recipes/listen.py wrote."""
+    """The sources in a file of `load_or_listen` or scripts/recipes/listen.py; raises ValueError for any other."""
     return make_sources(_load(path)["sources"])
 
 
@@ -112,7 +120,7 @@ def _load(path: Path) -> dict:
 
 
 def make_sources(found: dict[str, list[list[tuple[str, float, Tensor, Tensor]]]]) -> list[Source]:
-    """By name of the source, recordings of parts: text, seconds, candidates [M, A], weights [M, A]."""
+    """Sources, each of weight 1, from what `listen` returns."""
     silence = torch.zeros(0, dtype=torch.int16)
     return [
         Source(
@@ -142,13 +150,25 @@ def listen(
     log: Callable[[str], None] = print,
     windows: int = WINDOWS,
 ) -> dict[str, list]:
-    """As `make_sources` takes them. The processes share the work, and all get the result."""
+    """Hear all recordings, and keep the parts in which listener and reference agree.
+
+    Args:
+        augment: what is done to the audio in all readings but the first.
+        processes: they share the work, and all get the result.
+        windows: of audio, heard at once.
+
+    Returns:
+        By name of the source, recordings of parts: (text, seconds, candidates [M, A], weights [M, A]).
+
+    Raises:
+        ValueError: nothing that was heard fits its text.
+    """
     processes = processes or Processes()
     texts = decode_position_texts(model, processor)
     stretches = [(source, stretch) for source in sources for each in source.recordings for stretch in _stretches(each)]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # words that are nearly as likely
-    heard, words, right = [], 0, 0
+    heard, words, right, stretches_heard = [], 0, 0, 0
     began = logged = time.monotonic()
     own = stretches[processes.rank :: processes.count]
     for reading in range(readings):
@@ -161,6 +181,7 @@ def listen(
             ):
                 parts, matched, count = cut_stretch(stretch, [texts[token] for token in tokens.tolist()])
                 words, right = words + count, right + matched
+                stretches_heard += 1
                 if parts and matched >= MIN_MATCH * count:
                     heard.append((source.name, [_kept(part, stretch, candidates, weights) for part in parts]))
             done += len(group)
@@ -168,9 +189,17 @@ def listen(
             if time.monotonic() - logged > 10 or share == 1:
                 logged = time.monotonic()
                 left = seconds * (1 - share) / share
-                log(f"listened to {share:.0%}, {right / max(words, 1):.1%} of the words heard, {seconds:.0f} s, "
-                    f"{left:.0f} s left")  # fmt: skip
+                log(
+                    f"listened to {share:.0%}, {right / max(words, 1):.1%} of the words heard, {len(heard)} of "
+                    f"{stretches_heard} stretches kept, {seconds:.0f} s, {left:.0f} s left"
+                )
     torch.set_float32_matmul_precision(precision)
+    if not sum(processes.gather(len(heard))):
+        raise ValueError(
+            f"data: no utterance to train on: the listener heard {right / max(words, 1):.0%} of the words, and "
+            f"of none of {stretches_heard} stretches of speech the {MIN_MATCH:.0%} that are needed; are the texts "
+            "those of the audio?"
+        )
     by_source: dict[str, list] = {}
     for name, recording in (each for found in processes.gather(heard) for each in found):
         by_source.setdefault(name, []).append(recording)
@@ -183,7 +212,7 @@ def hear(
     items: Sequence[TrainingItem],
     windows: int = WINDOWS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Tokens [M], candidates [M, A] int32 and weights [M, A] half of each item's positions, on the CPU."""
+    """Yield each item's M positions, on the CPU: tokens [M], candidates int32 [M, A], weights float16 [M, A]."""
     batch = batcher.make_batch(items, transcripts=False)
     found: list[tuple[Tensor, ...]] = []
     for features, spans in zip(_chunks(batch.features, windows), batch.spans.split(windows), strict=True):
@@ -198,7 +227,7 @@ def hear(
 
 
 def decode_position_texts(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> list[str]:
-    """The text of each of the listener's tokens, by its pieces in the LLM's."""
+    """The text of each of the listener's tokens, as the LLM's tokenizer writes it."""
     return [
         processor.tokenizer.decode([piece for piece in pieces if piece >= 0])
         for pieces in model.listener.pieces.long().tolist()
@@ -206,7 +235,14 @@ def decode_position_texts(model: SpeechLLMForConditionalGeneration, processor: S
 
 
 def cut_stretch(stretch: Sequence[TrainingUtterance], texts: Sequence[str]) -> tuple[list[Part], int, int]:
-    """Parts of a stretch, its words that were heard, and its words. texts: of each position."""
+    """Cut a stretch where both words around an utterance's end were heard.
+
+    Args:
+        texts: of each position.
+
+    Returns:
+        The parts of which enough was heard; the number of words that were heard; the number of all words.
+    """
     starts = [place for place, text in enumerate(texts) if text.startswith(" ") or place == 0]
     heard = ["".join(texts[start:end]) for start, end in pairwise([*starts, len(texts)])]
     cased = all(utterance.cased for utterance in stretch)
@@ -240,7 +276,7 @@ def cut_stretch(stretch: Sequence[TrainingUtterance], texts: Sequence[str]) -> t
 
 
 def _stretches(recording: Sequence[TrainingUtterance]) -> Iterator[Stretch]:
-    """Utterances between which there is no long pause."""
+    """Yield runs of utterances without a long pause between them."""
     found: Stretch = []
     for utterance in recording:
         if found and utterance.start - found[-1].end > MAX_PAUSE * SAMPLE_RATE:
@@ -251,7 +287,7 @@ def _stretches(recording: Sequence[TrainingUtterance]) -> Iterator[Stretch]:
 
 
 def _groups(stretches: Sequence[tuple[Source, Stretch]], seconds: float) -> Iterator[list[tuple[Source, Stretch]]]:
-    """Of about so many seconds of speech together, one stretch at least."""
+    """Yield groups of stretches of about `seconds` of speech together, one stretch at least."""
     group: list[tuple[Source, Stretch]] = []
     total = 0.0
     for source, stretch in stretches:

@@ -26,7 +26,10 @@ class LoraSettings:
 
 
 def add_lora(model: PreTrainedModel, config: LoraSettings) -> None:
-    """Put adapters that change nothing yet into the LLM (of a speech LLM, its own); a stage trains them as `lora`."""
+    """Put LoRA that changes nothing yet into the LLM (of a speech LLM, its own); a stage trains it as `lora`.
+
+    Raises ValueError if `targets` names no linear layer.
+    """
     options = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -43,7 +46,7 @@ def add_lora(model: PreTrainedModel, config: LoraSettings) -> None:
 
 @torch.no_grad()
 def copy_without_lora(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself if it has no adapters; else one to save: the original layout, all other weights shared."""
+    """A model to save: the original layout, with LoRA merged, other weights shared; the model itself if it has none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         return model
@@ -65,12 +68,12 @@ def copy_without_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def find_language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The LLM of a speech LLM (its decoder, where an adapter knows the model), or the model itself."""
+    """The LLM of a speech LLM (of a known model its decoder), or the model itself."""
     return model.get_decoder() if find(model) else getattr(model, "language_model", model)
 
 
 def list_parts(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-    """How the names of the weights begin of each part that a stage's `train` may name."""
+    """By each part that a stage's `train` may name, how the names of its weights begin."""
     if known_model := find(model):
         return known_model.parts
     if find_language_model(model) is model:

@@ -14,7 +14,13 @@ from unique_asr.training.speech_batches import SpeechBatch, send
 
 
 def compute_ctc_loss(frames: Frames, batch: SpeechBatch) -> Tensor:
-    """Mean negative log-likelihood a target token, over the items of one window (texts of cut windows are unknown)."""
+    """Negative log-likelihood of the CTC targets, a mean over their tokens.
+
+    Items of several windows are left out, for the text of each window is unknown.
+
+    Args:
+        frames: of all windows of the batch, in order.
+    """
     single = (batch.windows == 1).tolist()
     first = (batch.windows.cumsum(0) - batch.windows).tolist()
     rows = [row for row, alone in zip(first, single, strict=True) if alone]
@@ -45,16 +51,26 @@ def compute_llm_loss(
     page_size: int | None = None,
     slips_share: float = 1.0,
 ) -> tuple[Tensor, int]:
-    """Mean cross-entropy over the transcripts' tokens, and the number of tokens that the LLM read.
+    """Cross-entropy of the transcripts' tokens, a mean over all of them.
 
-    audio: per item, its positions [M, text hidden]. Rows are padded on the right, where causal attention never looks.
-    shape: rows and length that the LLM is given; items that do not fit are left out (the shortest is kept if none
-    does). Raises ValueError if it has more tokens than all rows together.
-    decoder: as `PlainDecoder`, the LLM's own by default.
-    mark_decoded: tell it which tokens inference decodes one by one: the transcript's; prompt and audio are prefill.
-    slips: share of the tokens that it reads of its own transcript that are others of the transcript, as when it slips.
-    page_size: items share rows, and each begins with a page, so that its pages are those that inference gives it; the
-    model has to read with `TrainingAttention`. None: one item a row.
+    Args:
+        audio: positions [M, text hidden] of each item.
+        batch: the LLM's side of the same items.
+        shape: rows and length that the LLM is given; items that do not fit are left out, but for the shortest
+            where none fits. None: a row for each item. Rows are padded on the right, where causal
+            attention never looks.
+        decoder: called as `PlainDecoder`; None: the LLM's own.
+        mark_decoded: tell the LLM which tokens inference decodes one by one, the transcript's; all others are prefill.
+        slips: share of the tokens that the LLM reads of its own transcript that are replaced by others of it.
+        page_size: items share rows, and each begins with a page, so that its pages are those of inference; the model
+            has to read with `TrainingAttention`. None: one item a row.
+        slips_share: share of the items that have slips.
+
+    Returns:
+        The loss and the number of tokens that the LLM read, padding included.
+
+    Raises:
+        ValueError: an item has more tokens than all rows together.
     """
     device = audio[0].device
     parts = list(zip(batch.before, audio, batch.after, batch.labels, strict=True))
@@ -70,7 +86,7 @@ def compute_llm_loss(
             )
         rows, longest, places, decoder = 1, lengths[shortest], {shortest: (0, 0)}, None
     ids = torch.zeros(rows, longest, dtype=torch.long)
-    heard, read, targets = [], [], []  # places of the positions, and of tokens before those to predict: `targets`
+    heard, read, targets = [], [], []  # where the positions are; where the tokens before `targets` are; what to predict
     decoded = torch.zeros(rows, longest, dtype=torch.bool)
     starts = torch.zeros(rows, longest, dtype=torch.int)
     for item, (row, begin) in places.items():
@@ -102,7 +118,16 @@ def compute_llm_loss(
 
 
 def pack_rows(lengths: Sequence[int], rows: int, length: int, step: int) -> dict[int, tuple[int, int]]:
-    """Row and first token, a multiple of `step`, of every item that fits: in the first row that has room."""
+    """Put each item into the first row that has room.
+
+    Args:
+        lengths: tokens of each item.
+        rows, length: of the batch, in rows and tokens.
+        step: items begin at multiples of it.
+
+    Returns:
+        By the index of each item that fits, its row and its first token.
+    """
     ends, places = [0] * rows, {}
     for item, tokens in enumerate(lengths):
         row = next((row for row, end in enumerate(ends) if end + tokens <= length), None)

@@ -33,8 +33,11 @@ WINDOW_SECONDS = 30.0  # what a stage's `windows` count
 class PretrainedMaterial:
     """Draws micro-batches of items and computes the loss of their answers' tokens.
 
-    Of the augmentation it takes what changes waveforms: tempo, level and noise. Transcripts are the manifests' own.
-    Raises ValueError for a model without an known_model.
+    Args:
+        augment: of it, what changes waveforms: tempo, level and noise. Transcripts are the manifests' own.
+
+    Raises:
+        ValueError: the model is none that is known.
     """
 
     def __init__(self, model: Any, processor: Any, corpus: Corpus, augment: AugmentConfig, seed: int = 0) -> None:
@@ -51,7 +54,7 @@ class PretrainedMaterial:
     def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None = None, mark_decoded: bool = False
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Of a micro-batch, and its parts: llm; seconds of audio and tokens of the LLM. There are no CUDA graphs."""
+        """See `Material`; measures are `llm`, `seconds` and `tokens`. `decoder` is not used."""
         items = self.draw_items(stage)
         self.drawn.append(items)
         heard, answers = self._heard(items)
@@ -65,7 +68,10 @@ class PretrainedMaterial:
         return loss, {"llm": loss.detach(), "seconds": seconds, "tokens": tokens}
 
     def draw_items(self, stage: StageConfig) -> list[TrainingItem]:
-        """Of one length: so many that the LLM reads about `tokens`, or that the audio fills `windows` of 30 s."""
+        """Items of one length, so many that the LLM reads about `tokens`, or that the audio fills `windows` of 30 s.
+
+        Raises ValueError for options of a stage that the model cannot have.
+        """
         low, high = stage.seconds
         if high > self.known_model.pass_seconds:
             raise ValueError(
@@ -86,7 +92,7 @@ class PretrainedMaterial:
         return [self.corpus.draw_item(seconds, stage.cased_share) for _ in range(max(1, int(count)))]
 
     def write_answer(self, item: TrainingItem, speed: float = 1.0) -> list[int]:
-        """Token ids of what the model should write of an item that is played at this speed."""
+        """Token ids of what the model should write of an item that is played `speed` times as fast."""
         utterances, at = [], 0
         for (_, utterance, _), (gap, length, whole) in zip(item.pieces, walk_timeline(item), strict=True):
             start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
@@ -96,7 +102,7 @@ class PretrainedMaterial:
         return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
 
     def _heard(self, items: Sequence[TrainingItem]) -> tuple[list[np.ndarray], list[list[int]]]:
-        """Samples [S] at 16 kHz and the answer of each item."""
+        """The samples of each item, float32 [S] at 16 kHz, as it was augmented, and its answer."""
         drawn = Perturbation.draw(len(items), self.augment, self.random)
         whole = torch.tensor([sum(samples for *_, samples in walk_timeline(item)) for item in items])
         # What would take longer than a pass is played faster.
@@ -116,25 +122,29 @@ class PretrainedMaterial:
         places = self.known_model.parts.get("encoder", ()) + self.known_model.parts["projector"]
         return any(weight.requires_grad for name, weight in self.model.named_parameters() if name.startswith(places))
 
-    # What a checkpoint keeps, and what is known of a bad loss
-
     def collect_random_states(self) -> dict[str, Any]:
+        """See `Material`."""
         return {"corpus": self.corpus.random.bit_generator.state, "augment": self.random.get_state()}
 
     def restore_random_states(self, states: dict[str, Any]) -> None:
+        """See `Material`."""
         self.corpus.random.bit_generator.state = states["corpus"]
         self.random.set_state(states["augment"])
 
     def clear_drawn(self) -> None:
+        """See `Material`."""
         self.drawn.clear()
 
     def describe(self) -> list[list[dict[str, Any]]]:
-        """The items since `clear_drawn`."""
+        """See `Material`."""
         return describe_items(self.drawn)
 
 
 def find_end_token(model: Any, tokenizer: Any) -> int:
-    """The token that ends an answer: the tokenizer's, or else one of those that end decoding."""
+    """The token that ends an answer: the tokenizer's, or else one of those that end decoding.
+
+    Raises ValueError if there is none.
+    """
     found = stop_ids(model, tokenizer)
     if not found:
         raise ValueError(f"{type(model).__name__} has no token that ends an answer: set eos_token_id of its tokenizer")

@@ -17,22 +17,16 @@ from unique_asr.training.corpus import Source, TrainingItem
 
 @dataclass
 class SpeechBatch:
-    """B items in W windows.
+    """B items in W windows. Sizes are on the CPU, where they are needed."""
 
-    features [W, mels, frames]; spans [W, 2]: frames to keep of each window; windows [B]: windows of each item (both on
-    the CPU, where the sizes are needed); seconds: audio in all;
-    ctc_targets: per item, indices into the model's `ctc_tokens`; before, after: per item, token ids around the
-    positions, the last `labels` ids of `after` being the transcript.
-    """
-
-    features: dict[str, Tensor]
-    spans: Tensor
-    windows: Tensor
-    ctc_targets: list[list[int]]
-    before: list[list[int]]
-    after: list[list[int]]
-    labels: list[int]
-    seconds: float
+    features: dict[str, Tensor]  # of the encoder, such as input_features [W, mels, frames]
+    spans: Tensor  # int [W, 2], frames to keep of each window
+    windows: Tensor  # int [B], windows of each item
+    ctc_targets: list[list[int]]  # of each item, indices into the model's `ctc_tokens`
+    before: list[list[int]]  # of each item, token ids before the positions
+    after: list[list[int]]  # and after them, the transcript at the end
+    labels: list[int]  # of each item, tokens of the transcript
+    seconds: float  # of audio in all
 
 
 class SpeechBatcher:
@@ -55,7 +49,11 @@ class SpeechBatcher:
         self.mel_filters = torch.as_tensor(filters, dtype=torch.float32).to(self.device) if self.on_device else None
 
     def make_batch(self, items: Sequence[TrainingItem], transcripts: bool = True) -> SpeechBatch:
-        """transcripts: whether the LLM's side of the batch is needed."""
+        """Augment the items and compute their features and texts.
+
+        Args:
+            transcripts: whether the LLM's side of the batch is needed.
+        """
         drawn = Perturbation.draw(len(items), self.augment, self.random)
         cuts, counts, seconds = [], [], 0.0
         for number, (item, speed) in enumerate(zip(items, drawn.speed.tolist(), strict=True)):
@@ -74,7 +72,7 @@ class SpeechBatcher:
         )
 
     def make_texts(self, items: Sequence[TrainingItem]) -> SpeechBatch:
-        """The LLM's side of a batch alone."""
+        """Make the LLM's side of a batch alone, without features."""
         found = [self._text(item) for item in items]
         before, after, labels = map(list, zip(*found, strict=True)) if found else ([], [], [])
         none = torch.zeros(0, dtype=torch.long)
@@ -106,7 +104,7 @@ class SpeechBatcher:
 
 
 def walk_timeline(item: TrainingItem) -> Iterator[tuple[int, int, int]]:
-    """Samples of silence, samples of speech and their sum, for each utterance."""
+    """Yield for each utterance the samples of the silence before it, its own samples, and their sum."""
     for _, utterance, gap in item.pieces:
         silence = int(gap * SAMPLE_RATE)
         speech = utterance.end - utterance.start
@@ -120,7 +118,12 @@ def render_waveforms(
     size: int,
     device: torch.device,
 ) -> Tensor:
-    """[W, size]: what is heard of W cuts, each an item's number and its first and last sample, as it was perturbed."""
+    """Play items into windows, float32 [W, size] on `device`.
+
+    Args:
+        cuts: of each of W windows, the index of its item, its first sample there and the one after its last.
+        drawn: tempo, level and noise of each item.
+    """
     windows = torch.zeros(len(cuts), size, device=device)
     for source, pieces in _pieces(items, cuts, drawn.speed.tolist(), size).items():
         _play(source.audio, pieces, windows)
@@ -132,7 +135,7 @@ def render_waveforms(
 def _pieces(
     items: Sequence[TrainingItem], cuts: Sequence[tuple[int, int, int]], speeds: list[float], size: int
 ) -> dict[Source, list[tuple[float, ...]]]:
-    """By source, the arguments of `_play` for each utterance (or part) of each window."""
+    """By source, the pieces for `_play`: one for each utterance, or part of one, in each window."""
     pieces: dict[Source, list[tuple[float, ...]]] = {}
     for row, (number, start, end) in enumerate(cuts):
         item, speed = items[number], speeds[number]
@@ -149,10 +152,10 @@ def _pieces(
 
 
 def _play(audio: Tensor, pieces: list[tuple[float, ...]], windows: Tensor) -> None:
-    """Write pieces of `audio` [samples] int16 into `windows` [W, N], all at once.
+    """Write pieces of `audio` (int16 [samples]) into `windows` [W, N], all at once.
 
-    A piece: samples to write, start and length of the utterance, position in it of the first sample, samples to go on
-    from one to the next, place in the flat windows.
+    A piece is: number of samples to write, start and length of the utterance in `audio`, position of the first
+    sample in the utterance, step from one sample to the next, place in the flattened windows.
     """
     counts = [int(count) for count, *_ in pieces]
     table = send(torch.tensor(pieces, dtype=torch.float64), windows.device)
@@ -169,7 +172,7 @@ def _play(audio: Tensor, pieces: list[tuple[float, ...]], windows: Tensor) -> No
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on the device, without waiting for what the device still has to do."""
+    """Copy `values` to the device without waiting for what the device still has to do."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -24,8 +24,8 @@ TOKENS_A_SECOND = 9.0  # of fast speech: the LLM's positions and the transcript 
 class SpeechMaterial:
     """Draws micro-batches of items and computes their losses.
 
-    Utterances that were heard before (`listening.py`) give their positions at once; of all others the audio is
-    augmented and encoded.
+    Utterances that were heard before (`listening.py`) have their positions; of all others the audio is augmented and
+    encoded.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SpeechMaterial:
     def compute_loss(
         self, stage: StageConfig, decoder: GraphedDecoder | None, mark_decoded: bool = False
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """Of a micro-batch, and its parts: ctc, llm; seconds of audio and tokens of the LLM."""
+        """See `Material`; measures are `ctc`, `llm`, `seconds` and `tokens`."""
         items, shape = self.draw_items(stage)
         self.drawn.append(items)
         if all(utterance.heard is not None for item in items for _, utterance, _ in item.pieces):
@@ -121,7 +121,7 @@ class SpeechMaterial:
         )
 
     def draw_items(self, stage: StageConfig) -> tuple[list[TrainingItem], tuple[int, int] | None]:
-        """The items of a micro-batch, and the rows and length that the LLM is given."""
+        """The items of a micro-batch, and the number of rows and their length in tokens; None: a row for each item."""
         low, high = stage.seconds
         if self.corpus.random.random() < stage.short_share:
             low, high = min(5.0, low), min(29.0, high)
@@ -152,33 +152,33 @@ class SpeechMaterial:
         return items
 
     def count_tokens(self, item: TrainingItem) -> int:
-        """That the LLM reads of it; of what was not heard before, as many as fast speech has."""
+        """Tokens that the LLM reads of an item; an estimate, that of fast speech, for what was not heard before."""
         heard = [utterance.heard for _, utterance, _ in item.pieces]
         if any(found is None for found in heard):
             return math.ceil(item.seconds * TOKENS_A_SECOND)
         text = self.batcher.make_texts([item])
         return len(text.before[0]) + sum(len(candidates) for candidates, _ in heard) + len(text.after[0])
 
-    # What a checkpoint keeps, and what is known of a bad loss
-
     def collect_random_states(self) -> dict[str, Any]:
+        """See `Material`."""
         return {"corpus": self.corpus.random.bit_generator.state, "batcher": self.batcher.random.get_state()}
 
     def restore_random_states(self, states: dict[str, Any]) -> None:
+        """See `Material`."""
         self.corpus.random.bit_generator.state = states["corpus"]
         self.batcher.random.set_state(states["batcher"])
 
     def clear_drawn(self) -> None:
-        """What was drawn so far was good."""
+        """See `Material`."""
         self.drawn.clear()
 
     def describe(self) -> list[list[dict[str, Any]]]:
-        """The items since `clear_drawn`."""
+        """See `Material`."""
         return describe_items(self.drawn)
 
 
 def describe_items(drawn: Sequence[Sequence[TrainingItem]]) -> list[list[dict[str, Any]]]:
-    """The utterances of every item of some micro-batches."""
+    """The utterances of every item of some micro-batches, as JSON values."""
     return [
         [
             {"source": source.name, "start": utterance.start, "end": utterance.end, "text": utterance.text}

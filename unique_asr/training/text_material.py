@@ -81,13 +81,17 @@ class TextMaterial:
         return self.ids[chosen][first : first + length]
 
     def collect_random_states(self) -> dict[str, Any]:
+        """See `Material`."""
         return {"text": self.random.bit_generator.state}
 
     def restore_random_states(self, states: dict[str, Any]) -> None:
+        """See `Material`."""
         self.random.bit_generator.state = states["text"]
 
     def clear_drawn(self) -> None:
+        """See `Material`."""
         self.drawn.clear()
 
     def describe(self) -> list[dict[str, Any]]:
+        """See `Material`."""
         return [{"file": str(file), "token": first, "length": length} for file, first, length in self.drawn]

@@ -1,9 +1,9 @@
-"""Texts as a listener would hear them: endless speech for a model whose positions are tokens (`merge: decoder`).
+"""Texts as a listener would hear them: training without audio, for models with `merge: decoder`.
 
-A listener's position is the expected embedding of a few likely tokens, so no audio is needed: a text in its tokens,
-with some words wrong and some positions blurred, is what a recording of it would give. A share of the words is made up,
-so that the LLM copies what it never read, and often the sentences come in random order, so that none foretells the
-next.
+A listener's position is the expected embedding of a few likely tokens. So a text in the listener's tokens, with some
+words wrong and some positions blurred, is what a recording of it would give. Some words are made up, so that the LLM
+learns to copy what it never read, and some stretches have their sentences in random order, so that it cannot guess the
+next one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ MADE_UP_SHARE, MADE_UP = 0.5, 0.06  # share of the stretches with words that nob
 
 
 class ListenerTokens:
-    """Texts in the listener's tokens. tokenizer: the folder of the Whisper model that the listener came from."""
+    """Turns a text into the listener's tokens.
+
+    Args:
+        tokenizer: folder of the Whisper model that the listener came from.
+
+    Raises:
+        ValueError: the tokenizer is another one.
+    """
 
     def __init__(self, tokenizer: str | Path, listener: Listener) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -51,9 +58,15 @@ class ListenerTokens:
 
 
 class TextSource(Source):
-    """Lines of a file, consecutive sentences, in the order of the file or in none.
+    """The lines of a file, consecutive sentences, as endless utterances that a listener has heard.
 
-    A line without case begins with a capital and ends in a full stop. tokens: text -> the listener's, below its `stop`.
+    A line without case gets a capital and a full stop.
+
+    Args:
+        tokens: gives a text's tokens, all below `tokens.stop`.
+
+    Raises:
+        ValueError: the file is empty.
     """
 
     def __init__(self, path: Path, tokens: ListenerTokens, weight: float) -> None:
@@ -67,7 +80,7 @@ class TextSource(Source):
         super().__init__(path.stem, torch.zeros(0, dtype=torch.int16), recordings, weight)
 
     def draw_stretch(self, cased: bool, random: np.random.Generator) -> Iterator[TrainingUtterance]:
-        """Case is always known."""
+        """Lines as they might be heard, from a random one on or in random order; case is always known."""
         shuffled = random.random() < SHUFFLED_SHARE
         made_up = MADE_UP if random.random() < MADE_UP_SHARE else 0.0
         first = int(random.integers(len(self.lines)))
@@ -106,7 +119,7 @@ class TextSource(Source):
         return " ".join(words)
 
     def _heard(self, text: str, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens [M, 2] and weights [M, 2]: here and there, another token takes a share."""
+        """Tokens [M, 2] and weights [M, 2] of a text; at some positions another token has a share."""
         ids = np.array(self.tokens(text), dtype=np.int64)
         count = len(ids)
         near, any_token = ids[random.integers(max(count, 1), size=count)], random.integers(self.tokens.stop, size=count)
@@ -119,7 +132,15 @@ class TextSource(Source):
 def read_text_sources(
     paths: Sequence[str | Path], tokenizer: str | Path | None, listener: Listener, weights: dict[str, float]
 ) -> list[TextSource]:
-    """A source for each file, by its stem. Raises ValueError for what is missing."""
+    """Make a source of each file, named by the file without its suffix.
+
+    Args:
+        tokenizer: folder of the Whisper model that the listener came from.
+        weights: by source name; others weigh 1.
+
+    Raises:
+        ValueError: a file or the tokenizer is missing, or the tokenizer is not the listener's.
+    """
     if not tokenizer:
         raise ValueError("data.listener_tokenizer is missing: data.texts needs the Whisper model of the listener")
     for path in map(Path, paths):

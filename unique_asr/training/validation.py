@@ -36,9 +36,16 @@ def validate(
     with_llm: bool = True,
     sparse: SparseAttentionConfig | None = None,
 ) -> dict[str, float]:
-    """`ctc` and `llm` word error rates in percent (Whisper's English normaliser); greedy, dense attention.
+    """Word error rates in percent, by Whisper's English normaliser, of greedy decoding with dense attention.
 
-    sparse: also decode with this attention, as `sparse`; `sparse_steps` is the share of the steps in which it selected.
+    Args:
+        dtype: what is computed in (autocast).
+        batch: recordings decoded at once.
+        with_llm: also decode with the LLM, not with the CTC head alone.
+        sparse: decode with this attention too.
+
+    Returns:
+        `ctc`; `llm`; with `sparse` also `sparse`, and `sparse_steps`, the share of its steps that were sparse.
     """
     ctc, llm, selected = Score(), Score(), Score()
     steps = sparse_steps = 0
@@ -82,7 +89,7 @@ def validate_pretrained(
     dtype: torch.dtype = torch.bfloat16,
     sparse: SparseAttentionConfig | None = None,
 ) -> dict[str, float]:
-    """As `validate`, for a model that has an adapter: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
+    """The same as `validate` for a known model: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
     known_model, dense = find(model), SparseAttentionConfig(budget=None)
     stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
@@ -109,7 +116,7 @@ def validate_pretrained(
 
 
 def set_training(model: Any, training: bool) -> bool:
-    """Of the LLM, which has no cache while it trains with `checkpointing`; returns what it was before."""
+    """Set the LLM's training mode, in which it has no cache if `checkpointing` is on; returns the former mode."""
     former = model.get_decoder().training
     model.get_decoder().train(training)
     return former
