@@ -50,6 +50,7 @@ class Trainer:
     tensorboard: Any = None  # a SummaryWriter for the same metrics
 
     def __post_init__(self) -> None:
+        self.language_model = find_language_model(self.model)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.best: float | None = None  # word error rate of the best validation
         self.trained: set[str] = set()  # names of all parameters trained so far
@@ -95,7 +96,7 @@ class Trainer:
         masters = MasterWeights(self.model, self.dtype, self.bits if stage.round_last else None)
         # Dense items that share a row need it as well: it keeps them apart without a mask of N x N.
         masked = stage.schedule.masks or stage.pack
-        handle = TrainingAttention(find_language_model(self.model), stage.schedule.last) if masked else None
+        handle = TrainingAttention(self.language_model, stage.schedule.last) if masked else None
         decoder = self.model.get_decoder()
         if stage.checkpointing:
             decoder.gradient_checkpointing_enable({"use_reentrant": False})
