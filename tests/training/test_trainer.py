@@ -7,11 +7,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from training_cases import CLEAN, EVERYTHING, ROOT, SEGMENTS, configuration, metrics, stage
+from transformers import WhisperModel
 
 from unique_asr.models import SpeechLLMConfig, load
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus
-from unique_asr.training.finetune import finetune
+from unique_asr.training.finetune import finetune, load_start
 from unique_asr.training.manifests import read_manifests
 from unique_asr.training.parameter_groups import make_parameter_groups
 from unique_asr.training.speech_material import SpeechMaterial
@@ -225,3 +226,25 @@ def test_from_a_manifest_to_a_model(speech_llm, write_manifest, tmp_path):
     trained, reader = load(tmp_path / "output" / "read", device="cpu")
     assert trained.config.window_seconds == 6
     assert reader.ctc_tokens == processor.ctc_tokens
+
+
+def test_a_new_model_may_have_the_ctc_head_of_a_trained_one(speech_llm, tmp_path):
+    """From an encoder and an LLM; the projector but for its residual is that of the trained model."""
+    model, processor = speech_llm(context_layers=1, merge_frames=5)
+    model.projector.residual.bias.data.fill_(1.0)
+    model.save_pretrained(tmp_path / "trained")
+    processor.save_pretrained(tmp_path / "trained")
+    WhisperModel(model.config.audio_config).save_pretrained(tmp_path / "encoder")
+    processor.feature_extractor.save_pretrained(tmp_path / "encoder")
+    model.language_model.save_pretrained(tmp_path / "llm")
+    processor.tokenizer.save_pretrained(tmp_path / "llm")
+    config = configuration(
+        f"init.encoder={tmp_path}/encoder", f"init.language_model={tmp_path}/llm", f"init.projector={tmp_path}/trained",
+        "+init.options.window_seconds=6.0",
+    )  # fmt: skip
+    made, reader = load_start(config, torch.device("cpu"), torch.float32)
+    assert reader.ctc_tokens == processor.ctc_tokens
+    assert (made.config.context_layers, made.config.merge_frames) == (1, 5)
+    theirs = model.projector.state_dict()
+    for name, value in made.projector.state_dict().items():
+        assert torch.equal(value, theirs[name]) == (name != "residual.bias"), name
