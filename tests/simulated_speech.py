@@ -194,6 +194,14 @@ def noise(seconds: float) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
 
 
+def speech(seconds, pauses=()):
+    """Noise as loud as speech, with silence in `pauses`."""
+    samples = np.random.default_rng(0).standard_normal(int(16000 * seconds)).astype(np.float32) / 10
+    for start, end in pauses:
+        samples[int(start * 16000) : int(end * 16000)] = 0
+    return samples
+
+
 def describe(transcript):
     """All but what rounding may touch."""
     segments = [(each.text, each.start, each.end, [word.text for word in each.words]) for each in transcript.segments]

@@ -149,9 +149,9 @@ def test_what_does_not_fit_beside_the_others_waits(llama, monkeypatch):
     assert sizes[0] == 4
 
 
-@pytest.mark.parametrize("budget", [None, 512])
-def test_the_estimate_for_a_wave_is_what_its_cache_takes(llama, budget):
-    engine = BatchEngine(llama, SparseAttentionConfig(budget=budget), prefill_chunk=16)
+@pytest.mark.parametrize("attention", [{"budget": None}, {"budget": 512}, {"budget": 512, "super_page_size": 64}])
+def test_the_estimate_for_a_wave_is_what_its_cache_takes(llama, attention):
+    engine = BatchEngine(llama, SparseAttentionConfig(**attention), prefill_chunk=16)
     begun = []
     for prompt in make_prompts(40, 7, 23):
         sequence = engine.new_sequence()

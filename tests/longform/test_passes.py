@@ -6,8 +6,7 @@ import pytest
 from simulated_speech import VOCABULARY, ScriptedDecoder, SimulatedRecording, said, sentences, timeline
 
 from unique_asr.longform.configuration import LongformConfig
-from unique_asr.longform.coverage import LongformReport, format_clock
-from unique_asr.longform.loops import LoopDetector
+from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.passes import PassRunner
 from unique_asr.longform.segmentation import SegmentationConfig
 
@@ -214,18 +213,3 @@ def test_the_token_budget_bounds_a_pass():
     assert recording.report.stop_reason == "length"
     assert len(recording.decoder.log_probs) < 400
     assert any("token budget" in warning for warning in recording.report.warnings)
-
-
-@pytest.mark.parametrize(
-    ("period", "copies", "expected"), [(1, 30, True), (1, 12, False), (10, 5, True), (10, 3, False)]
-)
-def test_loop_detector(period, copies, expected):
-    detector = LoopDetector()
-    found = [detector.push(token) for token in list(range(100, 140)) + list(range(period)) * copies]
-    assert any(found) is expected
-    if expected:
-        assert next(filter(None, found)) <= period * copies
-
-
-def test_clock():
-    assert [format_clock(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

@@ -1,20 +1,18 @@
 """Recordings beyond a model's limit, early stops and loops, with scripted answers to a tiny model's requests."""
 
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
 import speech_models
 import transformers
+from simulated_speech import speech
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-from unique_asr.audio import spooled
 from unique_asr.decoding.engine import PENDING
 from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.speech_activity import SpeechActivity
 from unique_asr.models.languages import LANGUAGES
 from unique_asr.models.pretrained import KNOWN_MODELS
 from unique_asr.transcribers import check_language, make_transcriber
@@ -107,14 +105,6 @@ def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=No
     )
     segments, info = transcriber.transcribe(samples, prompt=prompt)
     return list(segments), info, asked
-
-
-def speech(seconds, pauses=()):
-    """Noise as loud as speech, with silence in `pauses`."""
-    samples = np.random.default_rng(0).standard_normal(int(RATE * seconds)).astype(np.float32) / 10
-    for start, end in pauses:
-        samples[int(start * RATE) : int(end * RATE)] = 0
-    return samples
 
 
 def test_segments_of_one_pass(models):
@@ -363,24 +353,6 @@ def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
         next(segments)
 
 
-def test_a_long_recording_does_not_fill_the_memory():
-    """Ten minutes, 38 MB: what is kept of them, and what is worked on, is a few MB."""
-    second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    tracemalloc.start()
-    samples = spooled(second * (index % 2) for index in range(600))
-    speech = SpeechActivity(samples)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (len(samples), speech.duration) == (600 * 16000, 600)
-    np.testing.assert_array_equal(samples[16000:32000], second)
-    assert speech.total == pytest.approx(300, abs=1)
-    assert peak < 16e6
-
-
-def test_speech_is_found_by_loudness():
-    found = SpeechActivity(speech(10, pauses=[(2, 4), (7, 7.5)]))
-    assert found.total == pytest.approx(7.5, abs=0.1)
-    assert found.count_seconds(1, 5) == pytest.approx(2, abs=0.1)
-    assert 2 < found.find_pause(0, 6) < 4
-    assert found.spread(0, 10)(0.5) == pytest.approx(5.75, abs=0.1)
-    assert SpeechActivity(np.zeros(100, np.float32)).total == 0
+def test_recordings_are_encoded_pass_by_pass(models):
+    with pytest.raises(PipelineError, match="encodes each pass by itself"):
+        PretrainedTranscriber(models["qwen3_asr"]).transcribe_encoded(None)

@@ -8,6 +8,7 @@ from simulated_speech import Model, Processor, ScriptedDecoder, encode, noise, s
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig
+from unique_asr.longform.coverage import LongformReport
 from unique_asr.pipeline import transcribe
 from unique_asr.transcribers import speech_llm
 from unique_asr.transcribers.base import PipelineError
@@ -172,3 +173,17 @@ def test_a_cache_that_does_not_fit_is_refused(tiny, monkeypatch):
     segments, _ = transcribe(noise(3), model=tiny)
     with pytest.raises(PipelineError, match="max_pass_seconds"):
         next(segments)
+
+
+def test_what_was_encoded_is_transcribed_as_the_recording_is(tiny):
+    transcriber = SpeechLLMTranscriber(tiny, budget=64)
+    segments, info = transcriber.transcribe(noise(6))
+    expected = list(segments)
+    model, processor = tiny
+    encoded, report = model.encode(iter([noise(6)]), processor), LongformReport()
+    segments, again = transcriber.transcribe_encoded(encoded, report=report)
+    assert list(segments) == expected
+    for name in ("duration", "stop_reason", "coverage", "passes", "sparsity", "attention"):
+        assert getattr(again, name) == getattr(info, name)
+    assert (report.passes, report.stop_reason) == (info.passes, info.stop_reason)
+    assert report.longest > 0

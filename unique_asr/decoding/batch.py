@@ -30,7 +30,7 @@ SPARE_PLACES_CAPTURED = 8  # more where it is captured anew then, which takes as
 
 
 class BatchSequence(Sequence):
-    """One row of a `BatchEngine`."""
+    """One sequence of a `BatchEngine`; `next`, `start` and what says where it is in the cache are the engine's."""
 
     def __init__(self, engine: BatchEngine) -> None:
         self.engine = engine
@@ -53,7 +53,7 @@ class BatchSequence(Sequence):
         self.running, self.next, self.embeds = False, None, None
 
     def reserve(self, tokens: int) -> None:
-        """Nothing: the engine makes room when it reads the prompt."""
+        """Do nothing: the engine makes room when it reads the prompt."""
 
     def prefill(self, inputs_embeds: Tensor, progress: PrefillProgress | None = None) -> None:
         """Hand in a prompt [1, N, hidden], which one of the engine's next steps reads."""
@@ -212,7 +212,7 @@ class BatchEngine(Engine):
 
     def _bytes_alone(self, sequences: list[BatchSequence]) -> int:
         """What these sequences may take with the cache to themselves."""
-        prompt = longest_prompt(sequences)
+        prompt = count_longest_prompt(sequences)
         most = max(HEADROOM, *(sequence.max_new_tokens for sequence in sequences))
         return self._estimate_bytes(sequences, len(sequences), prompt + most)
 
@@ -225,13 +225,13 @@ class BatchEngine(Engine):
         return self._estimate_bytes(joining, max(len(self._places), len(sequences)) + len(joining), tokens)
 
     def _estimate_bytes(self, prompts: list[BatchSequence], places: int, tokens: int) -> int:
-        prompt = longest_prompt(prompts)
+        prompt = count_longest_prompt(prompts)
         how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
         return estimate_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
     def _begin(self, sequences: list[BatchSequence]) -> Chosen:
         """Read the prompts of sequences that have the cache to themselves."""
-        longest = longest_prompt(sequences)
+        longest = count_longest_prompt(sequences)
         self._places, self._ahead = list(sequences), None
         self._starts = [longest - sequence.embeds.shape[1] for sequence in sequences]
         if self._decode_step is None or len(self._decode_step.token) != len(sequences):
@@ -254,7 +254,7 @@ class BatchEngine(Engine):
         step.cache.move(by)
         length = step.cache.length
         # The pages of the new cache have to be pages of the old one.
-        longest = longest_prompt(joining)
+        longest = count_longest_prompt(joining)
         longest += (length - longest) % self._unit
         starts = self._tensor([longest - sequence.embeds.shape[1] for sequence in joining])
         self._starts = [max(0, start + by) for start in self._starts]
@@ -269,7 +269,7 @@ class BatchEngine(Engine):
     def _shift(self, running: Iterable[int], joining: list[BatchSequence]) -> int:
         """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where all is empty."""
         length, unit = self._decode_step.cache.length, self._unit
-        longest = longest_prompt(joining)
+        longest = count_longest_prompt(joining)
         longest += (length - longest) % unit
         empty = min(self._starts[place] for place in running) // unit * unit
         return max(longest - length, -empty if 4 * empty >= length else 0)
@@ -334,6 +334,6 @@ class BatchEngine(Engine):
         return torch.tensor(numbers, device=self.device)
 
 
-def longest_prompt(sequences: Iterable[BatchSequence]) -> int:
+def count_longest_prompt(sequences: Iterable[BatchSequence]) -> int:
     """Return the tokens of the longest prompt that waits."""
     return max(sequence.embeds.shape[1] for sequence in sequences)

@@ -30,10 +30,15 @@ class GreedyDecoder(Sequence):
             ...
         print(decoder.stop_reason, decoder.counters)
 
-    `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
-    `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA if every
-    layer has full attention), `capture` captures it, and `compile` runs it through torch.compile first. Static steps
-    begin ahead unless a layer keeps its selection, which is that of the token last yielded.
+    Static steps begin ahead unless a layer keeps its selection, which is that of the token last yielded.
+
+    Args:
+        capacity: the largest number of positions, prompt and answer together; memory grows as they fill.
+        prefill_chunk: positions of the prompt that are read at once.
+        static: run the step whose shapes never change, which is what a CUDA graph needs; the default on CUDA if every
+            layer has full attention.
+        capture: capture it in a CUDA graph; the default on CUDA.
+        compile: run it through torch.compile first.
     """
 
     def __init__(
@@ -86,7 +91,11 @@ class GreedyDecoder(Sequence):
 
     @torch.no_grad()
     def prefill(self, inputs_embeds: Tensor, progress: PrefillProgress | None = None) -> None:
-        """Append vectors [1, N, hidden] to the sequence, densely and in chunks; `progress(done, total)` counts them."""
+        """Append vectors [1, N, hidden] to the sequence, densely and in chunks; `progress(done, total)` counts them.
+
+        Raises:
+            ValueError: if they are more than the capacity.
+        """
         total = inputs_embeds.shape[1]
         needed = self.length + total
         if needed > self.capacity:
@@ -109,8 +118,8 @@ class GreedyDecoder(Sequence):
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
         """Yield the answer token by token, without the stop id; `log_probs` grows beside it.
 
-        The first token after a prefill needs no step. A later call goes on after the last token yielded. When the
-        generator ends, `stop_reason` says why.
+        The first token after a prefill needs no step. A later call goes on after the last token yielded. A full cache
+        ends the answer as `max_new_tokens` does.
         """
         self.stop_reason = None
         ahead = self.static and not any(layer.keeps_selection for layer in self.cache.paged_layers)

@@ -44,8 +44,8 @@ class Encoder:
         self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
         self._lock = threading.Lock()
 
-    def shared(self) -> Encoder:
-        """Return the same for another thread: a tokenizer serves one at a time."""
+    def share(self) -> Encoder:
+        """Return an encoder for another thread with the same recordings: a tokenizer serves one thread at a time."""
         other = copy.copy(self)
         other.processor = copy.deepcopy(self.processor)
         return other
@@ -60,7 +60,7 @@ class Encoder:
                 self._put(recording, encoded, time.perf_counter() - started)
         return self._encoded[recording] if self.keep else self._encoded.pop(recording)
 
-    def together(self, recordings: Sequence[Recording], windows: int | None = None) -> None:
+    def encode_together(self, recordings: Sequence[Recording], windows: int | None = None) -> None:
         """Encode recordings `windows` windows at a time, whichever they are of, and keep what was encoded.
 
         Args:

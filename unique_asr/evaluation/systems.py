@@ -143,7 +143,7 @@ class BatchedSpeechLLM(SpeechLLM):
             nonlocal encode_seconds
             for first in range(0, len(recordings), self.batch):
                 group, started = recordings[first : first + self.batch], time.perf_counter()
-                self.encoder.together(group)
+                self.encoder.encode_together(group)
                 encode_seconds += time.perf_counter() - started
                 yield from (self._transcribe(recording, engine) for recording in group)
 
