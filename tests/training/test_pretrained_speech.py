@@ -12,7 +12,7 @@ import speech_models
 import transformers
 
 from unique_asr.application.cli import saved_attention
-from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, merge_lora
+from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus
@@ -21,6 +21,7 @@ from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
 from unique_asr.training.manifests import read_manifests
 from unique_asr.training.pretrained_material import PretrainedMaterial
 from unique_asr.training.trainer import Trainer
+from unique_asr.transcribers import make_transcriber
 
 KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]
 WORDS = {
@@ -224,8 +225,8 @@ def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
 @pytest.mark.parametrize("name", ["qwen3_asr", "glmasr"])
 def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatch, name):
     """From the command to a folder that is read with the attention that it was trained for."""
-    monkeypatch.setattr("unique_asr.training.validation.text_tokens", lambda *_: 8)
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.training.validation.limit_text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.limit_text_tokens", lambda *_: 8)
     model, processor = speech_models.make(name)
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
