@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
+from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.store import FAILED, STOPPED, Record, Store
+from unique_asr.app.worker import Live, Worker, attention_settings
 
 from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.models.pretrained import check_hotwords, check_language
 from unique_asr.transcript import Segment
-
-from .comparison import COLUMNS, DENSE, SPARSE, compare
-from .intake import Limits, Refusal
-from .store import FAILED, STOPPED, Record, Store
-from .worker import Live, Worker, attention_settings
 
 REFRESH_SECONDS = 0.3  # how often a running job is shown anew
 HEADERS = ["Start", "End", "Text", "Confidence"]

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
+
 from unique_asr.application.cli import Transcriber, made_with, transcribe_one
 from unique_asr.application.display import STAGES, summarize
 from unique_asr.attention import SparseAttentionConfig
@@ -16,9 +19,6 @@ from unique_asr.audio import AudioFile
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import WRITERS, SegmentLog
-
-from .intake import Limits, Refusal
-from .store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
 
 
 class Stopped(KeyboardInterrupt):

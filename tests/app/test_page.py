@@ -15,8 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from unique_asr.app.cli import launch
 
-from app.__main__ import launch
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import read_transcript
@@ -360,7 +360,7 @@ def test_limits(serve, script):
 
 
 def test_attention_settings_are_those_of_the_page():
-    from app.worker import attention_settings
+    from unique_asr.app.worker import attention_settings
 
     options = {"attention": SparseAttentionConfig(score="mean").to_dict()}
     chosen = attention_settings({"attention": "unique", "budget": 64, "page_size": 16}, options)
