@@ -42,7 +42,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when something that needs them is asked for; SparseAttentionConfig does not."""
+    """Import torch and transformers when something that needs them is asked for; SparseAttentionConfig does not."""
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
