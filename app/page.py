@@ -11,7 +11,7 @@ import gradio as gr
 from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
 from unique_asr.app.limits import Limits, Refusal
 from unique_asr.app.store import FAILED, STOPPED, Record, Store
-from unique_asr.app.worker import Live, Worker, attention_settings
+from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
@@ -38,7 +38,7 @@ class View(NamedTuple):
 
 
 class Page:
-    """The handlers, and `blocks`, which lays out the components around them."""
+    """The handlers of the page, and `build`, which lays out its components around them."""
 
     def __init__(
         self, store: Store, worker: Worker, limits: Limits, models: Sequence[str], examples: Sequence[Path] = ()
@@ -83,7 +83,7 @@ class Page:
         }
         records: list[Record] = []
         try:
-            attention_settings(settings, self.worker.options)
+            make_attention_config(settings, self.worker.options)
             settings["language"] = check_language((language or "").strip(), model)
             settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
             if vad:
@@ -201,7 +201,8 @@ class Page:
 
     # Layout
 
-    def blocks(self) -> gr.Blocks:
+    def build(self) -> gr.Blocks:
+        """Lay out the components and connect them to the handlers."""
         options = self.worker.options["attention"]
         with gr.Blocks(title="unique_asr", analytics_enabled=False) as blocks:
             gr.Markdown("# unique_asr\nTranscribes recordings of any length; jobs are kept on disk.")

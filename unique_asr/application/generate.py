@@ -1,4 +1,4 @@
-"""Text from a text LLM, after a long context: python scripts/generate.py model=MODEL context=book.txt prompt=Why?"""
+"""Text from a text LLM: `unique-asr-generate model=MODEL context=book.txt prompt=Why?`"""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from unique_asr.application.overrides import run
+from unique_asr.application.overrides import FAILED, SUCCESS, USAGE, run
+from unique_asr.attention import SparseAttentionConfig
 
-SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+if TYPE_CHECKING:
+    from unique_asr.generation import GenerationInfo
+
 LITERAL_KEYS = ("model.name_or_path", "prompt", "context", "system")
 LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Write the text that the arguments ask for, and exit."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    code = SUCCESS
-
-    def task(config: DictConfig) -> None:
-        nonlocal code
-        code = write(config)
-
-    try:
-        run(task, "generate", sys.argv[1:] if arguments is None else arguments, LITERAL_KEYS, LITERAL_GROUPS)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    sys.exit(code)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(generate, "generate", arguments, LITERAL_KEYS, LITERAL_GROUPS))
 
 
-def write(config: DictConfig) -> int:
-    """The text goes to standard output as it is written, everything else to standard error."""
+def generate(config: DictConfig) -> int:
+    """Write text to standard output as it is decoded, all else to standard error; return the exit code."""
 
     def note(text: str, end: str = "\n") -> None:
         if not config.quiet:
             print(text, end=end, file=sys.stderr, flush=True)
+
+    def show_progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            note(f"\rReading {done} of {total} tokens", end="\n" if done == total else "")
 
     if OmegaConf.is_missing(config.model, "name_or_path") or OmegaConf.is_missing(config, "prompt"):
         print("usage: python scripts/generate.py model=MODEL prompt=TEXT [context=FILE] ...", file=sys.stderr)
@@ -50,16 +48,11 @@ def write(config: DictConfig) -> int:
     except (OSError, UnicodeError) as error:
         print(f"error: context={config.context}: {error}", file=sys.stderr)
         return FAILED
-
-    from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-    from unique_asr.generation import TextGenerator
-
-    def read(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            note(f"\rReading {done} of {total} tokens", end="\n" if done == total else "")
-
     try:
         attention = SparseAttentionConfig(**OmegaConf.to_container(config.attention))
+        note(f"Loading {config.model.name_or_path} ...")
+        from unique_asr.generation import TextGenerator  # takes seconds
+
         generator = TextGenerator(
             config.model.name_or_path,
             attention=attention,
@@ -74,7 +67,7 @@ def write(config: DictConfig) -> int:
             max_new_tokens=config.max_new_tokens,
             chat=config.chat,
             template_options=OmegaConf.to_container(config.template_options),
-            progress=read,
+            progress=show_progress,
         )
         for warning in info.warnings:
             note(f"warning: {warning}")
@@ -86,15 +79,18 @@ def write(config: DictConfig) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
-    seconds = info.timings.get("decode", 0.0)
-    sparsity = {name: value for name, value in info.sparsity.items() if name != "share_of_pages_read"}
-    note(
-        f"{info.prompt_tokens} tokens read in {info.timings['prefill']:.1f} s, {info.tokens} written in {seconds:.1f} s"
-        f" (stopped at the {'end' if info.stop_reason == 'end' else 'limit of max_new_tokens'});"
-        f" {SparsityCounters(**sparsity)}"
-    )
+    note(summarize(info))
     return SUCCESS
 
 
-if __name__ == "__main__":
-    main()
+def summarize(info: GenerationInfo) -> str:
+    """Return one line: tokens and seconds, why the text ended, and what sparse attention saved."""
+    from unique_asr.attention import SparsityCounters
+
+    counts = {name: value for name, value in info.sparsity.items() if name != "share_of_pages_read"}
+    return (
+        f"{info.prompt_tokens} tokens read in {info.timings['prefill']:.1f} s, "
+        f"{info.tokens} written in {info.timings.get('decode', 0.0):.1f} s"
+        f" (stopped at the {'end' if info.stop_reason == 'end' else 'limit of max_new_tokens'});"
+        f" {SparsityCounters(**counts)}"
+    )
