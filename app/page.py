@@ -15,7 +15,7 @@ from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
-from unique_asr.models.pretrained import check_hotwords, check_language
+from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
 REFRESH_SECONDS = 0.3  # how often a running job is shown anew
