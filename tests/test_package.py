@@ -41,6 +41,77 @@ def test_importing_is_quick():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+COMMAND = """
+import sys
+from {module} import {function} as main
+try:
+    main()
+except SystemExit as stop:
+    print("exit code", stop.code, sorted({{"gradio", "librosa", "numba", "torch", "transformers"}} & sys.modules.keys()))
+"""
+
+
+@pytest.fixture(params=PROJECT["scripts"])
+def command(request, tmp_path):
+    """Runs one of the console commands; gives its standard output, with exit code and slow imports, and error."""
+    module, function = PROJECT["scripts"][request.param].split(":")
+    code = COMMAND.format(module=module, function=function)
+
+    def run(*arguments):
+        process = [sys.executable, "-c", code, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert list(tmp_path.iterdir()) == []
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_commands_check_options_before_they_import_what_takes_seconds(command):
+    out, err = command("nonsense=1")
+    assert out == "exit code 2 []\n"
+    assert err.startswith("error: Could not override 'nonsense'")
+    assert err.count("\n") == 1
+
+
+def test_commands_show_their_options_at_once(command):
+    out, err = command("--help")
+    assert "device: auto" in out
+    assert out.endswith("exit code 0 []\n")
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("unique-asr", ["audio=none.wav"], "error: none.wav: no such file\n"),
+        ("unique-asr", ["audio=none.wav", "attention.page_size=7"], "error: attention.page_size is 7"),
+        ("unique-asr-app", ["folders=[none]"], "error: folders: "),
+        ("unique-asr-generate", ["model=m", "prompt=Why?", "context=none.txt"], "error: context=none.txt"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once(name, arguments, message, tmp_path):
+    module, function = PROJECT["scripts"][name].split(":")
+    process = [sys.executable, "-c", COMMAND.format(module=module, function=function), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr.startswith(message)
+    assert done.stdout in ("exit code 1 []\n", "exit code 2 []\n")
+
+
+def test_scores_are_those_of_the_configuration():
+    """It has their names, so that it needs no torch."""
+    from unique_asr.attention import configuration, scores
+
+    assert tuple(scores.SCORES) == configuration.SCORES
+
+
+def test_public_names_of_attention():
+    import unique_asr.attention
+
+    assert all(getattr(unique_asr.attention, name) for name in unique_asr.attention.__all__)
+
+
 def test_public_names():
     assert callable(unique_asr.transcribe)
     assert callable(unique_asr.sparse_attention)

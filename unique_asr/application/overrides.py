@@ -96,12 +96,13 @@ def run(
 ) -> int:
     """Compose conf/<config_name>.yaml with `arguments`, call `task`, and return its exit code; None counts as 0.
 
-    Arguments that do not fit end the process with exit code 2 and one line; HYDRA_FULL_ERROR=1 shows the traceback.
-    What has to be imported for `task` is best imported in it: then wrong arguments are told at once.
+    Arguments that do not fit end the process with the code USAGE and one line (HYDRA_FULL_ERROR=1 shows the traceback),
+    an interrupt ends it with the code INTERRUPTED. What takes
+    long to import is best imported in `task`: then wrong arguments are told at once.
 
     Args:
-        task: gets the configuration; an interrupt in it gives the exit code INTERRUPTED. With Hydra's --multirun it is
-            called for each job, and the last code that is not 0 is returned.
+        task: gets the configuration. With Hydra's --multirun it is called for each job, and the last code that is not 0
+            is returned.
         literal_keys: options whose values, file names for instance, are taken as they are written.
         literal_groups: see `quote_arguments`.
     """
@@ -127,7 +128,7 @@ def run(
         print(f"error: {_message(error)}{_hint(arguments)}", file=sys.stderr)
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        sys.exit(INTERRUPTED)
     finally:
         sys.argv = before
         os.environ.pop("HYDRA_FULL_ERROR")
