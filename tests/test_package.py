@@ -47,7 +47,8 @@ from {module} import {function} as main
 try:
     main()
 except SystemExit as stop:
-    print("exit code", stop.code, sorted({{"gradio", "librosa", "numba", "torch", "transformers"}} & sys.modules.keys()))
+    slow = {{"gradio", "librosa", "numba", "torch", "transformers"}}
+    print("exit code", stop.code, sorted(slow & sys.modules.keys()))
 """
 
 
