@@ -10,7 +10,7 @@ import transformers
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-from unique_asr.audio import spooled
+from unique_asr.audio import spool_samples
 from unique_asr.decoding.engine import PENDING
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.timestamped import PassConfig, Speech
@@ -366,7 +366,7 @@ def test_a_long_recording_does_not_fill_the_memory():
     """Ten minutes, 38 MB: what is kept of them, and what is worked on, is a few MB."""
     second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     tracemalloc.start()
-    samples = spooled(second * (index % 2) for index in range(600))
+    samples = spool_samples(second * (index % 2) for index in range(600))
     speech = Speech(samples)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
