@@ -17,11 +17,11 @@ from unique_asr.data import join, read_manifest
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
+from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import evaluate
 from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
 from unique_asr.evaluation.systems import (
     BatchedSpeechLLM,
-    Encoder,
     GreedyCTC,
     ParallelSpeechLLM,
     PretrainedLLM,

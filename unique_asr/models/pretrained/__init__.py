@@ -3,7 +3,7 @@
     segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
 
 `formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time,
-`prompting.py` puts it into a request, and `memory.py` says what a recording takes.
+`prompting.py` puts it into a request, and `pass_memory.py` says what a pass takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers import AutoProcessor, PreTrainedConfig
 from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, DecoderShape, KnownModel
 from unique_asr.models.pretrained.formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
-from unique_asr.models.pretrained.memory import Memory, estimate
 
 MERGED = "lora_merged"  # in the configuration of a model whose LoRA weights for speech are in its own
 
@@ -28,11 +27,9 @@ __all__ = [
     "DecoderShape",
     "JsonParser",
     "KnownModel",
-    "Memory",
     "Parser",
     "PlainParser",
     "Utterance",
-    "estimate",
     "find",
     "load",
     "merge_lora",
