@@ -171,7 +171,7 @@ class Worker:
             self._transcribe(live, "dense", dense)
 
     def _transcribe(self, live: Live, kind: str, attention: SparseAttentionConfig) -> None:
-        job = self.store.job(live.record, kind)
+        job = self.store.locate(live.record, kind)
         if job.path("json").exists():  # of an earlier attempt, which was stopped later
             return
         live.loading(live.record.settings["model"])
