@@ -13,7 +13,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 # cuda: PyPI's wheels, which carry CUDA. cpu: PyTorch's own index; torch and torchaudio have to come from one build.
 ARG TORCH=cuda
 RUN if [ "$TORCH" = cpu ]; then \
-        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.15" "torchaudio>=2.11,<2.15"; \
+        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.16" "torchaudio>=2.11,<2.16"; \
     fi
 
 # What the project needs has a layer of its own, which a change of the code leaves as it is.
@@ -33,4 +33,4 @@ ENV HOME=/tmp TRITON_CACHE_DIR=/tmp/triton
 USER listener
 VOLUME /jobs
 EXPOSE 7860
-CMD ["python", "-m", "app", "host=0.0.0.0", "jobs=/jobs"]
+CMD ["unique-asr-app", "host=0.0.0.0", "jobs=/jobs"]

@@ -17,7 +17,7 @@ transcribe: .venv/installed
 		$(if $(audio),"audio=$$audio",audio=$(sample) output.dir=transcripts) $(options)
 
 app: .venv/installed
-	@.venv/bin/python -m app $(options)
+	@.venv/bin/python -m unique_asr.app $(options)
 
 test: .venv/installed
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(options)

@@ -9,8 +9,8 @@ from unique_asr.transcript import Transcript, TranscriptionInfo
 DENSE, SPARSE = "only dense", "only sparse"
 
 
-def differences(dense: str, sparse: str) -> list[tuple[str, str | None]]:
-    """Pieces of text, each with the transcript that alone has it, or None."""
+def find_differences(dense: str, sparse: str) -> list[tuple[str, str | None]]:
+    """Return pieces of text, each with the transcript that alone has it (DENSE, SPARSE), or None if both have it."""
     before, after = dense.split(), sparse.split()
     pieces: list[tuple[str, str | None]] = []
     for _, i, j, k, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
@@ -23,8 +23,8 @@ def differences(dense: str, sparse: str) -> list[tuple[str, str | None]]:
 
 
 def compare(dense: Transcript, sparse: Transcript) -> tuple[list[tuple[str, str | None]], list[list[str]]]:
-    """The differences, and rows of a table under COLUMNS."""
-    return differences(dense.text, sparse.text), [_row("dense", dense.info), _row("sparse", sparse.info)]
+    """Return the differences of the texts, and a row of a table under COLUMNS for each transcript."""
+    return find_differences(dense.text, sparse.text), [_row("dense", dense.info), _row("sparse", sparse.info)]
 
 
 COLUMNS = ["Attention", "Decoding (s)", "All (s)", "Steps", "Sparse steps", "Pages read", "Coverage"]

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
+from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.store import FAILED, STOPPED, Record, Store
+from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
-from .comparison import COLUMNS, DENSE, SPARSE, compare
-from .intake import Limits, Refusal
-from .store import FAILED, STOPPED, Record, Store
-from .worker import Live, Worker, attention_settings
-
 REFRESH_SECONDS = 0.3  # how often a running job is shown anew
 HEADERS = ["Start", "End", "Text", "Confidence"]
 
 
 class View(NamedTuple):
-    """A value for each output component, in the order of `Page.outputs`."""
+    """A value for each output component of the page, in their order."""
 
     status: Any
     text: Any
@@ -39,7 +38,7 @@ class View(NamedTuple):
 
 
 class Page:
-    """The handlers, and `blocks`, which lays out the components around them."""
+    """The handlers of the page, and `build`, which lays out its components around them."""
 
     def __init__(
         self, store: Store, worker: Worker, limits: Limits, models: Sequence[str], examples: Sequence[Path] = ()
@@ -67,7 +66,7 @@ class Page:
         compare: bool,
         request: gr.Request,
     ) -> Iterator[View]:
-        """Refuse in one line, or make a job of each recording, and show them one after the other until they end."""
+        """Make a job of each recording and show them one after the other until they end, or refuse in one line."""
         if model not in self.models:
             raise _error(f"model={model}: this page offers {', '.join(self.models)}")
         settings = {
@@ -84,7 +83,7 @@ class Page:
         }
         records: list[Record] = []
         try:
-            attention_settings(settings, self.worker.options)
+            make_attention_config(settings, self.worker.options)
             settings["language"] = check_language((language or "").strip(), model)
             settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
             if vad:
@@ -103,7 +102,11 @@ class Page:
                 return
 
     def show(self, id: str | None, request: gr.Request) -> Generator[View, None, bool]:
-        """A job: as it changes while it waits or runs, then as it is on disk. Whether it was shown to its end."""
+        """Show a job as it changes while it waits or runs, then as it is on disk.
+
+        Returns:
+            Whether it was shown to its end, and no other job was chosen meanwhile.
+        """
         state, status, count, mine = None, None, None, object()
         self._watching[request.session_hash] = mine
         while id and (live := self.worker.live(id)) is not None:
@@ -117,8 +120,8 @@ class Page:
         yield self._final_view(self.store.load(id))
         return self._watching.get(request.session_hash) is mine
 
-    def latest(self, request: gr.Request) -> Iterator[View]:
-        """What a page that is opened or reloaded shows: the job at work, else the last one."""
+    def show_latest(self, request: gr.Request) -> Iterator[View]:
+        """Show the job at work, else the last one: what a page that is opened or reloaded begins with."""
         records = self.store.list()
         running = [record.id for record in records if self.worker.live(record.id)]
         yield from self.show(running[-1] if running else records[0].id if records else None, request)
@@ -129,7 +132,7 @@ class Page:
             gr.Info("This job is not running.")
 
     def leave(self, request: gr.Request) -> None:
-        """The page is closed: its job goes on."""
+        """Stop watching for a page that is closed; its job goes on."""
         self._watching.pop(request.session_hash, None)
 
     def go_on(self, id: str | None, request: gr.Request) -> Iterator[View]:
@@ -172,19 +175,19 @@ class Page:
             empty = dict.fromkeys(View._fields) | {"status": "No job yet.", "text": "", "segments": []}
             hidden = {"comparison": gr.Column(visible=False), "plot": gr.HTML(visible=False)}
             return View(**empty | hidden | {"jobs": self._choices()})
-        transcript, dense = self.store.transcript(record), self.store.transcript(record, "dense")
-        segments = transcript.segments if transcript else self.store.segments(record)
+        transcript, dense = self.store.read_transcript(record), self.store.read_transcript(record, "dense")
+        segments = transcript.segments if transcript else self.store.read_segments(record)
         differences = measures = None
         if transcript and dense:
             differences, measures = compare(dense, transcript)
         found = Path(record.audio).is_file()
-        plot = self.store.plot(record)
+        plot = self.store.plot_path(record)
         return View(
             status=f"{record.title}: {record.state}. {record.message}",
             text=_text(segments),
             segments=_rows(segments),
             player=gr.Audio(value=record.audio, subtitles=_subtitles(segments)) if found else None,
-            files=[str(path) for path in self.store.files(record)] or None,
+            files=[str(path) for path in self.store.find_files(record)] or None,
             comparison=gr.Column(visible=measures is not None),
             differences=differences,
             measures=measures,
@@ -202,7 +205,8 @@ class Page:
 
     # Layout
 
-    def blocks(self) -> gr.Blocks:
+    def build(self) -> gr.Blocks:
+        """Lay out the components and connect them to the handlers."""
         options = self.worker.options["attention"]
         with gr.Blocks(title="unique_asr", analytics_enabled=False) as blocks:
             gr.Markdown("# unique_asr\nTranscribes recordings of any length; jobs are kept on disk.")
@@ -264,7 +268,7 @@ class Page:
             start.click(self.transcribe, inputs, api_name="transcribe", **watching)
             go_on.click(self.go_on, jobs, api_name="continue", **watching)
             jobs.input(self.show, jobs, api_name="show", trigger_mode="multiple", **watching)
-            blocks.load(self.latest, None, api_name="latest", **watching)
+            blocks.load(self.show_latest, None, api_name="latest", **watching)
             blocks.unload(self.leave)
             stop.click(self.stop, jobs, None, api_name="stop", queue=False)
             table.select(self.jump, None, player, api_visibility="private", queue=False)

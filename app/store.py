@@ -22,7 +22,7 @@ WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped
 
 @dataclass
 class Record:
-    """What job.json holds."""
+    """One job, as job.json holds it."""
 
     id: str
     title: str  # the recording's own name, for people only
@@ -34,14 +34,22 @@ class Record:
 
 
 class Store:
-    """The folder of all jobs."""
+    """The folder of all jobs, made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def create(self, recording: Path, title: str, settings: dict[str, Any], copy: bool) -> Record:
-        """A new job; `copy` keeps a copy of the recording, under a name of our own."""
+        """Make a new job.
+
+        Args:
+            title: what the recording is called, for people only.
+            copy: keep a copy of the recording in the job's folder, under a name of our own.
+
+        Raises:
+            OSError: if it cannot be kept there.
+        """
         id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         folder = self.folder / id
         folder.mkdir()
@@ -55,13 +63,17 @@ class Store:
         return record
 
     def save(self, record: Record) -> None:
+        """Write job.json; the old one stays whole until the new one is."""
         path = self.folder / record.id / "job.json"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     def load(self, id: str | None) -> Record | None:
-        """None for what is not the id of a job: an id comes from the browser and never reaches a path unchecked."""
+        """Return the job of an id, None if there is none.
+
+        An id comes from the browser, and never reaches a path unchecked.
+        """
         if not isinstance(id, str) or not ID.fullmatch(id):
             return None
         try:
@@ -70,45 +82,45 @@ class Store:
             return None
 
     def list(self) -> list[Record]:
-        """The newest first."""
+        """Return all jobs, the newest first."""
         names = sorted((path.name for path in self.folder.iterdir() if ID.fullmatch(path.name)), reverse=True)
         return [record for record in map(self.load, names) if record is not None]
 
-    def job(self, record: Record, kind: str = "transcript") -> Job:
-        """Where the transcripts go; the dense one of a comparison is of the kind "dense"."""
+    def locate(self, record: Record, kind: str = "transcript") -> Job:
+        """Return where the transcripts go; the dense one of a comparison is of the kind "dense"."""
         return Job(Path(record.audio), self.folder / record.id / kind, record.title)
 
-    def transcript(self, record: Record, kind: str = "transcript") -> Transcript | None:
-        """The whole transcript, or the part that there is of it."""
-        job = self.job(record, kind)
+    def read_transcript(self, record: Record, kind: str = "transcript") -> Transcript | None:
+        """Return the whole transcript, or the part that there is of it; None if there is nothing."""
+        job = self.locate(record, kind)
         for path in (job.path("json"), job.partial_path("json")):
             if path.exists():
                 return read_transcript(path)
         return None
 
-    def segments(self, record: Record) -> list[Segment]:
-        """As `transcript`, or from the log that a crash left."""
-        if (transcript := self.transcript(record)) is not None:
+    def read_segments(self, record: Record) -> list[Segment]:
+        """Return the segments of the transcript, or those of the log that a crash left."""
+        if (transcript := self.read_transcript(record)) is not None:
             return transcript.segments
-        log = self.job(record).partial_path("jsonl")
+        log = self.locate(record).partial_path("jsonl")
         return SegmentLog.read(log) if log.exists() else []
 
-    def files(self, record: Record) -> list[Path]:
-        """Transcripts to download: whole ones, else those that were broken off."""
+    def find_files(self, record: Record) -> list[Path]:
+        """Return the files to download: whole transcripts, else those that were broken off, and the plot."""
         found = []
         for kind in ("transcript", "dense"):
-            job = self.job(record, kind)
+            job = self.locate(record, kind)
             whole = [job.path(extension) for extension in WRITERS if job.path(extension).exists()]
             partial = [job.partial_path(extension) for extension in WRITERS if job.partial_path(extension).exists()]
             found += whole or partial
-        return found + [plot for plot in (self.plot(record),) if plot.exists()]
+        return found + [plot for plot in (self.plot_path(record),) if plot.exists()]
 
-    def plot(self, record: Record) -> Path:
-        """Where the picture of what was read is, if it was asked for."""
-        return self.job(record).path("reads.svg")
+    def plot_path(self, record: Record) -> Path:
+        """Return where the plot of the pages that were read is, if it was asked for."""
+        return self.locate(record).path("reads.svg")
 
     def recover(self) -> None:
-        """After a restart nothing is running: what was can be continued."""
+        """Mark jobs that ran when the server ended as stopped, so that they can be continued."""
         for record in self.list():
             if record.state in (WAITING, RUNNING):
                 record.state, record.message = STOPPED, "the server was restarted; Continue goes on from there"

@@ -7,26 +7,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unique_asr.application.cli import Transcriber, made_with, transcribe_one
-from unique_asr.application.display import STAGES, summarize
+from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
+
+from unique_asr.application.display import STAGES, Display, summarize
+from unique_asr.application.session import Output, Session, Settings
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.audio import AudioFile
-from unique_asr.longform.page_reads import PageReads
-from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
-from unique_asr.writers import WRITERS, SegmentLog
+from unique_asr.transcript import Segment, TranscriptionInfo
 
-from .intake import Limits, Refusal
-from .store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
+if TYPE_CHECKING:
+    from unique_asr.transcribers.base import Transcriber
 
 
 class Stopped(KeyboardInterrupt):
-    """The user's Stop, raised where the work is."""
+    """The user's Stop, raised where the work is; what was decoded is kept as after an interrupt."""
 
 
-class Live:
-    """A job that waits or runs: what the page shows of it. To the transcription it is the display."""
+class Live(Display):
+    """A job that waits or runs: what the page shows of it.
+
+    Attributes:
+        segments: of the transcript, as they come.
+        status: one line.
+        stop: is set to end the job where it is.
+        finished: is set when its state on disk is final.
+    """
 
     def __init__(self, record: Record, limits: Limits) -> None:
         self.record, self.limits = record, limits
@@ -37,14 +44,12 @@ class Live:
         self.finished = threading.Event()
         self._begins: dict[str, tuple[float, float]] = {}  # of each stage: the clock, and the share that was done
 
-    def __enter__(self) -> Live:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def begin(self, kind: str) -> None:
+        """Go on to another transcript of the same recording: "dense", to compare with."""
         self.kind, self._begins = kind, {}
+
+    def loading(self, model: str) -> None:
+        self.progress("load", 0, 1)
 
     def progress(self, stage: str, done: float, total: float) -> None:
         self._check()
@@ -69,19 +74,20 @@ class Live:
         if self.kind == "transcript":
             self.record.message = " · ".join([summarize(info, seconds), *info.warnings])
 
-    def warning(self, message: str) -> None:
-        pass  # all of them are in the info
-
-    def note(self, message: str) -> None:
-        pass
-
     def _check(self) -> None:
         if self.stop.is_set():
             raise Stopped
 
 
 class Worker:
-    """Takes jobs in order. `load` makes a transcriber from settings, as for the command line."""
+    """Transcribes jobs in the order in which they come.
+
+    Args:
+        load: makes a transcriber, as `unique_asr.transcribers.make_transcriber` does.
+        options: `attention`, the settings that the page's choices replace, and `transcriber`, further arguments of
+            `load`.
+        max_waiting: jobs that may wait.
+    """
 
     def __init__(
         self,
@@ -91,15 +97,16 @@ class Worker:
         options: dict[str, Any],
         max_waiting: int = 8,
     ) -> None:
-        self.store, self.load, self.limits, self.options, self.max_waiting = store, load, limits, options, max_waiting
+        self.store, self.limits, self.options, self.max_waiting = store, limits, options, max_waiting
+        self._session = Session(load)
         self._queue: deque[Live] = deque()
         self._lives: dict[str, Live] = {}
         self._change = threading.Condition()
-        self._loaded: tuple[dict[str, Any], Transcriber] | None = None
         store.recover()
         threading.Thread(target=self._work, name="transcription", daemon=True).start()
 
     def submit(self, record: Record) -> Live:
+        """Put a job at the end of the queue; one that is in it already stays where it is."""
         with self._change:
             if record.id in self._lives:
                 return self._lives[record.id]
@@ -112,10 +119,12 @@ class Worker:
         return live
 
     def check_room(self, jobs: int = 1) -> None:
+        """Raise Refusal if so many more jobs may not wait."""
         if len(self._queue) + jobs > self.max_waiting:
             raise Refusal(f"At most {self.max_waiting} jobs may wait, and {len(self._queue)} do; try again later.")
 
     def live(self, id: str) -> Live | None:
+        """Return the job of this id if it waits or runs."""
         return self._lives.get(id)
 
     def stop(self, id: str) -> bool:
@@ -155,49 +164,33 @@ class Worker:
 
     def _run(self, live: Live) -> None:
         settings = live.record.settings
-        self._transcribe(live, "transcript", attention_settings(settings, self.options))
+        self._transcribe(live, "transcript", make_attention_config(settings, self.options))
         if settings["compare"]:
             live.begin("dense")
-            dense = attention_settings({**settings, "attention": "dense"}, self.options)
+            dense = make_attention_config({**settings, "attention": "dense"}, self.options)
             self._transcribe(live, "dense", dense)
 
     def _transcribe(self, live: Live, kind: str, attention: SparseAttentionConfig) -> None:
-        record, begin = live.record, time.perf_counter()
-        job = self.store.job(record, kind)
+        job = self.store.locate(live.record, kind)
         if job.path("json").exists():  # of an earlier attempt, which was stopped later
             return
-        live.progress("load", 0, 1)
-        source = AudioFile(job.audio, name=record.title, vad=record.settings.get("vad", False))
-        told = {"prompt": record.settings["prompt"] or None}
-        told |= {name: record.settings.get(name) for name in ("language", "hotwords")}
-        settings = {"model": record.settings["model"], "attention": attention, **self.options["transcriber"]}
-        part = {"start": 0.0, "end": None, "channel": None, "vad": source.vad}
-        text = text_settings(max_pass_seconds=settings.get("max_pass_seconds"), **part, **told)
-        unfinished, keep = job.unfinished(source.duration, made_with(settings, text))
-        log = SegmentLog(job.partial_path("jsonl"), keep)
-        transcriber = self._transcriber(settings, live)
-        reads = PageReads() if record.settings.get("reads") and kind == "transcript" else None
-        recording = job, source, list(WRITERS), log, False
-        transcribe_one(*recording, transcriber, told, unfinished, live, begin, reads)
-
-    def _transcriber(self, settings: dict[str, Any], live: Live) -> Transcriber:
-        """One is kept: with other settings of the attention, its model is taken over."""
-        if self._loaded is not None:
-            made_from, transcriber = self._loaded
-            if made_from == settings:
-                return transcriber
-            if made_from["model"] == settings["model"] and hasattr(transcriber, "with_attention"):
-                transcriber = transcriber.with_attention(settings["attention"])
-                self._loaded = settings, transcriber
-                return transcriber
-            self._loaded = None  # its memory is free before another model is loaded
-            del transcriber
-        self._loaded = settings, self.load(**settings, progress=live.progress)
-        return self._loaded[1]
+        live.loading(live.record.settings["model"])
+        chosen = live.record.settings
+        settings = Settings(
+            model=chosen["model"],
+            attention=attention,
+            options=self.options["transcriber"],
+            prompt=chosen["prompt"] or None,
+            language=chosen.get("language"),
+            hotwords=chosen.get("hotwords"),
+            vad=chosen.get("vad", False),
+        )
+        reads = bool(chosen.get("reads")) and kind == "transcript"
+        self._session.transcribe(job, settings, Output(overwrite=True, resume=True, page_reads=reads), live)
 
 
-def attention_settings(settings: dict[str, Any], options: dict[str, Any]) -> SparseAttentionConfig:
-    """The page's choices over those of the configuration; ValueError, in one line, if they do not fit together."""
+def make_attention_config(settings: dict[str, Any], options: dict[str, Any]) -> SparseAttentionConfig:
+    """Return the page's choices over those of the configuration; raise ValueError if they do not fit together."""
     chosen = {"page_size": settings["page_size"]}
     chosen["budget"] = settings["budget"] if settings["attention"] == "unique" else None
     return SparseAttentionConfig(**{**options["attention"], **chosen})

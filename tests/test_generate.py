@@ -13,7 +13,7 @@ import transformers
 
 from unique_asr import generation
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
-from unique_asr.generation import GenerationError, TextGenerator, rope_types
+from unique_asr.generation import GenerationError, TextGenerator, find_rope_types
 from unique_asr.models import ModelError
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_sparse_steps_are_counted_and_sliding_layers_left_alone(family):
 
 def test_generate_itself_within_the_block(family):
     model, _, tokenizer = family
-    if "longrope" in rope_types(model.config):
+    if "longrope" in find_rope_types(model.config):
         pytest.skip("beyond the original length its generate drops the cache it is given; TextGenerator does not")
     expected = plain(model, tokenizer)
     with sparse_attention(model, budget=1024):
@@ -133,12 +133,12 @@ def test_the_text_comes_in_pieces(tokenizer):
 
 def test_the_prompt_is_a_chat_with_the_context_first(tokenizer):
     generator = TextGenerator(make("Llama", tokenizer)[:1] + (tokenizer,))
-    ids = generator.prompt_ids("Why?", context="A book.", system="Be brief.", template_options={"thinking": True})
+    ids = generator.encode_prompt("Why?", context="A book.", system="Be brief.", template_options={"thinking": True})
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA book.\n\nWhy?<|im_end|>\n"
         "<|im_start|>assistant\n<think>"
     )
-    assert tokenizer.decode(generator.prompt_ids("Once upon", chat=False)) == "Once upon"
+    assert tokenizer.decode(generator.encode_prompt("Once upon", chat=False)) == "Once upon"
 
 
 def test_the_end_stops(tokenizer):

@@ -29,14 +29,20 @@ class AudioError(ValueError):
 class AudioFile:
     """One audio or video file, opened and found to hold audio.
 
-    `duration` is what the container announces, in seconds, or None; `warnings` fills while `blocks` decodes. Times are
-    those of a player: audio that starts later than the video, or that has holes, is padded with silence.
+    Times are those of a player: audio that starts later than the video, or that has holes, is padded with silence.
 
     Args:
-        start, end: seconds between which the file is read; `duration` is what lies between them.
+        start, end: seconds between which the file is read.
         channel: 1 for the first (left) one; None for the mean of all.
         name: what messages and transcripts call the file, if not its path.
-        vad: silence takes the place of what is not speech, see `vad.py`; `dropped` counts its seconds.
+        vad: put silence in the place of what is not speech, see `vad.py`.
+
+    Attributes:
+        warnings: one line each about what is damaged or missing; they come while `blocks` decodes.
+        dropped: seconds that voice activity detection took for anything but speech.
+
+    Raises:
+        AudioError: if it cannot be opened or holds no audio, or start, end and channel do not fit.
     """
 
     def __init__(
@@ -73,12 +79,15 @@ class AudioFile:
         return min(ends) - self.start if self._announced is not None else None
 
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
-        """Decode from the start; yields float32 arrays of `seconds` * SAMPLE_RATE samples, the last one shorter.
+        """Decode from the start: yield float32 arrays [seconds * SAMPLE_RATE], the last one shorter.
 
-        Damaged parts are skipped and noted in `warnings`; AudioError is raised only if nothing at all decodes.
+        Damaged parts are skipped and noted in `warnings`.
+
+        Raises:
+            AudioError: if nothing at all decodes.
         """
         self.warnings, self.dropped = [], 0.0
-        yield from speech_blocks(self._part(), seconds, self)
+        yield from filter_speech(self._part(), seconds, self)
 
     def _part(self) -> Iterator[np.ndarray]:
         """Arrays of any length, between start and end."""
@@ -211,18 +220,19 @@ class AudioFile:
             self.warnings.append(f"{self.name}: {damaged} damaged packets skipped")
 
 
-def speech_blocks(stream: Iterable[np.ndarray], seconds: float, source: Any) -> Iterator[np.ndarray]:
-    """Blocks of `seconds` from arrays of any length, through voice activity detection if `source.vad` asks for it.
+def filter_speech(stream: Iterable[np.ndarray], seconds: float, source: Any) -> Iterator[np.ndarray]:
+    """Yield blocks of `seconds` from arrays of any length, through voice activity detection if `source.vad` is true.
 
-    What that drops is counted in `source.dropped`, and noted in `source.warnings`.
+    Args:
+        source: of the samples; the seconds that detection drops are added to its `dropped`, a line to its `warnings`.
     """
     if not source.vad:
-        yield from reblocked(stream, seconds)
+        yield from reblock(stream, seconds)
         return
     from unique_asr.vad import SpeechFilter
 
     speech, total = SpeechFilter(), 0
-    for block in reblocked(speech(stream), seconds):
+    for block in reblock(speech(stream), seconds):
         total += len(block)
         yield block
     source.dropped = speech.dropped / SAMPLE_RATE
@@ -231,8 +241,8 @@ def speech_blocks(stream: Iterable[np.ndarray], seconds: float, source: Any) -> 
     )
 
 
-def reblocked(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarray]:
-    """Arrays of `seconds` * SAMPLE_RATE samples from arrays of any length, the last one shorter."""
+def reblock(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarray]:
+    """Yield arrays [seconds * SAMPLE_RATE] from arrays of any length; the last one is shorter."""
     size = max(1, round(seconds * SAMPLE_RATE))
     pending: list[np.ndarray] = []
     length = 0
@@ -249,8 +259,8 @@ def reblocked(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarr
         yield np.concatenate(pending)
 
 
-def spooled(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """All samples [N], float32, in a temporary file that is read where it is used: they do not fill the memory."""
+def spool_samples(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Return all samples [N], float32, mapped from a temporary file: they do not fill the memory."""
     with TemporaryFile() as file:
         for block in blocks:
             file.write(block.astype(np.float32, copy=False).tobytes())
@@ -260,6 +270,7 @@ def spooled(blocks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def check_vad() -> None:
+    """Raise AudioError if voice activity detection is not installed."""
     from unique_asr.vad import is_installed
 
     if not is_installed():
@@ -267,7 +278,7 @@ def check_vad() -> None:
 
 
 def parse_time(value: str | float | None) -> float | None:
-    """Seconds of 83.5, "83.5", "1:23.5" or "0:01:23.5"."""
+    """Return the seconds that 83.5, "83.5", "1:23.5" or "0:01:23.5" mean; raise ValueError for what is not a time."""
     if value is None:
         return None
     parts = str(value).strip().split(":")
@@ -281,7 +292,7 @@ def parse_time(value: str | float | None) -> float | None:
 
 
 def load_audio(path: str | PathLike[str]) -> np.ndarray:
-    """A whole file as one float32 array at SAMPLE_RATE: 3.8 MB a minute."""
+    """Return a whole file as float32 samples [N] at SAMPLE_RATE: 3.8 MB a minute. Raises AudioError."""
     return np.concatenate(list(AudioFile(path).blocks()))
 
 

@@ -37,7 +37,7 @@ class GenerationError(ValueError):
 
 @dataclass
 class GenerationInfo:
-    """How a text was made; complete once it is exhausted."""
+    """How a text was made; complete once all pieces of it are taken."""
 
     prompt_tokens: int
     tokens: int = 0
@@ -55,6 +55,9 @@ class TextGenerator:
         attention: `unique` reads `budget` tokens of the context a step, `dense` all; or a SparseAttentionConfig.
         device, dtype: see `unique_asr.models.load`.
         prefill_chunk: tokens of the prompt that are read at once, which bounds the memory of a long context.
+
+    Raises:
+        ModelError: if the model cannot be loaded.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class TextGenerator:
         template_options: dict[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Iterator[str], GenerationInfo]:
-        """The answer in pieces, and how it was made.
+        """Return the text in pieces, as it is decoded, and how it is made.
 
         Args:
             prompt: a question, or a text to go on with.
@@ -94,9 +97,12 @@ class TextGenerator:
             system: an instruction for a chat model.
             chat: use the tokenizer's chat template; by default if it has one.
             template_options: for the template, {"enable_thinking": False} for instance.
-            progress: called as progress(done, total) while the prompt is read.
+            progress: called as progress(done, total), in tokens, while the prompt is read.
+
+        Raises:
+            GenerationError: for a prompt that cannot be encoded; while pieces are taken if memory runs out.
         """
-        ids = self.prompt_ids(prompt, context, system, chat, template_options)
+        ids = self.encode_prompt(prompt, context, system, chat, template_options)
         info = GenerationInfo(prompt_tokens=len(ids))
         config = self.model.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None)
@@ -105,14 +111,14 @@ class TextGenerator:
                 f"{len(ids)} tokens of prompt and {max_new_tokens} of text are more than the {limit} the model knows"
             )
         original = getattr(config, "original_max_position_embeddings", None)
-        if "longrope" in rope_types(config) and original and len(ids) <= original < len(ids) + max_new_tokens:
+        if "longrope" in find_rope_types(config) and original and len(ids) <= original < len(ids) + max_new_tokens:
             info.warnings.append(
                 f"the positions of this model change at {original} tokens, which the text would pass: "
                 f"use max_new_tokens={original - len(ids)} or a longer context"
             )
         return self._pieces(ids, max_new_tokens, info, progress), info
 
-    def prompt_ids(
+    def encode_prompt(
         self,
         prompt: str,
         context: str | None = None,
@@ -120,6 +126,11 @@ class TextGenerator:
         chat: bool | None = None,
         template_options: dict[str, Any] | None = None,
     ) -> list[int]:
+        """Return the token ids of a prompt; the arguments are those of `generate`.
+
+        Raises:
+            GenerationError: if `chat` is true and the tokenizer has no chat template.
+        """
         text = prompt if context is None else f"{context}\n\n{prompt}"
         has_template = self.tokenizer.chat_template is not None
         if chat and not has_template:
@@ -135,7 +146,7 @@ class TextGenerator:
     def _pieces(
         self, ids: list[int], max_new_tokens: int, info: GenerationInfo, progress: Callable[[int, int], None] | None
     ) -> Iterator[str]:
-        decoder = self.decoder(len(ids), max_new_tokens)
+        decoder = self.make_decoder(len(ids), max_new_tokens)
         try:
             with torch.no_grad():
                 table = self.model.get_input_embeddings()
@@ -160,10 +171,10 @@ class TextGenerator:
                 "dtype=bfloat16 or device=cpu"
             ) from error
 
-    def decoder(self, prompt: int, max_new_tokens: int) -> GreedyDecoder:
-        """A decoder for a prompt of so many tokens."""
+    def make_decoder(self, prompt: int, max_new_tokens: int) -> GreedyDecoder:
+        """Return a decoder for a prompt and a text of so many tokens."""
         config = self.model.config.get_text_config(decoder=True)
-        whole = not rope_types(config).isdisjoint(LENGTH_DEPENDENT_ROPE)
+        whole = not find_rope_types(config).isdisjoint(LENGTH_DEPENDENT_ROPE)
         pieces = 1 if whole else -(-prompt // self.prefill_chunk)
         return GreedyDecoder(
             self.model,
@@ -177,7 +188,15 @@ class TextGenerator:
 def load_text_model(
     name_or_path: str | PathLike[str], device: str = "auto", dtype: str = "auto", option: str = "model"
 ) -> tuple[Any, Any]:
-    """A causal LM and its tokenizer, from a folder, the hub or a .gguf file; `option` is what errors call it."""
+    """Load a causal LM and its tokenizer, from a folder, the hub or a .gguf file.
+
+    Args:
+        device, dtype: see `unique_asr.models.load`.
+        option: what errors call the model.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
     chosen = resolve_device(device)
     tokenizer = load_text_tokenizer(name_or_path, option)
     source, options = _text_source(name_or_path, option)
@@ -187,7 +206,11 @@ def load_text_model(
 
 
 def load_text_tokenizer(name_or_path: str | PathLike[str], option: str = "model") -> Any:
-    """The tokenizer of such a model. Raises ModelError if a .gguf file's was not understood."""
+    """Load the tokenizer of a causal LM; see `load_text_model`.
+
+    Raises:
+        ModelError: if it cannot be loaded, or transformers reads that of a .gguf file wrongly.
+    """
     source, options = _text_source(name_or_path, option)
     with loading(name_or_path, "text LLM", option=option):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -212,7 +235,7 @@ def _text_source(name_or_path: str | PathLike[str], option: str) -> tuple[str, d
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that a generation configuration, a configuration or a tokenizer calls the end."""
+    """Return the ids of all tokens that a generation configuration, a configuration or a tokenizer calls the end."""
     found: set[int] = set()
     for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True), tokenizer):
         ids = getattr(config, "eos_token_id", None)
@@ -220,8 +243,8 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     return found
 
 
-def rope_types(config: Any) -> set[str]:
-    """The kinds of rotary embeddings, of all layers or of each type of layer."""
+def find_rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embeddings of a model: `default`, `longrope`, `linear` ..."""
     parameters = getattr(config, "rope_parameters", None) or {}
     each = parameters.values() if parameters and all(isinstance(v, dict) for v in parameters.values()) else [parameters]
     return {one.get("rope_type", "default") for one in each}

@@ -20,45 +20,47 @@ MARGIN = 16  # frames that are kept on both sides of speech: half a second
 
 
 def is_installed() -> bool:
+    """Whether the package silero-vad is there."""
     return find_spec("silero_vad") is not None
 
 
 class SpeechFilter:
-    """Passes samples on, those far from any speech as zeros; `dropped` counts the samples that this changed.
+    """Filter of samples: those far from any speech become zeros; `dropped` counts them.
 
         filter = SpeechFilter()
         for samples in filter(stream): ...
         print(filter.dropped)
 
-    probability: of speech in a frame, [FRAME] float32 at 16 kHz; by default Silero's.
+    Args:
+        probability: of speech in a frame, [FRAME] float32 at 16 kHz; by default Silero's.
     """
 
     def __init__(self, probability: Callable[[np.ndarray], float] | None = None) -> None:
-        self.probability = probability or silero()
+        self.probability = probability or load_silero()
         self.dropped = 0
 
     def __call__(self, stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Arrays [N] of any length in and out, N the same in all; what is held back is a margin."""
-        held: deque[np.ndarray] = deque()
+        """Yield the samples of a stream of arrays, as many as come in; a margin of MARGIN frames is held back."""
+        waiting: deque[np.ndarray] = deque()
         index, last = -1, -np.inf  # of the frame just heard, and of the last one with speech
-        for index, frame in enumerate(_frames(stream)):
+        for index, frame in enumerate(_cut_frames(stream)):
             heard = np.pad(frame, (0, FRAME - len(frame)))
             last = index if self.probability(heard) > THRESHOLD else last
-            held.append(frame)
-            if len(held) > MARGIN:
-                yield self._passed(held.popleft(), keep=last >= index - 2 * MARGIN)
-        for place in range(index - len(held) + 1, index + 1):
-            yield self._passed(held.popleft(), keep=last >= place - MARGIN)
+            waiting.append(frame)
+            if len(waiting) > MARGIN:
+                yield self._pass_or_silence(waiting.popleft(), keep=last >= index - 2 * MARGIN)
+        for place in range(index - len(waiting) + 1, index + 1):
+            yield self._pass_or_silence(waiting.popleft(), keep=last >= place - MARGIN)
 
-    def _passed(self, frame: np.ndarray, keep: bool) -> np.ndarray:
+    def _pass_or_silence(self, frame: np.ndarray, keep: bool) -> np.ndarray:
         if keep:
             return frame
         self.dropped += len(frame)
         return np.zeros_like(frame)
 
 
-def silero() -> Callable[[np.ndarray], float]:
-    """Silero's detector at the beginning of a recording."""
+def load_silero() -> Callable[[np.ndarray], float]:
+    """Return Silero's probability of speech, which depends on the frames before: one for each recording."""
     threads = torch.get_num_threads()
     from silero_vad import load_silero_vad
 
@@ -74,8 +76,8 @@ def silero() -> Callable[[np.ndarray], float]:
     return probability
 
 
-def _frames(stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Arrays of FRAME samples, the last one shorter."""
+def _cut_frames(stream: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield arrays of FRAME samples, the last one shorter."""
     rest = np.empty(0, np.float32)
     for samples in stream:
         joined = np.concatenate([rest, samples])

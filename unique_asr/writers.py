@@ -13,7 +13,7 @@ from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfini
 
 
 def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool = True) -> str:
-    """HH:MM:SS.mmm, rounded to a millisecond."""
+    """Return HH:MM:SS.mmm of seconds, rounded to a millisecond; MM:SS.mmm below an hour unless `always_hours`."""
     milliseconds = max(0, round(seconds * 1000))
     hours, milliseconds = divmod(milliseconds, 3_600_000)
     minutes, milliseconds = divmod(milliseconds, 60_000)
@@ -23,12 +23,15 @@ def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool
 
 
 class ResultWriter:
-    """Writes a transcript in one format; the old file, if any, stays whole until the new one is."""
+    """Writer of one format of transcripts; a subclass has `extension`, that of its files, and `write`."""
 
     extension: ClassVar[str]
 
     def write_file(self, transcript: Transcript, path: Path) -> None:
-        """UTF-8 without a byte order mark, written beside `path` and moved over it."""
+        """Write a transcript to `path`, in UTF-8 without a byte order mark, and make its folder.
+
+        It is written beside `path` and moved over it: an old file stays whole until the new one is.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -39,36 +42,41 @@ class ResultWriter:
             temporary.unlink(missing_ok=True)
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
+        """Write a transcript to an open file."""
         raise NotImplementedError
 
 
 class TextWriter(ResultWriter):
-    """One segment a line."""
+    """Plain text, one segment a line."""
 
     extension = "txt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         for segment in transcript.segments:
-            print(_line(segment), file=file)
+            print(_format_line(segment), file=file)
 
 
 class SubRipWriter(ResultWriter):
+    """Subtitles for most players."""
+
     extension = "srt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         for number, segment in enumerate(transcript.segments, start=1):
             start, end = (format_timestamp(time, ",") for time in (segment.start, segment.end))
-            print(f"{number}\n{start} --> {end}\n{_line(segment).replace('-->', '->')}\n", file=file)
+            print(f"{number}\n{start} --> {end}\n{_format_line(segment).replace('-->', '->')}\n", file=file)
 
 
 class WebVTTWriter(ResultWriter):
+    """Subtitles for web pages."""
+
     extension = "vtt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         print("WEBVTT\n", file=file)
         for segment in transcript.segments:
             start, end = (format_timestamp(time) for time in (segment.start, segment.end))
-            text = _line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            text = _format_line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             print(f"{start} --> {end}\n{text}\n", file=file)
 
 
@@ -81,7 +89,7 @@ class TabSeparatedWriter(ResultWriter):
         print("start\tend\ttext", file=file)
         for segment in transcript.segments:
             start, end = round(1000 * segment.start), round(1000 * segment.end)
-            print(f"{start}\t{end}\t{_line(segment)}", file=file)
+            print(f"{start}\t{end}\t{_format_line(segment)}", file=file)
 
 
 class JSONWriter(ResultWriter):
@@ -100,12 +108,17 @@ WRITERS: dict[str, ResultWriter] = {
 
 
 def read_transcript(path: str | Path) -> Transcript:
-    """The inverse of JSONWriter."""
+    """Return the transcript that JSONWriter wrote.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError, KeyError, TypeError: if it is no transcript.
+    """
     return Transcript.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 class SegmentLog:
-    """Segments appended to a .jsonl file the moment they are decoded, so that a crash loses none.
+    """Log of segments: a .jsonl file that gets each the moment it is decoded, so that a crash loses none.
 
     One JSON object a line: {"transcription": how it is made}, then {"pass": what is needed to go on from here} before
     the first segment of each pass, and the segments. The file is begun with the first segment: until then, that of an
@@ -113,18 +126,23 @@ class SegmentLog:
 
     Args:
         keep: bytes of the file, as `read_unfinished` gives them, that the new segments follow; by default none.
+
+    Attributes:
+        info: how the segments are made, for the first line; set it before the first segment.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self.path, self.keep = path, keep
-        self.info: TranscriptionInfo | None = None  # for the first line
+        self.info: TranscriptionInfo | None = None
         self._state: dict[str, Any] | None = None
         self._file: TextIO | None = None
 
-    def pass_begins(self, state: dict[str, Any]) -> None:
+    def begin_pass(self, state: dict[str, Any]) -> None:
+        """Note what is needed to go on from here; it is written with the pass's first segment."""
         self._state = state
 
     def append(self, segment: Segment) -> None:
+        """Write a segment. Raises OSError if the disk is full."""
         if self._file is None:
             self._begin()
         if self._state is not None:
@@ -133,6 +151,7 @@ class SegmentLog:
         self._write(segment.to_dict())
 
     def close(self, keep: bool) -> None:
+        """Close the file, and remove it unless it is to be kept."""
         if self._file is not None:
             with suppress(OSError):  # a full disk has been reported when the line was written
                 self._file.close()
@@ -151,17 +170,17 @@ class SegmentLog:
 
     @staticmethod
     def read(path: Path) -> list[Segment]:
-        """The segments of a log; a last line that was cut off is left out."""
-        return [Segment.from_dict(values) for _, values in _log_lines(path) if "id" in values]
+        """Return the segments of a log; a last line that was cut off is left out."""
+        return [Segment.from_dict(values) for _, values in _read_log_lines(path) if "id" in values]
 
     @staticmethod
     def read_unfinished(path: Path) -> tuple[TranscriptionInfo | None, Unfinished | None, int]:
-        """How the log's segments were made, what is left to do, and the bytes of the log until there.
+        """Return how the log's segments were made, where to go on, and the bytes of the log until there.
 
         The last pass is left to do as a whole: what it writes depends on all that it has written.
         """
         info, unfinished, keep, segments = None, None, 0, []
-        for place, values in _log_lines(path):
+        for place, values in _read_log_lines(path):
             if "transcription" in values:
                 info = TranscriptionInfo.from_dict(values["transcription"])
             elif "pass" in values:
@@ -171,7 +190,7 @@ class SegmentLog:
         return info, unfinished, keep
 
 
-def _log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Where each line begins, in bytes, and what it holds."""
     place = 0
     for line in path.read_bytes().splitlines(keepends=True):
@@ -182,11 +201,11 @@ def _log_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         place += len(line)
 
 
-def _line(segment: Segment) -> str:
+def _format_line(segment: Segment) -> str:
     """The text on one line, with the speaker before it where there is one."""
-    text = _one_line(segment.text)
+    text = _join_lines(segment.text)
     return f"{segment.speaker}: {text}" if segment.speaker else text
 
 
-def _one_line(text: str) -> str:
+def _join_lines(text: str) -> str:
     return " ".join(text.split())

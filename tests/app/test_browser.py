@@ -11,8 +11,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install play
 pytest.importorskip("gradio", reason="the page needs gradio")
 
 from test_page import DATA, Script, configuration
-
-from app.__main__ import launch
+from unique_asr.app.cli import launch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 expect = playwright.expect

@@ -15,8 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from unique_asr.app.cli import launch
 
-from app.__main__ import launch
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
 from unique_asr.writers import read_transcript
@@ -44,7 +44,10 @@ class FakeTranscriber:
     def __init__(self, script, settings):
         self.script, self.settings = script, settings
 
-    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, **told):
+    def with_attention(self, attention):
+        return FakeTranscriber(self.script, {**self.settings, "attention": attention})
+
+    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, sequence=None, **told):
         if reads is not None:
             reads.duration = audio.duration
         attention = self.settings["attention"].to_dict()
@@ -360,9 +363,9 @@ def test_limits(serve, script):
 
 
 def test_attention_settings_are_those_of_the_page():
-    from app.worker import attention_settings
+    from unique_asr.app.worker import make_attention_config
 
     options = {"attention": SparseAttentionConfig(score="mean").to_dict()}
-    chosen = attention_settings({"attention": "unique", "budget": 64, "page_size": 16}, options)
+    chosen = make_attention_config({"attention": "unique", "budget": 64, "page_size": 16}, options)
     assert (chosen.budget, chosen.page_size, chosen.score) == (64, 16, "mean")
-    assert attention_settings({"attention": "dense", "budget": 64, "page_size": 16}, options).budget is None
+    assert make_attention_config({"attention": "dense", "budget": 64, "page_size": 16}, options).budget is None

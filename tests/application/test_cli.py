@@ -35,7 +35,7 @@ def test_segments_files_and_summary(talk, command):
         "talk.txt, talk.srt, talk.json",
     ):
         assert part in lines[4]
-    assert err == ""
+    assert err == "Loading default ...\n"
     assert names() == ["talk.json", "talk.opus", "talk.srt", "talk.txt"]
     transcript = read_transcript("talk.json")
     assert transcript.info.stop_reason == "end"

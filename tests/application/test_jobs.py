@@ -99,14 +99,14 @@ def test_a_folder_that_cannot_be_made(talks):
 def test_what_a_transcript_was_made_from(talks):
     job = Job(talks / "b.mp3", talks / "b")
     settings = {"model": "default", "budget": 512}
-    assert job.difference(10.0, settings) is None  # there is none
+    assert job.find_difference(10.0, settings) is None  # there is none
     info = TranscriptionInfo(str(talks / "b.mp3"), 10.0, attention={"budget": 512, "page_size": 8})
     job.write(Transcript([], info), ["json"])
-    assert job.difference(10.2, settings) is None
-    assert job.difference(None, settings) is None
-    assert job.difference(10.0, {**settings, "budget": None}) == "budget=512"
-    assert job.difference(10.0, {**settings, "model": "/other"}) == "model=default"
-    assert "another recording" in job.difference(20.0, settings)
-    assert "another recording" in Job(Path("c.mp3"), job.base).difference(10.0, settings)
+    assert job.find_difference(10.2, settings) is None
+    assert job.find_difference(None, settings) is None
+    assert job.find_difference(10.0, {**settings, "budget": None}) == "budget=512"
+    assert job.find_difference(10.0, {**settings, "model": "/other"}) == "model=default"
+    assert "another recording" in job.find_difference(20.0, settings)
+    assert "another recording" in Job(Path("c.mp3"), job.base).find_difference(10.0, settings)
     job.path("json").write_text("{}")
-    assert "other than a transcript" in job.difference(10.0, settings)
+    assert "other than a transcript" in job.find_difference(10.0, settings)

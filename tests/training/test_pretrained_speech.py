@@ -11,7 +11,7 @@ sys.path.append(str(ROOT / "tests" / "models"))
 import speech_models
 import transformers
 
-from unique_asr.application.cli import saved_attention
+from unique_asr.application.cli import read_saved_attention
 from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
@@ -245,7 +245,7 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["sparse_steps"] for row in found if "sparse" in row] == [1.0] * 2
     assert [row["stage"] for row in found if "llm" in row and "loss" not in row] == ["align", "adapt", "adapt"]
-    assert "attention.budget=40" in saved_attention([f"model={out}/adapt"])
+    assert "attention.budget=40" in read_saved_attention([f"model={out}/adapt"])
     for saved in ("align", "adapt", "best"):
         assert json.loads((out / saved / "config.json").read_text())["dtype"] == "bfloat16"
     trained, _ = load(out / "adapt", "cpu", "float32")

@@ -69,7 +69,7 @@ def test_through_the_log_a_real_decoder_gives_the_same(tiny, tmp_path):
         return SpeechLLMTranscriber(tiny, budget=32, longform=config, parallel_passes=1).transcribe(noise(9), **options)
 
     log = SegmentLog(tmp_path / "log.jsonl")
-    segments, log.info = transcribe(on_pass=log.pass_begins)
+    segments, log.info = transcribe(on_pass=log.begin_pass)
     whole = []
     for segment in segments:
         whole.append(segment)

@@ -31,7 +31,7 @@ STAGES = {  # of the pipeline, in order
 
 
 def format_time(seconds: float) -> str:
-    """12.3 -> 00:12.3, 3723.4 -> 1:02:03.4"""
+    """Return 00:12.3 for 12.3 s, and 1:02:03.4 for 3723.4 s."""
     tenths = max(0, round(10 * seconds))
     minutes, tenths = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
@@ -40,7 +40,7 @@ def format_time(seconds: float) -> str:
 
 
 class Bars:
-    """How far each recording at work is, and how much time is left; one bar shows for each."""
+    """Progress bars, one for each recording at work: how far it is, and how much time is left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -91,7 +91,52 @@ class Bars:
 
 
 class Display:
-    """Segments go to standard output, where they can be piped; progress and messages to standard error."""
+    """What a session tells of its work; this one shows nothing, and each method may be overridden.
+
+    It is entered (`with display:`) while a recording is worked on.
+    """
+
+    def for_recording(self, name: str) -> Display:
+        """Return the display of one recording among several at once."""
+        return self
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def loading(self, model: str) -> None:
+        """A model is about to be loaded, which takes seconds."""
+
+    def progress(self, stage: str, done: float, total: float) -> None:
+        """So much of a stage (see STAGES) is done; `total` is 0 where it is not known."""
+
+    def segment(self, segment: Segment, recording: str) -> None:
+        """A segment has been decoded, or read from what an earlier run left."""
+
+    def summary(self, info: TranscriptionInfo, seconds: float, files: Sequence[Path]) -> None:
+        """A recording is transcribed, in `seconds` of wall time, to `files`."""
+
+    def kept(self, recording: str, files: Sequence[Path]) -> None:
+        """Transcripts are there already and stay."""
+
+    def note(self, message: str) -> None:
+        """Something is worth knowing."""
+
+    def warning(self, message: str) -> None:
+        """A transcript may not be what was asked for."""
+
+    def error(self, message: str, recording: str | None = None) -> None:
+        """A recording, or all of them, cannot be transcribed."""
+
+
+class ConsoleDisplay(Display):
+    """Segments go to standard output, where they can be piped; progress and messages to standard error.
+
+    Args:
+        quiet: show warnings and errors alone.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -102,13 +147,13 @@ class Display:
         self._out = self._messages if both else None
         self._bars = Bars(self._messages) if self._messages.is_terminal and not quiet else None
 
-    def beside(self, recording: str) -> Display:
-        """The display of one recording among several at once: what it shows begins with the recording's name."""
+    def for_recording(self, name: str) -> ConsoleDisplay:
+        """Return a display whose lines begin with the recording's name."""
         other = copy(self)
-        other.recording = recording
+        other.recording = name
         return other
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ConsoleDisplay:
         if self._bars is not None:
             self._bars.open()
         return self
@@ -117,8 +162,12 @@ class Display:
         if self._bars is not None:
             self._bars.close(self.recording)
 
+    def loading(self, model: str) -> None:
+        if self._bars is None:
+            self.note(f"Loading {model} ...")
+        self.progress("load", 0, 1)
+
     def progress(self, stage: str, done: float, total: float) -> None:
-        """What `transcribe` calls; one stage of a recording shows at a time."""
         if self._bars is not None:
             self._bars.update(self.recording, stage, done, total)
 
@@ -130,7 +179,6 @@ class Display:
         self._print(self._named(f"{summarize(info, seconds)}; {', '.join(map(str, files))}"))
 
     def kept(self, recording: str, files: Sequence[Path]) -> None:
-        """Transcripts that are there already."""
         listed = ", ".join(map(str, files))
         self.note(f"{recording}: keeping {listed}; output.overwrite=true replaces what is there")
 
@@ -139,6 +187,7 @@ class Display:
             self._messages.print(message)
 
     def usage(self, line: str) -> None:
+        """Show how the program is called."""
         self._messages.print(f"usage: {line} (--help shows every option)")
 
     def warning(self, message: str) -> None:
@@ -161,7 +210,7 @@ class Display:
             print(line, flush=True)
 
 
-class JSONLines(Display):
+class JSONLines(ConsoleDisplay):
     """For scripts: one JSON object a line on standard output, told apart by `event`; messages stay what they are.
 
     {"event": "segment", "audio": FILE, "id": 0, "start": 0.1, "end": 2.5, "text": ..., "words": [...], ...}
@@ -189,9 +238,9 @@ class JSONLines(Display):
 
 
 def summarize(info: TranscriptionInfo, seconds: float) -> str:
-    """Audio length, wall time and their ratio, how much of it is transcribed, and what sparse attention saved."""
+    """Return one line: audio length, wall time and RTFx, coverage, and what sparse attention saved."""
     parts = [
-        f"{speed(info.duration, seconds)} ({info.dtype} on {info.device})",
+        f"{format_speed(info.duration, seconds)} ({info.dtype} on {info.device})",
         f"coverage {100 * info.coverage:.0f} %",
     ]
     if info.passes > 1:
@@ -203,6 +252,6 @@ def summarize(info: TranscriptionInfo, seconds: float) -> str:
     return ", ".join(parts)
 
 
-def speed(audio: float, seconds: float) -> str:
-    """Of so many seconds of audio in so many seconds."""
+def format_speed(audio: float, seconds: float) -> str:
+    """Return audio length, wall time (both given in seconds) and RTFx, their ratio."""
     return f"{format_time(audio)} of audio in {format_time(seconds)}, RTFx {audio / max(seconds, 1e-9):.1f}"

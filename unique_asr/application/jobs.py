@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ class OutputError(ValueError):
 
 
 def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The files that `audio` names: a file, a folder (without its subfolders), a glob, -, or a list of these."""
+    """Return the files that `audio` names: a file, a folder (without its subfolders), a glob, -, or a list of these.
+
+    Raises:
+        AudioError: if a folder or a glob holds no recording. That a file exists is not checked here.
+    """
     names = [audio] if isinstance(audio, str | Path) else list(audio)
     found: dict[Path, None] = {}
     for name in names:
@@ -52,7 +56,11 @@ def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def resolve_formats(value: str | Iterable[str]) -> list[str]:
-    """Extensions, in the order of WRITERS."""
+    """Return the extensions that `txt,srt`, a list or `all` names, in the order of WRITERS.
+
+    Raises:
+        OutputError: if one is unknown, or there is none.
+    """
     names = {name.strip() for name in value.split(",")} if isinstance(value, str) else set(value)
     unknown = names - {*WRITERS, "all"}
     if unknown or not names:
@@ -63,24 +71,37 @@ def resolve_formats(value: str | Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """One recording and the path, without extension, under which its transcripts go."""
+    """One recording and where its transcripts go.
+
+    Attributes:
+        audio: the recording; STDIN for standard input.
+        base: path of its transcripts, without extension.
+        title: what the recording is called, if not by its path.
+    """
 
     audio: Path
     base: Path
-    title: str = ""  # what the recording is called, if not by its path
+    title: str = ""
 
     @property
     def name(self) -> str:
+        """What messages and transcripts call the recording."""
         return self.title or str(self.audio)
 
     def path(self, extension: str) -> Path:
+        """Return where the transcript of a format goes."""
         return self.base.with_name(f"{self.base.name}.{extension}")
 
     def partial_path(self, extension: str) -> Path:
+        """Return where a transcript that was broken off goes; `jsonl` is the log of segments."""
         return self.path(f"partial.{extension}")
 
     def check_writable(self) -> None:
-        """Make the folder; better now than after an hour."""
+        """Make the folder of the transcripts, before an hour is spent on them.
+
+        Raises:
+            OutputError: if it cannot be made or written to.
+        """
         folder = self.base.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,14 +112,16 @@ class Job:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{folder}: is not writable; output.dir=FOLDER writes elsewhere")
 
-    def existing(self, formats: Iterable[str]) -> list[str]:
+    def find_existing(self, formats: Iterable[str]) -> list[str]:
+        """Return the extensions of `formats` whose files are there."""
         return [extension for extension in formats if self.path(extension).exists()]
 
-    def difference(self, duration: float | None, settings: dict[str, Any]) -> str | None:
-        """What the .json on disk, if there is one, was made from that is not what is asked for now.
+    def find_difference(self, duration: float | None, provenance: Mapping[str, Any]) -> str | None:
+        """Return what the .json on disk was made from that is not what is asked for now; None if nothing is.
 
-        duration: seconds of what is to be transcribed, if known; settings: model, those of the attention, and those
-        that `TranscriptionInfo.settings` keeps.
+        Args:
+            duration: seconds of what is to be transcribed, if known.
+            provenance: model, settings of the attention, and those that `TranscriptionInfo.settings` keeps.
         """
         try:
             info = read_transcript(self.path("json")).info
@@ -106,21 +129,25 @@ class Job:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             return "something other than a transcript"
-        return self._difference(info, duration, settings)
+        return self._compare(info, duration, provenance)
 
-    def _difference(self, info: TranscriptionInfo, duration: float | None, settings: dict[str, Any]) -> str | None:
+    def _compare(self, info: TranscriptionInfo, duration: float | None, provenance: Mapping[str, Any]) -> str | None:
         if Path(info.audio).name != Path(self.name).name:
             return f"another recording ({info.audio})"
         made = {"model": info.model, **info.attention, **info.settings}
-        for name, value in settings.items():
+        for name, value in provenance.items():
             if made.get(name) != value:
                 return f"{name}={'null' if made.get(name) is None else made[name]}"
         if abs((duration or info.duration) - info.duration) > 1.0:
             return f"another recording ({info.audio})"
         return None
 
-    def unfinished(self, duration: float | None, settings: dict[str, Any]) -> tuple[Unfinished | None, int]:
-        """What an interrupted transcription left to do, if there is one, and the bytes of its log to keep."""
+    def read_unfinished(self, duration: float | None, provenance: Mapping[str, Any]) -> tuple[Unfinished | None, int]:
+        """Return where an interrupted transcription goes on, None if there is none, and the bytes of its log to keep.
+
+        Raises:
+            OutputError: if the log cannot be read, or was made with other settings.
+        """
         path = self.partial_path("jsonl")
         try:
             info, unfinished, keep = SegmentLog.read_unfinished(path)
@@ -130,11 +157,12 @@ class Job:
             raise OutputError(f"{path}: is no log of segments; resume=false begins anew") from error
         if info is None or unfinished is None:
             return None, 0
-        if made_from := self._difference(info, duration, settings):
+        if made_from := self._compare(info, duration, provenance):
             raise OutputError(f"{path}: was made from {made_from}; ask for the same, or resume=false begins anew")
         return unfinished, keep
 
     def write(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+        """Write a whole transcript; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.path(extension))
@@ -142,7 +170,7 @@ class Job:
         return paths
 
     def write_partial(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
-        """Under names of their own: a transcript that breaks off never looks like a whole one."""
+        """Write a transcript that was broken off, under names that tell it from a whole one; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.partial_path(extension))
@@ -150,12 +178,22 @@ class Job:
         return paths
 
     def remove_partial(self, keep_log: bool = False) -> None:
+        """Remove what `write_partial` wrote, and the log of segments unless it is kept."""
         for extension in WRITERS if keep_log else (*WRITERS, "jsonl"):
             self.partial_path(extension).unlink(missing_ok=True)
 
 
 def plan(recordings: Sequence[Path], folder: str | Path | None = None) -> list[Job]:
-    """talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt."""
+    """Return a job for each recording, of which no two write the same files.
+
+    talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt.
+
+    Args:
+        folder: of the transcripts; by default that of each recording.
+
+    Raises:
+        OutputError: if `folder` is a file, or two recordings would write the same files.
+    """
     folder = Path(folder).expanduser() if folder is not None else None
     if folder is not None and folder.exists() and not folder.is_dir():
         raise OutputError(f"output.dir={folder}: is not a folder")

@@ -13,11 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 LITERAL_STARTS = ("'", '"', "${")  # the user wrote Hydra's own syntax
 
 
 def conf_folder() -> Path:
-    """conf/ of the checkout, or the copy of it inside the installed package."""
+    """Return conf/ of the checkout, or the copy of it inside the installed package."""
     package = Path(__file__).parents[1]
     checkout = package.parent / "conf"
     return checkout if checkout.is_dir() and (package.parent / "pyproject.toml").is_file() else package / "conf"
@@ -28,9 +29,11 @@ def quote_arguments(
 ) -> list[str]:
     """Quote the values of `keys`, so that Hydra takes `audio=50% (live), «été».mp3` for a file name.
 
-    `groups` maps a configuration group to the key that a path given in its place means: {"model": "model.name_or_path"}
-    makes `model.name_or_path='./my model'` of `model=./my model`, and leaves `model=default`, the name of a file in
-    conf/model/.
+    Args:
+        groups: from a configuration group to the key that a path given in its place means: {"model":
+            "model.name_or_path"} makes `model.name_or_path='./my model'` of `model=./my model`, and leaves
+            `model=default`, the name of a file in conf/model/.
+        conf: the folder of the configuration groups.
     """
     keys = set(keys)
     groups = groups or {}
@@ -77,7 +80,7 @@ def _split(elements: str) -> list[str]:
 
 
 def whole_number(config: DictConfig, name: str, of: str) -> int:
-    """An option that has to be 1 or more, or a ValueError; of: what it counts."""
+    """Return an option that has to be a whole number of 1 or more, else raise ValueError; `of` is what it counts."""
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value}: give a whole number of {of}, 1 or more")
@@ -85,34 +88,53 @@ def whole_number(config: DictConfig, name: str, of: str) -> int:
 
 
 def run(
-    task: Callable[[DictConfig], None],
+    task: Callable[[DictConfig], int | None],
     config_name: str,
     arguments: Sequence[str],
     literal_keys: Iterable[str] = (),
     literal_groups: Mapping[str, str] | None = None,
-) -> None:
-    """Compose conf/<config_name>.yaml with `arguments` and call `task`; exits with 2 and one line if they do not fit.
+) -> int:
+    """Compose conf/<config_name>.yaml with `arguments`, call `task`, and return its exit code; None counts as 0.
 
-    The values of `literal_keys`, file names for instance, are taken as they are written: see quote_arguments.
-    The environment variable HYDRA_FULL_ERROR=1 shows tracebacks.
+    Arguments that do not fit end the process with the code USAGE and one line (HYDRA_FULL_ERROR=1 shows the traceback),
+    an interrupt ends it with the code INTERRUPTED. What takes
+    long to import is best imported in `task`: then wrong arguments are told at once.
+
+    Args:
+        task: gets the configuration. With Hydra's --multirun it is called for each job, and the last code that is not 0
+            is returned.
+        literal_keys: options whose values, file names for instance, are taken as they are written.
+        literal_groups: see `quote_arguments`.
     """
+    # Notices and bars of libraries would break into the output. They are read when those are imported, which follows.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    code = SUCCESS
+
+    def keep_code(config: DictConfig) -> None:
+        nonlocal code
+        code = task(config) or code
+
     conf = conf_folder()
     before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra would print several lines and exit; told to raise, it leaves the wording to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *quote_arguments(arguments, literal_keys, literal_groups, conf)]
     try:
-        hydra.main(config_path=str(conf), config_name=config_name, version_base="1.3")(task)()
+        hydra.main(config_path=str(conf), config_name=config_name, version_base="1.3")(keep_code)()
     except (HydraException, OmegaConfBaseException) as error:
         if full_error == "1":
             raise
         print(f"error: {_message(error)}{_hint(arguments)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     finally:
         sys.argv = before
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+    return code
 
 
 def _message(error: Exception) -> str:

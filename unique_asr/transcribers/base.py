@@ -14,7 +14,7 @@ import numpy as np
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.huggingface import resolve_combine
-from unique_asr.audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
+from unique_asr.audio import SAMPLE_RATE, AudioFile, check_vad, filter_speech
 from unique_asr.decoding.engine import Engine, Pending, Sequence
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.page_reads import PageReads
@@ -209,7 +209,7 @@ class Samples:
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
         """Yield the samples in blocks [n], float32."""
         self.warnings = []
-        yield from speech_blocks([self.samples], seconds, self) if self.vad else [self.samples]
+        yield from filter_speech([self.samples], seconds, self) if self.vad else [self.samples]
 
 
 def open_audio(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-from unique_asr.audio import AudioFile, spooled
+from unique_asr.audio import AudioFile, spool_samples
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING, Pending, Sequence
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -126,7 +126,7 @@ class PretrainedTranscriber(Transcriber):
         on_pass: Callable[[Any], None] | None,
         sequence: Sequence | None,
     ) -> Iterator[Segment | Pending]:
-        samples = spooled(source.blocks())
+        samples = spool_samples(source.blocks())
         info.warnings += source.warnings
         info.dropped = source.dropped
         tokenizer, sequence = self.processor.tokenizer, sequence or self.decoder

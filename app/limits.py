@@ -15,12 +15,18 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
+    """What may be transcribed: files of these folders, of this length and size at most."""
+
     folders: Sequence[Path] = ()  # whose files may be named
     max_minutes: float = 180.0
     max_megabytes: float = 1000.0
 
     def choose(self, uploads: Sequence[str] | None, recorded: str | None, path: str | None) -> tuple[list[Path], bool]:
-        """The recordings that are meant, and whether they were uploaded."""
+        """Return the recordings that are meant, and whether they were uploaded.
+
+        Raises:
+            Refusal: if none is, or more than one kind, or one may not be read or is too long.
+        """
         path = (path or "").strip()
         given = [name for name in (uploads, recorded, path) if name]
         if len(given) != 1:
@@ -35,6 +41,7 @@ class Limits:
         return recordings, not path
 
     def check(self, recording: Path) -> None:
+        """Raise Refusal if a recording is too large, too long, or cannot be read."""
         size = recording.stat().st_size / 1e6
         if size > self.max_megabytes:
             raise Refusal(f"{recording.name} has {size:.0f} MB; the limit is {self.max_megabytes:g} MB.")
@@ -46,6 +53,7 @@ class Limits:
             self.check_duration(duration)
 
     def check_duration(self, seconds: float) -> None:
+        """Raise Refusal if a recording of so many seconds is too long."""
         if seconds > 60 * self.max_minutes:
             raise Refusal(f"The recording is longer than {self.max_minutes:g} minutes, which is the limit.")
 

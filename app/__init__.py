@@ -1,1 +1,0 @@
-"""The web page around unique_asr: `python -m app`."""

@@ -1,0 +1,88 @@
+"""The command behind `unique-asr-app` and `python -m unique_asr.app`: configuration in, a running page."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from unique_asr.application.overrides import FAILED, SUCCESS, run, whole_number
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+LITERAL_KEYS = ("jobs", "folders", "examples", "models")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the page until it is interrupted, and exit."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    sys.exit(run(serve, "app", sys.argv[1:] if arguments is None else arguments, LITERAL_KEYS))
+
+
+def serve(config: DictConfig) -> int:
+    """Serve the page and return the exit code; what the user can cure is one line."""
+    try:
+        launch(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return SUCCESS
+
+
+def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bool = True) -> gr.Blocks:
+    """Serve the page.
+
+    Args:
+        load: makes transcribers, by default `unique_asr.transcribers.make_transcriber`.
+        block: return when the page ends; else the running blocks, whose address is `local_url`, and which `close` ends.
+
+    Raises:
+        ValueError: if an option does not fit, in one line.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    folders = [Path(folder).expanduser().resolve() for folder in values["folders"]]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"folders: {folder} is not a folder")
+    passes = whole_number(config, "parallel_passes", "passes")
+    if block:
+        print("Starting the page ...", flush=True)
+
+    # These take seconds to import.
+    from unique_asr.app.limits import Limits
+    from unique_asr.app.page import Page
+    from unique_asr.app.store import Store
+    from unique_asr.app.worker import Worker
+
+    from unique_asr.application.session import load_transcriber
+
+    examples = [path.resolve() for path in map(Path, values["examples"]) if path.is_file()]
+    limits = Limits(folders, values["max_minutes"], values["max_megabytes"])
+    store = Store(Path(values["jobs"]))
+    decoding = {name: value for name, value in values["decoding"].items() if name != "prompt"}
+    options = {
+        "attention": values["attention"],
+        "transcriber": {"device": values["device"], "dtype": values["dtype"], "parallel_passes": passes, **decoding},
+    }
+    worker = Worker(store, load or load_transcriber, limits, options, values["max_waiting"])
+    blocks = Page(store, worker, limits, values["models"], examples).build()
+    blocks.queue(max_size=64)
+    try:
+        blocks.launch(
+            server_name=values["host"],
+            server_port=values["port"],
+            allowed_paths=[str(path) for path in (store.folder, *folders, *examples)],
+            max_file_size=int(values["max_megabytes"] * 1e6),
+            footer_links=[],
+            ssr_mode=False,
+            quiet=not block,
+            prevent_thread_lock=not block,
+        )
+    except OSError as error:
+        raise ValueError(f"port={values['port']}: cannot be used on {values['host']}; choose another") from error
+    return blocks

@@ -1,0 +1,96 @@
+"""Text from a text LLM: `unique-asr-generate model=MODEL context=book.txt prompt=Why?`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from unique_asr.application.overrides import FAILED, SUCCESS, USAGE, run
+from unique_asr.attention import SparseAttentionConfig
+
+if TYPE_CHECKING:
+    from unique_asr.generation import GenerationInfo
+
+LITERAL_KEYS = ("model.name_or_path", "prompt", "context", "system")
+LITERAL_GROUPS = {"model": "model.name_or_path"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the text that the arguments ask for, and exit."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(generate, "generate", arguments, LITERAL_KEYS, LITERAL_GROUPS))
+
+
+def generate(config: DictConfig) -> int:
+    """Write text to standard output as it is decoded, all else to standard error; return the exit code."""
+
+    def note(text: str, end: str = "\n") -> None:
+        if not config.quiet:
+            print(text, end=end, file=sys.stderr, flush=True)
+
+    def show_progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            note(f"\rReading {done} of {total} tokens", end="\n" if done == total else "")
+
+    if OmegaConf.is_missing(config.model, "name_or_path") or OmegaConf.is_missing(config, "prompt"):
+        print("usage: python scripts/generate.py model=MODEL prompt=TEXT [context=FILE] ...", file=sys.stderr)
+        return USAGE
+    try:
+        prompt = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
+        context = None if config.context is None else Path(config.context).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        print(f"error: context={config.context}: {error}", file=sys.stderr)
+        return FAILED
+    try:
+        attention = SparseAttentionConfig(**OmegaConf.to_container(config.attention))
+        note(f"Loading {config.model.name_or_path} ...")
+        from unique_asr.generation import TextGenerator  # takes seconds
+
+        generator = TextGenerator(
+            config.model.name_or_path,
+            attention=attention,
+            device=config.device,
+            dtype=config.dtype,
+            prefill_chunk=config.prefill_chunk,
+        )
+        pieces, info = generator.generate(
+            prompt,
+            context=context,
+            system=config.system,
+            max_new_tokens=config.max_new_tokens,
+            chat=config.chat,
+            template_options=OmegaConf.to_container(config.template_options),
+            progress=show_progress,
+        )
+        for warning in info.warnings:
+            note(f"warning: {warning}")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except (ValueError, ImportError) as error:
+        if config.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    note(summarize(info))
+    return SUCCESS
+
+
+def summarize(info: GenerationInfo) -> str:
+    """Return one line: tokens and seconds, why the text ended, and what sparse attention saved."""
+    from unique_asr.attention import SparsityCounters
+
+    counts = {name: value for name, value in info.sparsity.items() if name != "share_of_pages_read"}
+    return (
+        f"{info.prompt_tokens} tokens read in {info.timings['prefill']:.1f} s, "
+        f"{info.tokens} written in {info.timings.get('decode', 0.0):.1f} s"
+        f" (stopped at the {'end' if info.stop_reason == 'end' else 'limit of max_new_tokens'});"
+        f" {SparsityCounters(**counts)}"
+    )
