@@ -12,9 +12,9 @@ from unique_asr.attention import (
     sparse_attention,
 )
 from unique_asr.attention.cache import PagedLayer
-from unique_asr.attention.huggingface import sparse_step, static_attention
 from unique_asr.attention.scores import SCORES
 from unique_asr.attention.static_step import StaticStep
+from unique_asr.attention.steps import sparse_step, static_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EIGHT_BITS = "fp8" if torch.cuda.is_available() else "int8"

@@ -20,6 +20,7 @@ from unique_asr.attention import (
     PagedCache,
     SparseAttentionConfig,
     TrainingAttentionConfig,
+    dense,
     huggingface,
     sparse_attention,
 )
@@ -117,9 +118,9 @@ def test_a_chunked_prefill_equals_a_whole_one(llama, batch, rows, flash, monkeyp
     sparse = sparse_attention(llama, budget=64)
     whole, chunked = sparse.cache(), sparse.cache()
     expected = llama(**inputs, position_ids=positions, past_key_values=whole, logits_to_keep=1).logits
-    monkeypatch.setattr(huggingface, "MASK_ELEMENTS", 1000)
-    monkeypatch.setattr(huggingface, "BATCHED_TOKENS", 70)  # of three chunks the last two go row by row
-    monkeypatch.setattr(huggingface, "flash_takes", lambda *tensors: flash)
+    monkeypatch.setattr(dense, "MASK_ELEMENTS", 1000)
+    monkeypatch.setattr(dense, "BATCHED_TOKENS", 70)  # of three chunks the last two go row by row
+    monkeypatch.setattr(dense, "flash_takes", lambda *tensors: flash)
     for start in range(0, 150, 64):
         part = slice(start, start + 64)
         output = llama(

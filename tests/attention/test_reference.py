@@ -8,9 +8,9 @@ import torch
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityCounters, reference
 from unique_asr.attention.cache import PagedLayer
-from unique_asr.attention.huggingface import sparse_step, static_step
 from unique_asr.attention.scores import SCORES
 from unique_asr.attention.static_step import StaticStep
+from unique_asr.attention.steps import sparse_step, static_step
 
 HEADS, GROUP, DIM = 3, 3, 16  # KV heads, query heads of each, head dim
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unique_asr.attention import SparseAttentionConfig, huggingface, reference
-from unique_asr.attention.huggingface import dense_attention, flash_takes, unique_mask
+from unique_asr.attention import SparseAttentionConfig, dense, reference
+from unique_asr.attention.dense import dense_attention, flash_takes
+from unique_asr.attention.huggingface import unique_mask
 from unique_asr.decoding import greedy as decoding
 from unique_asr.decoding.greedy import GreedyDecoder
 
@@ -44,7 +45,7 @@ def test_attention_with_a_bias_against_float64(length, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (9, 3, 64), (4, 4, 80)])
 def test_a_chunk_of_a_prefill_against_float64(heads, kv_heads, dim, padded, monkeypatch):
     """FlashAttention, which aligns the queries with the last tokens by itself, and takes padded rows one by one."""
-    monkeypatch.setattr(huggingface, "BATCHED_TOKENS", 0)
+    monkeypatch.setattr(dense, "BATCHED_TOKENS", 0)
     torch.manual_seed(0)
     queries, tokens, past = 300, 1000, 700
     query = torch.randn(3, heads, queries, dim, device="cuda", dtype=torch.bfloat16)

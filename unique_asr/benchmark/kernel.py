@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters, reference
 from unique_asr.attention.cache import PagedLayer, grown
-from unique_asr.attention.huggingface import select_pages, static_attention
 from unique_asr.attention.static_step import StaticStep
+from unique_asr.attention.steps import select_pages, static_attention
 from unique_asr.benchmark.timing import attempt, copy_bandwidth, graph_seconds
 from unique_asr.kernels import page_scores, sparse_decode, sparse_step, top_pages
 

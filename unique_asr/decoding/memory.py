@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.huggingface import BATCHED_TOKENS
+from unique_asr.attention.dense import BATCHED_TOKENS
 from unique_asr.attention.reference import PARTIAL_SUM
 from unique_asr.attention.scores import SCORES
 from unique_asr.attention.static_step import page_sizes

@@ -27,7 +27,8 @@ from transformers import AttentionInterface
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.cache import PagedLayer, moved
-from unique_asr.attention.huggingface import NAME, dense_attention, key_padding, unique_attention_forward
+from unique_asr.attention.dense import dense_attention
+from unique_asr.attention.huggingface import NAME, key_padding, unique_attention_forward
 from unique_asr.attention.reference import attend_biased, attention_weights, group_queries
 from unique_asr.attention.static_step import StaticStep
 
