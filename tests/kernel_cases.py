@@ -66,7 +66,7 @@ class Case:
         """As stored, of all pages of `size` tokens, by position; padding left out."""
         new = reference.page_statistics(self.plain_keys.double(), size, SCORES[self.score], self.valid)
         dtype = self.plain_keys.dtype
-        kept = SCORES[self.score].stored([each.to(dtype) for each in new], self.statistics_dtype)
+        kept = SCORES[self.score].encode([each.to(dtype) for each in new], self.statistics_dtype)
         return tuple(kept)
 
     def readable(self, plain: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:

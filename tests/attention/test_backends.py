@@ -14,7 +14,7 @@ from unique_asr.attention import (
 from unique_asr.attention.cache import PagedLayer
 from unique_asr.attention.scores import SCORES
 from unique_asr.attention.static_step import StaticStep
-from unique_asr.attention.steps import sparse_step, static_attention
+from unique_asr.attention.steps import attend_to_pages, run_static_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EIGHT_BITS = "fp8" if torch.cuda.is_available() else "int8"
@@ -48,13 +48,13 @@ def layers(config, length, batch=2, heads=2, group=3, dim=16, seed=0):
 
 def spied(monkeypatch, name):
     """The list that every call of this kernel is appended to."""
-    calls, function = [], getattr(backend.kernels(), name)
+    calls, function = [], getattr(backend.load_kernels(), name)
 
     def spy(*args, **kwargs):
         calls.append(kwargs)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(backend.kernels(), name, spy)
+    monkeypatch.setattr(backend.load_kernels(), name, spy)
     return calls
 
 
@@ -72,13 +72,13 @@ def test_a_step(configuration, padded):
     assert triton.triton
     starts = torch.tensor([0, 37], device=DEVICE) if padded else None
     valid = torch.arange(length, device=DEVICE) >= starts[:, None] if padded else None
-    expected = sparse_step(plain, query, 0.25, valid, starts)
-    output = sparse_step(triton, query, 0.25, valid, starts)
+    expected = attend_to_pages(plain, query, 0.25, valid, starts)
+    output = attend_to_pages(triton, query, 0.25, valid, starts)
     assert_same(output, expected, configuration)
     for level, other in zip(triton.levels, plain.levels):
-        assert level.done == other.done == length // level.size
+        assert level.ready == other.ready == length // level.size
         for statistic, same in zip(level.statistics, other.statistics):
-            difference = (statistic[:, :, : level.done].float() - same[:, :, : level.done].float()).abs().max()
+            difference = (statistic[:, :, : level.ready].float() - same[:, :, : level.ready].float()).abs().max()
             assert difference <= (1e-4 if statistic.dtype == torch.float32 else 32 if EIGHT_BITS == "fp8" else 1)
 
 
@@ -88,7 +88,7 @@ def test_a_step(configuration, padded):
 def test_static_steps(configuration, padded, one_launch, monkeypatch):
     """Across the end of a page, and of a super-page: the token is written, its page's statistics with it."""
     if not one_launch:
-        monkeypatch.setattr(backend.kernels(), "STEP_PAGES", 8)
+        monkeypatch.setattr(backend.load_kernels(), "STEP_PAGES", 8)
     calls, appends = spied(monkeypatch, "sparse_step"), spied(monkeypatch, "append")
     start, end = (318, 322) if one_launch else (302, 305)
     plain, triton, query = layers({"budget": 96} | configuration, end)
@@ -106,11 +106,11 @@ def test_static_steps(configuration, padded, one_launch, monkeypatch):
             now = torch.tensor([position], device=DEVICE)
             layer.step = StaticStep(now, True, layer.config, layer.capacity, starts)
             token = [each[:, :, position - start : position - start + 1] for each in tokens]
-            outputs.append(static_attention(layer, query, *token, 0.25))
+            outputs.append(run_static_step(layer, query, *token, 0.25))
         assert_same(outputs[1], outputs[0], configuration)
         assert torch.equal(triton.keys, plain.keys)
         assert torch.equal(triton.values, plain.values)
-        assert not triton.step.arrivals(1).any()
+        assert not triton.step.make_arrivals(1).any()
         differs = ~(triton.selected.unsqueeze(-1) == plain.selected.unsqueeze(-2)).any(dim=-1)
         assert differs.float().mean() <= (0.1 if "statistics_dtype" in configuration else 0)
     assert (len(calls), len(appends)) == ((end - start, 0) if one_launch else (0, end - start))
@@ -127,10 +127,10 @@ def test_dense_steps_write_the_token_alone(step, monkeypatch):
     token = torch.randn(2, 2, 2, 1, 16, device=DEVICE)
     outputs = []
     for layer in (plain, triton):
-        layer.sparse_layer = step == "dense step"
+        layer.is_sparse = step == "dense step"
         now = torch.tensor([304], device=DEVICE)
         layer.step = StaticStep(now, step == "dense layer", layer.config, layer.capacity)
-        outputs.append(static_attention(layer, query, *token, 0.25))
+        outputs.append(run_static_step(layer, query, *token, 0.25))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(triton.keys, plain.keys)
     assert (len(calls), len(appends)) == (0, 1)
@@ -144,8 +144,10 @@ def test_values_of_another_width_are_left_to_pytorch():
 
 def test_more_pages_than_the_kernel_can_choose_from(monkeypatch):
     plain, triton, query = layers({"budget": 96}, 301)
-    monkeypatch.setattr(backend.kernels(), "MAX_PAGES", 16)
-    torch.testing.assert_close(sparse_step(triton, query, 0.25), sparse_step(plain, query, 0.25), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(backend.load_kernels(), "MAX_PAGES", 16)
+    torch.testing.assert_close(
+        attend_to_pages(triton, query, 0.25), attend_to_pages(plain, query, 0.25), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("attention", [{"combine": "share", "dense_layers": 1}, {"super_page_size": 16}], ids=str)
@@ -212,8 +214,8 @@ def test_eight_bits_hold_the_scores(score, statistics_dtype, dtype):
     pages, query = torch.randn(1, 2, 50, 8, 64, dtype=dtype), torch.randn(1, 2, 4, 64, dtype=dtype)
     pages[:, :, 7] = 0
     exact = score.statistics(pages)
-    stored = score.stored(exact, statistics_dtype)
-    assert [(each.shape[-1], each.dtype) for each in stored] == score.buffers(64, dtype, statistics_dtype)
+    stored = score.encode(exact, statistics_dtype)
+    assert [(each.shape[-1], each.dtype) for each in stored] == score.buffer_layout(64, dtype, statistics_dtype)
     scores, expected = score.scores(query, stored, 0.5), score.scores(query, exact, 0.5)
     assert (scores - expected).std() < 0.05 * expected.std()
     assert (scores[..., 7] == 0).all()
@@ -229,10 +231,10 @@ def test_a_cache_in_eight_bits_follows_its_rows():
     other = PagedLayer(layer.config, SparsityCounters())
     other.update(keys[[2, 0]], values[[2, 0]])
     other.update_statistics()
-    assert [level.done for level in layer.levels] == [25, 3]
+    assert [level.ready for level in layer.levels] == [25, 3]
     for level, same in zip(layer.levels, other.levels):
         for statistic, expected in zip(level.statistics, same.statistics):
-            assert torch.equal(statistic[:, :, : level.done].float(), expected[:, :, : level.done].float())
+            assert torch.equal(statistic[:, :, : level.ready].float(), expected[:, :, : level.ready].float())
 
 
 @pytest.mark.parametrize(("statistics_dtype", "share"), [("keys", 0.064), ("fp8", 0.033), ("int8", 0.033)])
@@ -251,9 +253,9 @@ def test_every_super_page_is_every_page():
     one, _, _ = layers({"budget": 96}, 501)
     two, _, _ = layers(config | {"super_pages": 8}, 501)
     few, _, _ = layers(config | {"super_pages": 3}, 501)
-    expected = sparse_step(one, query, 0.25)
-    assert torch.equal(sparse_step(two, query, 0.25), expected)
-    assert not torch.allclose(sparse_step(few, query, 0.25), expected)
+    expected = attend_to_pages(one, query, 0.25)
+    assert torch.equal(attend_to_pages(two, query, 0.25), expected)
+    assert not torch.allclose(attend_to_pages(few, query, 0.25), expected)
 
 
 def test_a_compiled_step_is_one_graph(llama):

@@ -35,13 +35,13 @@ def assert_same(paged, dynamic):
     assert paged.get_seq_length() == length == layer.length
     assert torch.equal(layer.keys[:, :, :length], other.keys)
     assert torch.equal(layer.values[:, :, :length], other.values)
-    fresh = PagedLayer(layer.config, paged.statistics)
+    fresh = PagedLayer(layer.config, paged.counters)
     fresh.update(other.keys, other.values)
     fresh.update_statistics()
     layer.update_statistics()
-    assert layer.pages_done == fresh.pages_done == length // 8
+    assert layer.pages_ready == fresh.pages_ready == length // 8
     for statistic, expected in zip(layer.statistics, fresh.statistics):
-        assert torch.equal(statistic[:, :, : layer.pages_done], expected[:, :, : layer.pages_done])
+        assert torch.equal(statistic[:, :, : layer.pages_ready], expected[:, :, : layer.pages_ready])
 
 
 def test_tokens_are_returned_as_written_and_buffers_grow_in_big_steps(llama):

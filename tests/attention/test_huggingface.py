@@ -131,7 +131,7 @@ def test_a_chunked_prefill_equals_a_whole_one(llama, batch, rows, flash, monkeyp
             logits_to_keep=1,
         ).logits
     torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
-    assert chunked.layers[2].pages_done == whole.layers[2].pages_done == 18
+    assert chunked.layers[2].pages_ready == whole.layers[2].pages_ready == 18
 
 
 def test_generate_goes_on_from_a_prefilled_cache(llama, batch):

@@ -10,7 +10,7 @@ from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityCoun
 from unique_asr.attention.cache import PagedLayer
 from unique_asr.attention.scores import SCORES
 from unique_asr.attention.static_step import StaticStep
-from unique_asr.attention.steps import sparse_step, static_step
+from unique_asr.attention.steps import attend_static, attend_to_pages
 
 HEADS, GROUP, DIM = 3, 3, 16  # KV heads, query heads of each, head dim
 
@@ -75,7 +75,7 @@ def filled_layer(config, length, batch=1, seed=0):
 def test_a_step_is_the_definition(score, combine, length, page_size, budget, sink_pages, recent_pages):
     config = SparseAttentionConfig(budget, page_size, score, 0.5, combine, sink_pages, recent_pages)
     layer, query = filled_layer(config, length)
-    output = sparse_step(layer, query, DIM**-0.5)
+    output = attend_to_pages(layer, query, DIM**-0.5)
     for head in range(HEADS):
         keys, values = layer.keys[0, head, :length].double(), layer.values[0, head, :length].double()
         queries = query[0, head * GROUP : (head + 1) * GROUP, 0].double()
@@ -94,7 +94,7 @@ def test_a_padded_row_reads_its_own_tokens(combine, first):
     layer.keys[1, :, :first] = 1e4
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[1, :first] = False
-    output = sparse_step(layer, query, DIM**-0.5, valid)
+    output = attend_to_pages(layer, query, DIM**-0.5, valid)
     for row, start in ((0, 0), (1, first)):
         for head in range(HEADS):
             keys, values = layer.keys[row, head, :length].double(), layer.values[row, head, :length].double()
@@ -112,17 +112,17 @@ def test_the_static_step_is_the_step(length, score, combine):
     layer, query = filled_layer(config, length)
     layer.keys[:, :, length:] = 50.0
     layer.values[:, :, length:] = 50.0
-    expected = sparse_step(layer, query, DIM**-0.5)
+    expected = attend_to_pages(layer, query, DIM**-0.5)
     for statistic in layer.statistics:
         statistic[:, :, (length - 1) // 8 :] = 1e3
     layer.step = StaticStep(torch.tensor([length - 1]), True, config, layer.capacity)
-    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), expected)
+    torch.testing.assert_close(attend_static(layer, query, DIM**-0.5), expected)
 
     layer.step = StaticStep(torch.tensor([length - 1]), False, config, layer.capacity)
     dense = reference.attend(
         reference.group_queries(query, HEADS), layer.keys[:, :, :length], layer.values[:, :, :length], DIM**-0.5
     )
-    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), dense)
+    torch.testing.assert_close(attend_static(layer, query, DIM**-0.5), dense)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -16,7 +16,7 @@ from unique_asr.attention.cuda_graph import captured
 from unique_asr.decoding import batch as batch_decoding
 from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
+from unique_asr.evaluation.methods import METHODS
 from unique_asr.longform.passes import PENDING, LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
@@ -119,13 +119,12 @@ def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llam
     monkeypatch.setattr(batch_decoding, "PATIENCE", 1000)  # as uncaptured ones begin
     llama.to("cuda")
     if config in METHODS:
-        attention = RivalConfig(budget=96, score="mean", method=METHODS[config]())
+        attention = SparseAttentionConfig(budget=96, score="mean", selector=METHODS[config]())
     else:
         attention = SparseAttentionConfig(budget=64, backend=config)
-    with rivals_active():
-        captured, eager = (
-            ragged_together(BatchDecoder(llama, attention, static=static), *ragged(), 4) for static in (True, False)
-        )
+    captured, eager = (
+        ragged_together(BatchDecoder(llama, attention, static=static), *ragged(), 4) for static in (True, False)
+    )
     assert [tokens for tokens, _ in captured] == [tokens for tokens, _ in eager]
     assert [row.counters for _, row in captured] == [row.counters for _, row in eager]
 
@@ -137,11 +136,10 @@ def test_captured_rivals_choose_what_eager_ones_do(llama, name, budget):
     llama.to("cuda")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (250, 237, 301)]
-    config = RivalConfig(budget=budget, score="mean", method=METHODS[name]())
-    with rivals_active():
-        captured, eager = (BatchDecoder(llama, config, static=static) for static in (True, False))
-        for wave in (prompts, prompts[::-1]):
-            assert together(captured, wave, 40) == together(eager, wave, 40)
+    config = SparseAttentionConfig(budget=budget, score="mean", selector=METHODS[name]())
+    captured, eager = (BatchDecoder(llama, config, static=static) for static in (True, False))
+    for wave in (prompts, prompts[::-1]):
+        assert together(captured, wave, 40) == together(eager, wave, 40)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

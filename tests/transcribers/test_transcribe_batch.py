@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import unique_asr
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
+from unique_asr.attention.cache import HEADROOM, is_fully_paged
 from unique_asr.decoding import batch as batch_decoding
 from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -60,8 +60,8 @@ def together(rows, prompts, counts, beside, stop_ids=()):
 
 def test_only_models_with_full_attention_in_every_layer_have_static_steps():
     sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    assert pages_every_layer(LlamaConfig())
-    assert not pages_every_layer(Gemma3TextConfig(**sizes))
+    assert is_fully_paged(LlamaConfig())
+    assert not is_fully_paged(Gemma3TextConfig(**sizes))
 
 
 def test_a_second_wave_of_a_model_with_sliding_layers(monkeypatch):

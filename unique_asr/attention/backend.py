@@ -21,8 +21,12 @@ def uses_triton(backend: str, device: torch.device) -> bool:
 
 
 @cache
-def kernels() -> SimpleNamespace:
-    """The kernels' functions, and what limits them; imported at the first use, as Triton may be missing elsewhere."""
+def load_kernels() -> SimpleNamespace:
+    """Import the kernels at the first use, as Triton may be missing elsewhere.
+
+    Returns:
+        A namespace of their functions, and of the constants that limit them.
+    """
     names = {
         "page_statistics": ("append", "write_page_statistics"),
         "page_scores": ("page_scores", "select_pages", "select_pages_in_two_levels"),

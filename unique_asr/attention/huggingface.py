@@ -19,7 +19,7 @@ from unique_asr.attention.cache import PagedCache, PagedLayer
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.dense import dense_attention
-from unique_asr.attention.steps import sparse_step, static_attention, static_attention_operator
+from unique_asr.attention.steps import read_prompt, run_eager_step, run_static_step, run_static_step_operator
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what models call the norm of a head's queries
@@ -42,17 +42,17 @@ def unique_attention_forward(
     layer: PagedLayer | None = getattr(key, "paged_layer", None)
     if layer is not None and layer.step is not None:
         if torch.compiler.is_compiling():
-            return static_attention_operator(query, key, value, layer.index, scaling), None
-        return static_attention(layer, query, key, value, scaling), None
-    if layer is not None and layer.sparse_layer:
-        valid, starts = key_padding(attention_mask)
-        if query.shape[2] > 1:
-            layer.update_statistics(valid, starts)
-        elif layer.sparse_at(layer.length):
+            return run_static_step_operator(query, key, value, layer.index, scaling), None
+        return run_static_step(layer, query, key, value, scaling), None
+    if layer is not None:
+        padding = read_padding(attention_mask) if layer.is_sparse else (None, None)
+        if query.shape[2] == 1:
             layer.count_step(layer.length)
-            return sparse_step(layer, query, scaling, valid, starts).flatten(1, 2).unsqueeze(1), None
-    if layer is not None and query.shape[2] == 1:
-        layer.count_step(layer.length)
+            output = run_eager_step(layer, query, scaling, *padding)
+            if output is not None:
+                return output.flatten(1, 2).unsqueeze(1), None
+        elif layer.is_sparse:
+            read_prompt(layer, query, scaling, *padding)
     return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -84,7 +84,7 @@ def unique_mask(
     return mask
 
 
-def key_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def read_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Of the mask that the last query sees: [B, N], False for padded tokens, and `starts` if it carries them."""
     if attention_mask is None:
         return None, None

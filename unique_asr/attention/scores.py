@@ -27,7 +27,7 @@ class PageScore(ABC):
     def widths(self, head_dim: int) -> tuple[int, ...]:
         """Numbers stored of a page, one entry a statistic."""
 
-    def buffers(
+    def buffer_layout(
         self, head_dim: int, dtype: torch.dtype, statistics_dtype: str = "keys"
     ) -> list[tuple[int, torch.dtype]]:
         """Width and dtype of what is stored of a page of keys in `dtype`, in order."""
@@ -38,13 +38,13 @@ class PageScore(ABC):
             stored += [(width, EIGHT_BITS[statistics_dtype]), (1, dtype)] if width > 1 else [(width, dtype)]
         return stored
 
-    def stored(self, statistics: Sequence[Tensor], statistics_dtype: str = "keys") -> tuple[Tensor, ...]:
+    def encode(self, statistics: Sequence[Tensor], statistics_dtype: str = "keys") -> tuple[Tensor, ...]:
         """Statistics as they are kept: unchanged, or 8-bit values and their scales."""
         if statistics_dtype == "keys":
             return tuple(statistics)
         kept = []
         for statistic in statistics:
-            kept += quantized(statistic, EIGHT_BITS[statistics_dtype]) if statistic.shape[-1] > 1 else [statistic]
+            kept += quantize(statistic, EIGHT_BITS[statistics_dtype]) if statistic.shape[-1] > 1 else [statistic]
         return tuple(kept)
 
     @abstractmethod
@@ -59,7 +59,7 @@ class PageScore(ABC):
         """Scores [B, K, G, P] in float32 of every page for every query head [B, K, G, D]; statistics as stored."""
 
 
-def quantized(statistic: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(statistic: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values [B, K, P, D] in 8 bits and the scale [B, K, P, 1], in the dtype of the statistic, that undoes it."""
     numbers = statistic.float()
     scale = (numbers.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]).to(statistic.dtype)

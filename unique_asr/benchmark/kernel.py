@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters, reference
-from unique_asr.attention.cache import PagedLayer, grown
+from unique_asr.attention.cache import PagedLayer
 from unique_asr.attention.static_step import StaticStep
-from unique_asr.attention.steps import select_pages, static_attention
+from unique_asr.attention.steps import run_static_step
 from unique_asr.benchmark.timing import attempt, copy_bandwidth, graph_seconds
 from unique_asr.kernels import page_scores, sparse_decode, sparse_step, top_pages
 
@@ -67,7 +67,7 @@ class Case:
             layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
             layer.keys, layer.values, layer.length, layer.step = keys, values, self.context, step
             for level in layer.levels:
-                level.statistics = tuple(grown(each, 0, self.context // level.size) for each in level.statistics)
+                level.grow(self.context)
             layer.update_statistics()
             layers.append(layer)
         return layers
@@ -194,7 +194,7 @@ def measure_step(case: Case, configuration: dict, dense: float | None, table: Ta
     if pages is not None:
         measure_attention(case, layers, pages, attended, table, tune)
     attempt(partial(measure_one_launch, case, layers, scored + attended, table))
-    steps = [partial(static_attention, layer, case.query, *case.token, case.scaling) for layer in layers]
+    steps = [partial(run_static_step, layer, case.query, *case.token, case.scaling) for layer in layers]
     seconds = table.row("whole step", steps, scored + attended)
     if seconds is not None and dense is not None:
         kept = sum(stored) / case.dense_bytes
@@ -203,8 +203,10 @@ def measure_step(case: Case, configuration: dict, dense: float | None, table: Ta
 
 def measure_selection(case: Case, layers: list[PagedLayer], scored: float, table: Table, tune: bool) -> list[Tensor]:
     """Scores and top pages, apart and as the step runs them; returns the pages selected in each layer."""
-    config, query, lengths = layers[0].config, case.query[:, :, 0], layers[0].step.lengths(case.batch)
-    selects = [partial(select_pages, layer, query, case.scaling, lengths) for layer in layers]
+    config, query, lengths = layers[0].config, case.query[:, :, 0], layers[0].step.make_lengths(case.batch)
+    selects = [
+        partial(layer.selector.select_by_kernels, query, layer.levels, lengths, case.scaling) for layer in layers
+    ]
     table.row("scores and top pages" + (", two levels" if config.fan > 1 else ""), selects, scored)
     if config.fan == 1:
         scores = [
@@ -226,7 +228,7 @@ def measure_attention(
     case: Case, layers: list[PagedLayer], pages: list[Tensor], attended: float, table: Table, tune: bool
 ) -> None:
     """Attention over the selected pages."""
-    query, lengths = case.query[:, :, 0], layers[0].step.lengths(case.batch)
+    query, lengths = case.query[:, :, 0], layers[0].step.make_lengths(case.batch)
     for splits in [None] + ([1, 2, 4, 8, 16] if tune else []):
         attends = [
             partial(
@@ -240,7 +242,7 @@ def measure_attention(
 
 def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table: Table) -> None:
     """The step of `sparse_step` without the cache around it, where it takes so many pages."""
-    config, lengths = layers[0].config, layers[0].step.lengths(case.batch)
+    config, lengths = layers[0].config, layers[0].step.make_lengths(case.batch)
     query, (key, value) = case.query[:, :, 0], case.token
     if case.context // (config.page_size * config.fan) > sparse_step.STEP_PAGES:
         return
@@ -264,10 +266,10 @@ def agreement(case: Case, layer: PagedLayer) -> str:
     small.keys, small.values, small.step = layer.keys[:rows], layer.values[:rows], layer.step
     for level, other in zip(small.levels, layer.levels):
         level.statistics = tuple(each[:rows] for each in other.statistics)
-    ours = static_attention(layer, case.query, *case.token, case.scaling)[:rows].float()
+    ours = run_static_step(layer, case.query, *case.token, case.scaling)[:rows].float()
     small.triton = False
     token = case.token[:, :rows]
-    theirs = static_attention(small, case.query[:rows], *token, case.scaling).float()
+    theirs = run_static_step(small, case.query[:rows], *token, case.scaling).float()
     error = (ours - theirs).abs().amax(dim=-1)
     # PyTorch's scores are rounded to 16 bits, so that a page at the threshold may differ: those heads are counted.
     equal = (error < 0.02).float().mean().item()

@@ -92,7 +92,7 @@ class Probe:
         start = 0 if done is None or done[0].shape[2] > pages else done[0].shape[2]
         if start < pages:
             new = reference.page_statistics(keys[:, :, start * size : pages * size], size, score)
-            new = score.stored(new, config.statistics_dtype)
+            new = score.encode(new, config.statistics_dtype)
             done = new if start == 0 else tuple(torch.cat(pair, dim=2) for pair in zip(done, new))
             self._statistics[key] = done
         return score.scores(query, done, config.scale)
@@ -131,7 +131,7 @@ class Probe:
 
 def memory_share(config: SparseAttentionConfig, head_dim: int) -> float:
     """Bytes of the statistics over those of the keys and values, for keys in 16 bits."""
-    stored = SCORES[config.score].buffers(head_dim, torch.bfloat16, config.statistics_dtype)
+    stored = SCORES[config.score].buffer_layout(head_dim, torch.bfloat16, config.statistics_dtype)
     tokens = [config.page_size] + ([config.super_page_size] if config.super_page_size else [])
     return sum(width * dtype.itemsize for width, dtype in stored) * sum(1 / size for size in tokens) / (4 * head_dim)
 

@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
+from unique_asr.attention.cache import HEADROOM, is_fully_paged
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
-from unique_asr.attention.static_step import page_sizes
 from unique_asr.decoding.memory import decoding_memory, free_memory, held, shape_of
 from unique_asr.longform.passes import PENDING
 
@@ -122,7 +121,7 @@ class BatchDecoder:
         self.model, self.prefill_chunk = language_model, prefill_chunk
         self.attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.device = language_model.get_input_embeddings().weight.device
-        self._paged = pages_every_layer(language_model.config)
+        self._paged = is_fully_paged(language_model.config)
         self.static = self._paged and self.device.type == "cuda" if static is None else static
         set_attention(language_model, NAME)
         self.rows: list[Row] = []
@@ -131,7 +130,7 @@ class BatchDecoder:
         self._made: DecodeStep | None = None  # for as many places
         self._ahead: Chosen | None = None  # a step that nobody has looked at yet
         self._shape = shape_of(language_model)
-        self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
+        self._unit = math.lcm(2, *self.attention.level_sizes)  # slots by which all rows may be moved
         self._thin = thin or (THIN_CAPTURED if self.static else THIN)
         self._limit: int | None = None  # rows, the last time that memory had no room for all
         self.notice = ""  # one line about it
@@ -192,7 +191,7 @@ class BatchDecoder:
             self._give(joining, joined.tolist(), "prefill", reading)
         for row in running.values():
             row.length += 1
-            row.counters.add(self._made.cache.counted(row.length, row.prompt))
+            row.counters.add(self._made.cache.count_reads(row.length, row.prompt))
         of_places = chosen.tolist()  # of those before any row joined
         chosen = [[values[place] for place in running] for values in of_places]
         self._give(running.values(), chosen, "decode", time.perf_counter() - begin - reading)
@@ -270,7 +269,7 @@ class BatchDecoder:
         free = self._resize(running, len(rows))
         made = self._made
         made.reserve(made.cache.length + by)
-        made.cache.move(by)
+        made.cache.shift(by)
         length = made.cache.length
         # Pages of the prompts are pages there.
         longest = longest_prompt(rows)
@@ -282,7 +281,7 @@ class BatchDecoder:
         made.starts.copy_(self._tensor(self._starts))
         cache, places = PagedCache(self.model.config, self.attention, capacity=longest), self._tensor(free)
         logits = self._read(rows, cache, starts, longest)
-        made.cache.take(places, cache, starts)
+        made.cache.copy_rows(places, cache, starts)
         return Chosen(made.choose_for(places, logits))
 
     def _shift(self, running: Iterable[int], joining: list[Row]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
+from unique_asr.attention.cache import HEADROOM, is_fully_paged
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.memory import held
@@ -49,7 +49,7 @@ class GreedyDecoder:
         self.capacity = capacity
         self.prefill_chunk = prefill_chunk
         device = language_model.get_input_embeddings().weight.device
-        paged = pages_every_layer(language_model.config)
+        paged = is_fully_paged(language_model.config)
         self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
         set_attention(language_model, NAME)

@@ -21,7 +21,6 @@ from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.data import Recording
 from unique_asr.evaluation.decodings import recording_key
 from unique_asr.evaluation.harness import Hypothesis, System
-from unique_asr.evaluation.methods import rivals_active
 from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
 from unique_asr.models.speech_llm.listener import CAPTURED
 from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetched
@@ -189,8 +188,7 @@ class SpeechLLM:
             started, before = time.perf_counter(), decoder.counters.copy()
             decoder.capacity = max(decoder.capacity, transcriber.capacity(encoded))
             report = LongformReport()
-            with rivals_active():
-                segments = list(self.segments(transcriber, encoded, decoder, report))
+            segments = list(self.segments(transcriber, encoded, decoder, report))
             counted = decoder.counters.since(before)
             seconds = encode_seconds + time.perf_counter() - started
             yield index, _hypothesis(segments, report, counted, seconds, report.timings["decode"])
@@ -223,9 +221,8 @@ class PretrainedLLM:
         transcriber = make_transcriber(self.model, attention=self.attention, **options)
         for index, recording in enumerate(recordings):
             started = time.perf_counter()
-            with rivals_active():
-                segments, info = transcriber.transcribe(recording.audio(), prompt=self.prompt)
-                segments = list(segments)
+            segments, info = transcriber.transcribe(recording.audio(), prompt=self.prompt)
+            segments = list(segments)
             yield (
                 index,
                 Hypothesis(
@@ -272,11 +269,10 @@ class BatchedSpeechLLM(SpeechLLM):
                 yield from (self._transcribed(recording, transcriber, decoder) for recording in group)
 
         last = time.perf_counter()
-        with rivals_active():
-            for index, hypothesis in interleave(begun(), self.batch, decoder.step):
-                now = time.perf_counter()
-                yield index, replace(hypothesis, seconds=hypothesis.seconds + now - last - heard)
-                last, heard = now, 0.0
+        for index, hypothesis in interleave(begun(), self.batch, decoder.step):
+            now = time.perf_counter()
+            yield index, replace(hypothesis, seconds=hypothesis.seconds + now - last - heard)
+            last, heard = now, 0.0
 
     def _transcribed(
         self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
@@ -314,7 +310,7 @@ class ParallelSpeechLLM(SpeechLLM):
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, report, segments = time.perf_counter(), LongformReport(), []
-            with rivals_active(), batch.rows_of(self.passes) as rows:
+            with batch.rows_of(self.passes) as rows:
                 for segment in transcriber.transcribe(encoded, rows, report):
                     if segment is None:
                         rows.step()

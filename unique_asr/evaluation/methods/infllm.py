@@ -10,36 +10,36 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from unique_asr.attention.cache import grown
-from unique_asr.evaluation.methods.base import Method
+from unique_asr.attention.buffers import grow_buffer
+from unique_asr.attention.selector import TokenSelector
 
 
 @dataclass
-class InfLLM(Method):
+class InfLLM(TokenSelector):
     """r_m = 1/L sum_{j=1..L} q_{m+j} . k_m ranks the tokens of a block, sum_j q . k_{r_j} ranks the blocks.
 
     read = first `sink_pages` blocks + the best blocks + the latest L = local * budget tokens; a block is a page.
     """
 
     name: ClassVar[str] = "infllm"
-    kept: ClassVar[tuple[str, ...]] = ("represented",)
+    buffer_names: ClassVar[tuple[str, ...]] = ("represented",)
     representatives: int = 4  # tokens of a block; the paper's choice
     local: float = 0.5  # share of the budget for the latest tokens
 
-    def begin(self, config):
-        super().begin(config)
-        self.block = config.page_size
-        if config.budget is not None:
-            self.window = int(self.local * config.budget)
+    def configure(self, budget, page_size, sink_pages):
+        super().configure(budget, page_size, sink_pages)
+        self.block = page_size  # tokens
+        if budget is not None:
+            self.window = int(self.local * budget)
             self.ring = self.window + 2 * self.block  # slots whose sums a step may need
-            need = self.window + (config.sink_pages + 2) * self.block
-            if config.budget < need:
+            need = self.window + (sink_pages + 2) * self.block
+            if budget < need:
                 raise ValueError(
-                    f"attention.budget is {config.budget}: InfLLM with blocks of {self.block} needs {need} tokens; "
+                    f"attention.budget is {budget}: InfLLM with blocks of {self.block} needs {need} tokens; "
                     "raise it, or lower attention.page_size"
                 )
 
-    def reset(self, keys):
+    def begin_sequence(self, keys):
         batch, heads, slots, dim = keys.shape
         shape = batch, heads, slots // self.block, dim
         if getattr(self, "represented", None) is None or self.represented.shape != shape:
@@ -49,25 +49,25 @@ class InfLLM(Method):
             self.sums = torch.zeros(batch, heads, self.ring, dim, dtype=torch.float64, device=keys.device)
         self.sums.zero_()
 
-    def grow(self, keys):
-        self.represented = grown(self.represented, self.represented.shape[2], keys.shape[2] // self.block)
+    def resize(self, keys):
+        self.represented = grow_buffer(self.represented, self.represented.shape[2], keys.shape[2] // self.block)
 
-    def move(self, by, layer):
-        super().move(by, layer)
+    def shift(self, by, length, keys):
+        super().shift(by, length, keys)
         self.sums.copy_(self.sums.roll(by, dims=2))
 
-    def take(self, rows, layer, other):
-        super().take(rows, layer, other)
-        self.sums[rows] = other.companion.sums.roll(layer.length - other.length, dims=2)
+    def copy_rows(self, rows, length, keys, other, other_length):
+        super().copy_rows(rows, length, keys, other, other_length)
+        self.sums[rows] = other.sums.roll(length - other_length, dims=2)
 
-    def select(self, indices):
-        super().select(indices)
+    def select_rows(self, indices):
+        super().select_rows(indices)
         self.sums = self.sums[indices]
 
-    def prompt(self, query, keys, position, scaling):
+    def read_prompt(self, query, keys, position, scaling):
         total, device = keys.shape[2], keys.device
         before = total - query.shape[3]
-        first, last = self._represented(before), self._represented(total)
+        first, last = self._count_represented(before), self._count_represented(total)
         asked = (position[..., before:] >= 0).unsqueeze(-1)  # by queries that are no padding
         sums = self.sums[:, :, torch.arange(first, before + 1, device=device) % self.ring]  # from slot `first` on
         new = (query.sum(dim=2, dtype=torch.float64) * asked).cumsum(dim=2)  # [B, K, T, D]
@@ -88,7 +88,7 @@ class InfLLM(Method):
         self.sums.index_copy_(2, (last + 1) % self.ring, new)
         # The block that left the local window last, which is the same for some steps. Before one has, the first, too
         # early: it is done again when it has.
-        block = (self._represented(last + 1) // self.block - 1).clamp(min=0)
+        block = (self._count_represented(last + 1) // self.block - 1).clamp(min=0)
         slots = block * self.block + torch.arange(self.block, device=last.device)
         slots = slots.clamp(max=keys.shape[2] - 1)
         after = self.sums.index_select(2, (slots + 1 + self.window) % self.ring)
@@ -96,9 +96,9 @@ class InfLLM(Method):
         representatives = self._representatives(after, keys.index_select(2, slots), position.index_select(2, slots))
         self.represented.index_copy_(2, block, representatives)
 
-    def choose(self, query, keys, position, last):
-        slots, sink = keys.shape[2], self.config.sink_pages
-        first = self._represented(last + 1)  # the latest tokens begin where the represented blocks end
+    def select(self, query, keys, position, last):
+        slots, sink = keys.shape[2], self.sink_pages
+        first = self._count_represented(last + 1)  # the latest tokens begin where the represented blocks end
         scores = torch.matmul(query.float(), self.represented[:, :, : slots // self.block].transpose(-1, -2))
         scores = scores.sum(dim=2)  # [B, K, blocks]
         number = torch.arange(scores.shape[-1], device=keys.device)
@@ -115,11 +115,11 @@ class InfLLM(Method):
         latest = torch.arange(slots, device=keys.device) >= first
         return F.pad(chosen.repeat_interleave(self.block, dim=-1), (0, slots % self.block)) | latest
 
-    def reads(self, length, prompt=None):
-        local = length - self._represented(length)
-        return (self._blocks(local) + self.config.sink_pages) * self.block + local
+    def count_tokens(self, length, prompt=None):
+        local = length - self._count_represented(length)
+        return (self._blocks(local) + self.sink_pages) * self.block + local
 
-    def _represented(self, length):
+    def _count_represented(self, length):
         """Of `length` tokens, those whose blocks are complete and have left the local window."""
         if isinstance(length, int):
             return max(0, length - self.window) // self.block * self.block
@@ -127,7 +127,7 @@ class InfLLM(Method):
 
     def _blocks(self, local):
         """Blocks to choose beside `local` latest tokens and the first blocks."""
-        return (self.config.budget - local) // self.block - self.config.sink_pages
+        return (self.budget - local) // self.block - self.sink_pages
 
     def _representatives(self, after, keys, position):
         """Of each block of keys [B, K, n S, D] the sum of those that queries looked at most: [B, K, n, D]."""
