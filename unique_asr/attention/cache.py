@@ -202,7 +202,7 @@ class PagedLayer(CacheLayerMixin):
             scored = pages - 1
             if len(self.levels) > 1:
                 supers = (length - 1) // self.config.super_page_size
-                scored = supers + min(scored, (self.config.super_count + 1) * self.config.fan)
+                scored = supers + min(scored, (self.config.super_count + 1) * self.config.pages_per_super)
             read = self.selector.count_pages(length, prompt), tokens * token_bytes + scored * page_bytes
         else:
             read = pages, dense_bytes

@@ -85,8 +85,8 @@ class SparseAttentionConfig:
                 f"above the page size, {self.page_size}"
             )
         forced = self.sink_pages + self.recent_pages
-        if self.super_count * self.fan < self.pages or self.super_count < forced:
-            least = max(forced, -(-self.pages // self.fan))
+        if self.super_count * self.pages_per_super < self.pages or self.super_count < forced:
+            least = max(forced, -(-self.pages // self.pages_per_super))
             raise ValueError(
                 f"attention.super_pages is {self.super_count}: give at least {least}, for they hold the pages read"
             )
@@ -97,7 +97,7 @@ class SparseAttentionConfig:
         return [self.page_size] + ([] if self.super_page_size is None else [self.super_page_size])
 
     @property
-    def fan(self) -> int:
+    def pages_per_super(self) -> int:
         """Pages of a super-page; 1 without super-pages."""
         return 1 if self.super_page_size is None else self.super_page_size // self.page_size
 

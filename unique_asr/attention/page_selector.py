@@ -59,7 +59,7 @@ class PageSelector(Selector):
         config = self.config
         statistics = [statistic[:, :, :newest] for statistic in levels[0].statistics]
         scores = self.score.scores(queries, statistics, config.scale)
-        if valid is None and config.fan == 1:
+        if valid is None and config.pages_per_super == 1:
             scores = reference.combine_group(scores, config.combine, scaling)
             scores = reference.force_pages(scores, config, newest)
         else:
@@ -71,9 +71,9 @@ class PageSelector(Selector):
                 candidates = candidates.expand(queries.shape[0], -1)
             bias = reference.page_bias(candidates, config, newest)
             scores = reference.combine_biased(scores, config.combine, scaling, bias)
-            supers = newest // config.fan  # complete super-pages
-            if config.fan > 1 and supers > config.super_count:
-                super_bias = reference.super_page_bias(bias, config.fan, supers)
+            supers = newest // config.pages_per_super  # complete super-pages
+            if config.pages_per_super > 1 and supers > config.super_count:
+                super_bias = reference.super_page_bias(bias, config.pages_per_super, supers)
                 scores = self._keep_best_super_pages(queries, levels[1], scaling, scores, super_bias, supers)
         return reference.top_pages(scores, config.pages - 1)
 
@@ -82,7 +82,7 @@ class PageSelector(Selector):
         config = self.config
         scores = self.score.scores(queries, levels[0].statistics, config.scale)
         scores = reference.combine_biased(scores, config.combine, scaling, step.page_bias)
-        if config.fan > 1:
+        if config.pages_per_super > 1:
             newest = step.current_pages[1][0]
             scores = self._keep_best_super_pages(queries, levels[1], scaling, scores, step.super_page_bias, newest)
         return reference.top_pages(scores, config.pages - 1)
@@ -96,7 +96,7 @@ class PageSelector(Selector):
         super_scores = self.score.scores(queries, statistics, config.scale)
         super_scores = reference.combine_biased(super_scores, config.combine, scaling, bias)
         best = reference.top_pages(super_scores, min(config.super_count, super_scores.shape[-1]))
-        return reference.keep_super_pages(scores, best, config.fan, newest)
+        return reference.keep_super_pages(scores, best, config.pages_per_super, newest)
 
     def select_by_kernels(
         self,
@@ -125,9 +125,10 @@ class PageSelector(Selector):
             "starts": starts, "scaling": scaling,
         }  # fmt: skip
         statistics = levels[0].statistics
-        if config.fan > 1:
+        if config.pages_per_super > 1:
             both, counts = (statistics, levels[1].statistics), (count, config.super_count)
-            return kernels.select_pages_in_two_levels(query, *both, lengths, *counts, *score, config.fan, **how)
+            score = *score, config.pages_per_super
+            return kernels.select_pages_in_two_levels(query, *both, lengths, *counts, *score, **how)
         if statistics[0].shape[2] > kernels.MAX_PAGES:  # a quarter of a million tokens at pages of 8
             return reference.top_pages(kernels.page_scores(query, statistics, lengths, *score, **how), count).int()
         return kernels.select_pages(query, statistics, lengths, count, *score, **how)
@@ -135,5 +136,5 @@ class PageSelector(Selector):
     def fits_one_launch(self, capacity: int) -> bool:
         """Whether the kernel of a whole step can choose from the pages of a cache of `capacity` tokens."""
         config = self.config
-        second = (config.super_count + 1) * config.fan if config.fan > 1 else 0
-        return max(capacity // (config.page_size * config.fan), second) <= load_kernels().STEP_PAGES
+        second = (config.super_count + 1) * config.pages_per_super if config.pages_per_super > 1 else 0
+        return max(capacity // (config.page_size * config.pages_per_super), second) <= load_kernels().STEP_PAGES

@@ -96,21 +96,30 @@ def top_pages(scores: Tensor, count: int) -> Tensor:
     return best.sort(dim=-1).values
 
 
-def super_page_bias(bias: Tensor, fan: int, newest: int | Tensor) -> Tensor:
-    """The `page_bias` [B, P] of super-pages of `fan` pages, [B, P / fan rounded up]; `newest` is the newest of them.
+def super_page_bias(bias: Tensor, pages_per_super: int, newest: int | Tensor) -> Tensor:
+    """Turn the `page_bias` of pages into that of super-pages.
 
-    What holds a forced page is forced. The newest super-page is left out: its pages are scored in any case.
+    A super-page that holds a forced page is forced. The newest super-page is left out: its pages are scored in any
+    case.
+
+    Args:
+        bias: [B, P].
+        pages_per_super: pages of a super-page.
+        newest: the newest super-page.
+
+    Returns:
+        [B, P / pages_per_super], rounded up.
     """
-    bias = F.pad(bias, (0, -bias.shape[-1] % fan), value=-torch.inf)
-    bias = bias.unflatten(-1, (-1, fan)).amax(dim=-1)
+    bias = F.pad(bias, (0, -bias.shape[-1] % pages_per_super), value=-torch.inf)
+    bias = bias.unflatten(-1, (-1, pages_per_super)).amax(dim=-1)
     return bias.masked_fill(torch.arange(bias.shape[-1], device=bias.device) >= newest, -torch.inf)
 
 
-def keep_super_pages(scores: Tensor, best: Tensor, fan: int, newest: int | Tensor) -> Tensor:
-    """Scores [B, K, P], -inf outside of the super-pages `best` [B, K, m] and `newest`, of `fan` pages each."""
-    supers = torch.arange(-(-scores.shape[-1] // fan), device=scores.device)
+def keep_super_pages(scores: Tensor, best: Tensor, pages_per_super: int, newest: int | Tensor) -> Tensor:
+    """Set the scores [B, K, P] of pages outside of the super-pages `best` (int64 [B, K, m]) and `newest` to -inf."""
+    supers = torch.arange(-(-scores.shape[-1] // pages_per_super), device=scores.device)
     keep = (supers == newest).expand(*best.shape[:2], -1).scatter(-1, best, True)
-    return scores.masked_fill(~keep.repeat_interleave(fan, dim=-1)[..., : scores.shape[-1]], -torch.inf)
+    return scores.masked_fill(~keep.repeat_interleave(pages_per_super, dim=-1)[..., : scores.shape[-1]], -torch.inf)
 
 
 def gather_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:

@@ -58,8 +58,8 @@ class StaticStep:
 
     @cached_property
     def super_page_bias(self) -> Tensor:
-        """float32 [1 or B, P / fan]: see `reference.super_page_bias`."""
-        return reference.super_page_bias(self.page_bias, self.config.fan, self.current_pages[1][0])
+        """float32 [1 or B, P / pages_per_super]: see `reference.super_page_bias`."""
+        return reference.super_page_bias(self.page_bias, self.config.pages_per_super, self.current_pages[1][0])
 
     def selected_bias(self, pages: Tensor) -> Tensor:
         """float32 [budget], or [B, K, budget] with padding: -inf past `position` and before the row's start."""

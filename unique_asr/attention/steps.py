@@ -186,7 +186,7 @@ def run_in_one_launch(layer: PagedLayer, query: Tensor, key: Tensor, value: Tens
     """Do what `run_static_step` does for a sparse step, in one kernel: [B, H, 1, D] -> [B, H, D]."""
     config, step = layer.config, layer.step
     supers = {}
-    if config.fan > 1:
+    if config.pages_per_super > 1:
         supers = {"super_statistics": layer.levels[1].statistics, "super_count": config.super_count}
     output, pages = load_kernels().sparse_step(
         query.squeeze(2), key, value, layer.keys, layer.values, layer.statistics, step.make_lengths(len(query)),

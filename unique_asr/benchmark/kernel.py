@@ -184,7 +184,7 @@ def measure_step(case: Case, configuration: dict, dense: float | None, table: Ta
     rows = case.batch * case.kv_heads
     stored = [sum(each.nbytes for each in level.statistics) for level in layers[0].levels]
     scored = stored[0]
-    if config.fan > 1:
+    if config.pages_per_super > 1:
         scored = stored[1] + stored[0] * min(1, (config.super_count + 1) * config.super_page_size / case.context)
     attended = rows * config.budget * case.token_bytes
 
@@ -207,8 +207,8 @@ def measure_selection(case: Case, layers: list[PagedLayer], scored: float, table
     selects = [
         partial(layer.selector.select_by_kernels, query, layer.levels, lengths, case.scaling) for layer in layers
     ]
-    table.row("scores and top pages" + (", two levels" if config.fan > 1 else ""), selects, scored)
-    if config.fan == 1:
+    table.row("scores and top pages" + (", two levels" if config.pages_per_super > 1 else ""), selects, scored)
+    if config.pages_per_super == 1:
         scores = [
             partial(
                 page_scores.page_scores, query, layer.statistics, lengths, config.score, config.scale, config.page_size,
@@ -244,9 +244,9 @@ def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table
     """The step of `sparse_step` without the cache around it, where it takes so many pages."""
     config, lengths = layers[0].config, layers[0].step.make_lengths(case.batch)
     query, (key, value) = case.query[:, :, 0], case.token
-    if case.context // (config.page_size * config.fan) > sparse_step.STEP_PAGES:
+    if case.context // (config.page_size * config.pages_per_super) > sparse_step.STEP_PAGES:
         return
-    two = {"super_count": config.super_count} if config.fan > 1 else {}
+    two = {"super_count": config.super_count} if config.pages_per_super > 1 else {}
     calls = [
         partial(
             sparse_step.sparse_step, query, key, value, layer.keys, layer.values, layer.levels[0].statistics, lengths,

@@ -75,13 +75,13 @@ class Probe:
         scores = self.scores(layer, query, keys, config, config.page_size, newest)
         bias = reference.page_bias(torch.ones(1, newest, dtype=torch.bool, device=keys.device), config, newest)
         scores = reference.combine_biased(scores, config.combine, scaling, bias)
-        supers = newest // config.fan
-        if config.fan > 1 and supers > config.super_count:
-            super_bias = reference.super_page_bias(bias, config.fan, supers)[..., :supers]
+        supers = newest // config.pages_per_super
+        if config.pages_per_super > 1 and supers > config.super_count:
+            super_bias = reference.super_page_bias(bias, config.pages_per_super, supers)[..., :supers]
             super_scores = self.scores(layer, query, keys, config, config.super_page_size, supers)
             super_scores = reference.combine_biased(super_scores, config.combine, scaling, super_bias)
             best = reference.top_pages(super_scores, config.super_count)
-            scores = reference.keep_super_pages(scores, best, config.fan, supers)
+            scores = reference.keep_super_pages(scores, best, config.pages_per_super, supers)
         return reference.top_pages(scores, config.pages - 1)
 
     def scores(
