@@ -180,7 +180,7 @@ def test_a_batch_by_static_steps(llama, name, attention, monkeypatch):
     ids = torch.randint(1, 97, (2, 102), device=DEVICE) * mask
     with sparse_attention(llama, budget=104, backend=name, **attention) as sparse:
         expected = llama.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, 102:]
-        cache = sparse.cache(capacity=256)
+        cache = sparse.make_cache(capacity=256)
         positions = (torch.arange(102, device=DEVICE) - starts[:, None]).clamp(min=0)
         output = llama(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
         step = DecodeStep(llama, cache, batch=2, starts=starts)

@@ -142,5 +142,5 @@ def test_the_static_step_reads_nothing_on_the_host(llama, attention, monkeypatch
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, backend="torch", **attention), capture=False)
         decoder.prefill(torch.randn(1, PROMPT, 90, dtype=torch.bfloat16))
         with torch.no_grad():
-            decoder.step.static(sparse=False)
-            decoder.step.static(sparse=True)
+            decoder.step.run_static(sparse=False)
+            decoder.step.run_static(sparse=True)

@@ -230,7 +230,7 @@ def test_a_budget_that_holds_everything_is_dense(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch):
     """Padded rows, two waves, a cache that grows, and every step run twice, as the warm-up of a capture does."""
-    static = DecodeStep.static
+    static = DecodeStep.run_static
 
     def twice(step, sparse):
         token = step.token.clone()
@@ -238,7 +238,7 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
         step.token.copy_(token)
         static(step, sparse)
 
-    monkeypatch.setattr(DecodeStep, "static", twice)
+    monkeypatch.setattr(DecodeStep, "run_static", twice)
     monkeypatch.setattr(batch_decoding, "HEADROOM", 0)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator) for length in (150, 137, 121)]

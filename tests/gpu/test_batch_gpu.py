@@ -12,7 +12,7 @@ import torch
 from test_transcribe_batch import together as ragged_together
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.attention.cuda_graph import captured
+from unique_asr.attention.cuda_graph import capture_graph
 from unique_asr.decoding import batch as batch_decoding
 from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -185,7 +185,7 @@ def test_passes_of_one_recording_side_by_side(attention):
 def test_a_capture_outlives_what_is_collected_meanwhile():
     """A graph in a cycle, as that of a batch that got wider, is freed whenever Python collects."""
     numbers = torch.zeros(4, device="cuda")
-    old = [captured(lambda: numbers.add_(1), [numbers]) for _ in range(4)]
+    old = [capture_graph(lambda: numbers.add_(1), [numbers]) for _ in range(4)]
 
     def step():  # runs twice, captured the second time
         loop = [old.pop(), old.pop()]
@@ -195,6 +195,6 @@ def test_a_capture_outlives_what_is_collected_meanwhile():
             gc.collect()  # as Python may at any time
         numbers.add_(100)
 
-    graph = captured(step, [numbers])
+    graph = capture_graph(step, [numbers])
     graph.replay()
     assert numbers.tolist() == [100.0] * 4

@@ -222,9 +222,7 @@ def test_one_launch(case_and_combine):
                     case.query, *token, keys, values, [each.clone() for each in case.statistics], case.lengths, count,
                     *how, **place, **more, out=out, selected=chosen, tile=tile,
                 )  # fmt: skip
-                assert torch.equal(chosen, pages), (
-                    f"{per_super}, {tile}: other pages than the separate launches"
-                )
+                assert torch.equal(chosen, pages), f"{per_super}, {tile}: other pages than the separate launches"
                 report(f"output, per_super {per_super}, {tile}", difference(out, want), limit)
                 assert torch.equal(case.by_position(keys).gather(2, last), token[0])
                 assert torch.equal(case.by_position(values).gather(2, last), token[1])

@@ -9,7 +9,14 @@ import torch
 
 
 def uses_triton(backend: str, device: torch.device) -> bool:
-    """Whether `backend` (see the configuration) means the kernels for a cache on `device`."""
+    """Whether the kernels run for a cache on `device`.
+
+    Args:
+        backend: of the configuration: auto, torch or triton.
+
+    Raises:
+        ValueError: triton is asked for where there is no CUDA device.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as NumPy, for tests
     if backend == "auto":
         return device.type == "cuda" and not interpreted and importlib.util.find_spec("triton") is not None

@@ -14,38 +14,56 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 MASK_ELEMENTS = 1 << 24  # elements of a causal mask built at once: a chunked prefill goes by slices of queries
-BATCHED_TOKENS = 4096  # of padded rows that are prefilled together: a mask costs less than launches for each row
+BATCHED_TOKENS = 4096  # up to here padded rows are prefilled together: a mask costs less than launches for each row
 
 
-def dense_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
-    """`sdpa`, with the causal mask of a chunk of queries over a longer cache never built as a whole."""
+def attend_densely(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """Attend as `sdpa` does, without a causal mask of a whole chunk of queries over a longer cache.
+
+    Args:
+        module: the attention module of the model.
+        query: [B, H, T, D] of the last T tokens.
+        key: [B, K, N, D]; value: [B, K, N, D].
+        mask: what `huggingface.make_padding_mask` gives, or any mask [B, 1, T, N].
+        kwargs: of transformers' attention functions.
+
+    Returns:
+        [B, T, H, D], and None in the place of the weights.
+    """
     queries, tokens = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
     if not causal or (mask is not None and mask.shape[2] == queries):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     padding = getattr(mask, "padding", None)
-    if padding is None or tokens <= BATCHED_TOKENS or not flash_takes(query, key, value):
-        return causal_attention(module, query, key, value, mask, **kwargs), None
+    if padding is None or tokens <= BATCHED_TOKENS or not supports_flash(query, key, value):
+        return attend_causally(module, query, key, value, mask, **kwargs), None
     output = query.new_zeros(len(query), queries, query.shape[1], value.shape[-1])
     for row, start in enumerate(padding):
         first = max(0, start - (tokens - queries))  # queries before it are padding: their zeros are masked everywhere
         if first < queries:
             tensors = query[row, None, :, first:], key[row, None, :, start:], value[row, None, :, start:]
-            output[row, first:] = causal_attention(module, *tensors, None, **kwargs)
+            output[row, first:] = attend_causally(module, *tensors, None, **kwargs)
     return output, None
 
 
-def causal_attention(
+def attend_causally(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
 ) -> Tensor:
-    """The queries are those of the last tokens: [B, H, Tq, D] over [B, K, N, D] -> [B, Tq, H, D].
+    """Attend causally with the queries of the last tokens.
 
-    FlashAttention aligns them so by itself; elsewhere the mask is built for some of the queries at a time.
+    Args:
+        query: [B, H, T, D]; key: [B, K, N, D]; value: [B, K, N, D].
+        mask: bool [B, 1, 1, N], False for padding; None: no padding.
+
+    Returns:
+        [B, T, H, D].
     """
     queries, tokens = query.shape[2], key.shape[2]
     if mask is None and queries in (1, tokens):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
-    if mask is None and flash_takes(query, key, value):
+    if mask is None and supports_flash(query, key, value):
         bias, dropout = causal_lower_right(queries, tokens), kwargs.get("dropout", 0.0)
         output = F.scaled_dot_product_attention(
             query, key, value, bias, dropout, scale=kwargs.get("scaling"), enable_gqa=True
@@ -64,6 +82,6 @@ def causal_attention(
     return torch.cat(outputs, dim=1)
 
 
-def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether FlashAttention runs on these: CUDA, 16 bits, and head dims up to 256."""
+def supports_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention runs on these tensors: CUDA, 16 bits, and head dims up to 256."""
     return query.is_cuda and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True))

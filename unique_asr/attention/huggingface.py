@@ -1,9 +1,7 @@
 """UNIQUE attention in transformers: the attention function, its mask, and the switch for a model.
 
 The attention function equals `sdpa` but for one case: one query token a row over a `PagedCache` that holds more than
-the budget. It finds the cache layer on the keys that `PagedLayer.update` returned.
-
-Two backends run that case: plain PyTorch (`reference.py`), and the Triton kernels where the cache is on CUDA.
+the budget. It finds the cache layer on the keys that `PagedLayer.update` returned, and leaves the step to `steps.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from unique_asr.attention.cache import PagedCache, PagedLayer
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
-from unique_asr.attention.dense import dense_attention
+from unique_asr.attention.dense import attend_densely
 from unique_asr.attention.steps import read_prompt, run_eager_step, run_static_step, run_static_step_operator
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
@@ -35,7 +33,22 @@ def unique_attention_forward(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [B, H, Tq, D], key and value [B, K, N, D] -> [B, Tq, H, D]."""
+    """Attend, sparsely where a decode step over a paged cache is sparse; the signature is that of transformers.
+
+    Args:
+        module: the attention module of the model.
+        query: [B, H, T, D], post-RoPE.
+        key: [B, K, N, D]; value: [B, K, N, D]; as `PagedLayer.update` returned them, or any others.
+        attention_mask: what `make_padding_mask` gives.
+        dropout: of dense attention.
+        scaling: of the attention logits; None: 1 / sqrt(D).
+
+    Returns:
+        [B, T, H, D], and None in the place of the weights.
+
+    Raises:
+        ValueError: the model has sink logits or soft-capping.
+    """
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise ValueError(f"{type(module).__name__} has sink logits or soft-capping, which {NAME!r} does not support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -53,10 +66,10 @@ def unique_attention_forward(
                 return output.flatten(1, 2).unsqueeze(1), None
         elif layer.is_sparse:
             read_prompt(layer, query, scaling, *padding)
-    return dense_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return attend_densely(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def unique_mask(
+def make_padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -66,10 +79,14 @@ def unique_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """None for plain causal attention, [B, 1, 1, N] for causal attention with padding; otherwise as `sdpa`.
+    """Make the mask of padding; the signature is that of transformers' mask functions.
 
-    The causal part is never built for the whole prefill: `dense_attention` adds it. A mask of padding that is all on
-    the left carries the number of padded tokens of each row as `starts`, on the host too as `padding`.
+    The causal part is never built for the whole prefill: `dense.attend_densely` adds it.
+
+    Returns:
+        None for plain causal attention. [B, 1, 1, N], False for padding, for causal attention with padding; if all
+        padding is on the left, the mask carries its length in each row as the attribute `starts` (int64 [B]), and on
+        the host as `padding` (a list). For any other mask function, the mask of `sdpa`.
     """
     if mask_function is not causal_mask_function or kv_offset:
         arguments = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function}
@@ -85,7 +102,7 @@ def unique_mask(
 
 
 def read_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of the mask that the last query sees: [B, N], False for padded tokens, and `starts` if it carries them."""
+    """Return which tokens the last query may see, bool [B, N], and `starts` if the mask carries them; None for none."""
     if attention_mask is None:
         return None, None
     row = attention_mask[:, 0, -1]
@@ -93,11 +110,15 @@ def read_padding(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor |
 
 
 AttentionInterface.register(NAME, unique_attention_forward)
-AttentionMaskInterface.register(NAME, unique_mask)
+AttentionMaskInterface.register(NAME, make_padding_mask)
 
 
-def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The outermost module whose configuration is that of the text decoder: the model itself, or a speech LLM's LLM."""
+def find_text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the outermost module with the configuration of the text decoder: the model itself, or a speech LLM's LLM.
+
+    Raises:
+        ValueError: the model has none.
+    """
     config = model.config.get_text_config(decoder=True)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is config:
@@ -106,8 +127,15 @@ def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> str:
-    """Switch the text decoder's attention implementation and leave encoders alone; returns the former one."""
-    decoder = text_decoder(model)
+    """Switch the text decoder's attention implementation, and leave encoders alone.
+
+    Returns:
+        The name of the former implementation.
+
+    Raises:
+        ValueError: the model does not let its attention be switched.
+    """
+    decoder = find_text_decoder(model)
     former = decoder.config._attn_implementation
     encoders = {
         key: config._attn_implementation
@@ -121,11 +149,12 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
 
 
 def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:
-    """With `combine` chosen if it is open: max, as in the paper, or share for heads that normalise their queries.
+    """Choose `combine` if the configuration leaves it open: share for heads that normalise their queries, else max.
 
-    The scales that such heads learn leave queries of very different lengths, and the spread of a page is weighted by
-    the length: `max` would hear the longest of a group alone (Gemma 3, benchmarks/text.md). Other scores have no such
-    term. A model that was trained through the selection keeps what it learned with (`config.sparse_attention`).
+    The paper has max. The scales that such heads learn leave queries of very different lengths, and the spread of a
+    page is weighted by the length: `max` would follow the longest of a group alone (Gemma 3, benchmarks/text.md). Other
+    scores have no such term. A model that was trained through the selection keeps what it learned with
+    (`config.sparse_attention`).
     """
     if config.combine is not None:
         return config
@@ -133,14 +162,19 @@ def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> Sp
         return replace(config, combine=learned)
     normalised = config.score == "unique" and any(
         isinstance(getattr(module, name, None), nn.Module)
-        for module in text_decoder(model).modules()
+        for module in find_text_decoder(model).modules()
         for name in QUERY_NORMS
     )
     return replace(config, combine="share" if normalised else "max")
 
 
 class SparseAttention:
-    """A model switched to UNIQUE attention; `with` or `restore()` puts everything back."""
+    """A model switched to UNIQUE attention; leaving the `with` block, or `restore()`, puts everything back.
+
+    Attributes:
+        config: with `combine` resolved.
+        counters: of all decode steps of its caches.
+    """
 
     def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
         self.model = model
@@ -164,7 +198,7 @@ class SparseAttention:
                         f"cache_implementation={generation_config.cache_implementation!r} cannot be read by pages: "
                         "leave it out, sparse attention brings its own cache"
                     )
-                model_kwargs["past_key_values"] = self.cache()
+                model_kwargs["past_key_values"] = self.make_cache()
             elif given is not None and not isinstance(given, PagedCache):
                 raise ValueError(
                     f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"
@@ -174,9 +208,9 @@ class SparseAttention:
         self._prepared.append((generator, vars(generator).get("_prepare_cache_for_generation")))
         generator._prepare_cache_for_generation = prepare_paged_cache
 
-    def cache(self, capacity: int = 0) -> PagedCache:
-        """A new cache for this model that adds to these counters."""
-        return PagedCache(text_decoder(self.model).config, self.config, capacity, self.counters)
+    def make_cache(self, capacity: int = 0) -> PagedCache:
+        """Make a cache for this model that adds to these counters; `capacity` in tokens as for `PagedCache`."""
+        return PagedCache(find_text_decoder(self.model).config, self.config, capacity, self.counters)
 
     def restore(self) -> None:
         """Put the former attention and caches back; calling it again does nothing."""
@@ -208,6 +242,14 @@ def sparse_attention(
             model.generate(**inputs)
         print(sparse.counters)
 
-    `overrides` are fields of `SparseAttentionConfig`. Encoders keep their attention.
+    Encoders keep their attention.
+
+    Args:
+        model: a causal language model, or a speech LLM, of transformers.
+        config: None: the defaults.
+        overrides: fields of `SparseAttentionConfig` in place of those of `config`.
+
+    Raises:
+        ValueError: a setting is not allowed, or the attention of the model cannot be switched.
     """
     return SparseAttention(model, replace(config or SparseAttentionConfig(), **overrides))

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from unique_asr.attention.cache import ACTIVE
-from unique_asr.attention.huggingface import unique_mask
+from unique_asr.attention.huggingface import make_padding_mask
 
 FLASH = "dense_baseline"  # of the attention implementation
 
@@ -44,4 +44,4 @@ def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> 
 
 
 AttentionInterface.register(FLASH, flash_attention)
-AttentionMaskInterface.register(FLASH, unique_mask)
+AttentionMaskInterface.register(FLASH, make_padding_mask)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unique_asr.attention.cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import pause_garbage_collection
 
 REPLAYS = 25
 GRAPH_SECONDS = 4e-3  # of work in a graph, at least: what starting it costs disappears
@@ -46,7 +46,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS)
     torch.cuda.current_stream().wait_stream(stream)
     rounds = max(1, min(200 // len(calls), round(GRAPH_SECONDS / once)))
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with pause_garbage_collection(), torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()

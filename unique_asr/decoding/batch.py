@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import HEADROOM, is_fully_paged
-from unique_asr.attention.decode_step import Chosen
+from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.memory import decoding_memory, free_memory, held, shape_of
 from unique_asr.longform.passes import PENDING
@@ -128,7 +128,7 @@ class BatchDecoder:
         self._places: list[Row | None] = []  # the row of each place in the cache, if it has one
         self._starts: list[int] = []  # slots of padding on the left of each place
         self._made: DecodeStep | None = None  # for as many places
-        self._ahead: Chosen | None = None  # a step that nobody has looked at yet
+        self._ahead: TokenTransfer | None = None  # a step that nobody has looked at yet
         self._shape = shape_of(language_model)
         self._unit = math.lcm(2, *self.attention.level_sizes)  # slots by which all rows may be moved
         self._thin = thin or (THIN_CAPTURED if self.static else THIN)
@@ -249,7 +249,7 @@ class BatchDecoder:
         how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
         return decoding_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
-    def _begin(self, rows: list[Row]) -> Chosen:
+    def _begin(self, rows: list[Row]) -> TokenTransfer:
         """Rows that have the cache to themselves."""
         longest = longest_prompt(rows)
         self._places, self._starts, self._ahead = list(rows), [longest - row.embeds.shape[1] for row in rows], None
@@ -261,9 +261,9 @@ class BatchDecoder:
         made.cache.reset()
         made.reserve(longest + HEADROOM)
         made.choose(self._read(rows, made.cache, made.starts, longest))
-        return made.chosen()
+        return made.fetch()
 
-    def _join(self, running: dict[int, Row], rows: list[Row]) -> Chosen:
+    def _join(self, running: dict[int, Row], rows: list[Row]) -> TokenTransfer:
         """Read the prompts of rows beside those that run, so that they end where these are."""
         by = self._shift(running, rows)
         free = self._resize(running, len(rows))
@@ -282,7 +282,7 @@ class BatchDecoder:
         cache, places = PagedCache(self.model.config, self.attention, capacity=longest), self._tensor(free)
         logits = self._read(rows, cache, starts, longest)
         made.cache.copy_rows(places, cache, starts)
-        return Chosen(made.choose_for(places, logits))
+        return TokenTransfer(made.choose_for(places, logits))
 
     def _shift(self, running: Iterable[int], joining: list[Row]) -> int:
         """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where nobody is."""
@@ -325,13 +325,13 @@ class BatchDecoder:
             row.begin()
         return logits
 
-    def _decode(self) -> Chosen:
+    def _decode(self) -> TokenTransfer:
         made = self._made
         if self.static:
             made.run()
         else:
             made.choose(self._forward(made.cache, made.starts, made.cache.length, input_ids=made.token))
-        return made.chosen()
+        return made.fetch()
 
     def _forward(self, cache: PagedCache, starts: Tensor, start: int, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the last of the positions that begin at `start`."""

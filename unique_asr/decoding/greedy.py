@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import HEADROOM, is_fully_paged
-from unique_asr.attention.decode_step import Chosen
+from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.memory import held
 
@@ -58,7 +58,7 @@ class GreedyDecoder:
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
         self.log_probs: list[float] = []  # of the tokens yielded since the last prefill
         self.stop_reason: str | None = None  # of the last `tokens`: "end" (a stop id), "length" or None (closed early)
-        self._chosen: Chosen | None = None  # a token that nobody has looked at yet
+        self._chosen: TokenTransfer | None = None  # a token that nobody has looked at yet
 
     @property
     def length(self) -> int:
@@ -97,7 +97,7 @@ class GreedyDecoder:
             if progress is not None:
                 progress(min(total, start + size), total)
         self.step.choose(logits)
-        self._chosen = self.step.chosen()
+        self._chosen = self.step.fetch()
         self.log_probs = []
 
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
@@ -140,7 +140,7 @@ class GreedyDecoder:
         else:
             position = self.step.position.fill_(self.length)
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
-        self._chosen = self.step.chosen()
+        self._chosen = self.step.fetch()
 
     def _undo_step(self, token: int, counters: SparsityCounters) -> None:
         """Take back the step that wrote a token too many to the cache."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from unique_asr.attention.cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import pause_garbage_collection
 
 if TYPE_CHECKING:
     from unique_asr.attention.soft_mask import TrainingAttention
@@ -51,7 +51,7 @@ class GraphedDecoder:
         kind = tuple(embeds.shape), len(inputs), self.attention and self.attention.config
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
-            with garbage_kept():
+            with pause_garbage_collection():
                 self.graphs[kind] = torch.cuda.make_graphed_callables(
                     Decoder(self.decoder),
                     samples,
