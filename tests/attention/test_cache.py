@@ -109,14 +109,6 @@ def test_rows_follow_the_beams(caches, operation, argument):
     assert_same(*caches)
 
 
-def test_a_dense_layer_keeps_no_statistics(llama):
-    cache = PagedCache(llama.config, SparseAttentionConfig(dense_layers=2))
-    write(cache, 100)
-    cache.update_statistics()
-    assert [len(layer.statistics) for layer in cache.layers] == [0, 0, 2]
-    assert [layer.sparse_at(600) for layer in cache.layers] == [False, False, True]
-
-
 def test_sliding_layers_stay_what_they_were():
     config = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2)
     cache = PagedCache(config)
@@ -129,11 +121,3 @@ def test_sliding_layers_stay_what_they_were():
 def test_a_model_of_sliding_layers_alone_is_refused():
     with pytest.raises(ValueError, match="no full-attention layer"):
         PagedCache(MistralConfig(num_hidden_layers=2, sliding_window=8))
-
-
-def test_statistics_memory_is_small(llama):
-    """At most 6.4 % of the KV cache at page 8 and head dim 128 (mean and spread, in the dtype of the keys)."""
-    layer = PagedLayer(SparseAttentionConfig(), None)
-    layer.update(*torch.zeros(2, 1, 8, 1024, 128, dtype=torch.bfloat16))
-    size = sum(statistic.nbytes for statistic in layer.statistics)
-    assert size <= 0.064 * (layer.keys.nbytes + layer.values.nbytes)

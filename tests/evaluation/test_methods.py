@@ -17,6 +17,7 @@ from unique_asr.evaluation.methods import (
     Murmur,
     Sliding,
     StreamingLLM,
+    describe_method,
 )
 from unique_asr.longform.passes import LongformReport, LongformTranscriber
 
@@ -313,3 +314,16 @@ def test_sliding_windows_are_stitched_in_time():
     assert report.coverage > 0.95
     with pytest.raises(ValueError, match="fills"):
         Sliding(seconds=10, overlap=5)
+
+
+def test_decodings_are_found_again_by_names_that_stay():
+    """Those of the published table (benchmarks/long_form.tar.xz)."""
+    plain = {
+        "budget": 512, "page_size": 8, "score": "unique", "scale": 0.5, "combine": None, "sink_pages": 1,
+        "recent_pages": 2, "dense_layers": 0, "super_page_size": None, "super_pages": None, "statistics_dtype": "keys",
+        "backend": "auto",
+    }  # fmt: skip
+    assert describe_method(SparseAttentionConfig()) == ("SparseAttentionConfig", plain)
+    kind, settings = describe_method(rival(H2O(), budget=512))
+    assert (kind, settings) == ("RivalConfig", plain | {"score": "mean", "method": {"recent": 0.5}})
+    assert describe_method(Sliding()) == ("Sliding", {"seconds": 30.0, "overlap": 5.0})
