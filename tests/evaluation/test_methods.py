@@ -163,7 +163,7 @@ def test_representatives_are_what_the_following_queries_look_at(chunks):
         best = torch.stack(score).topk(2).indices + first
         represented.append(keys[best].sum(dim=0))
     method = layer.cache.layers[0].selector
-    torch.testing.assert_close(method.represented[0, 0, : local // 8], torch.stack(represented), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(method.block_keys[0, 0, : local // 8], torch.stack(represented), rtol=1e-4, atol=1e-4)
     relevance = torch.stack(represented)[1:] @ queries[300]
     count = (BUDGET - (301 - local)) // 8 - 1
     blocks = [0, *(relevance.topk(count).indices + 1).tolist()]

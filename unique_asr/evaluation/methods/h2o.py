@@ -62,10 +62,10 @@ class H2O(TokenSelector):
         self._keep(mass.masked_fill(~read, -torch.inf), last + 1)
 
     def _mass(self, slot, total):
-        """[B, K, total] before the token of `slot` (int64 [1]) is read; the tokens from it on have got nothing yet."""
+        """Return the attention [B, K, total] that tokens got before `slot` (int64 [1]); later tokens have got none."""
         mass = self.masses.index_select(3, slot % 2)[:, :, :total, 0]
         return mass.masked_fill(torch.arange(total, device=slot.device) >= slot, 0)
 
     def _keep(self, mass, slot):
-        """What there is when the token of `slot` comes."""
+        """Write the attention [B, K, n] that tokens have got when the token of `slot` comes."""
         self.masses[:, :, : mass.shape[2]].index_copy_(3, slot % 2, mass.unsqueeze(3))

@@ -18,11 +18,12 @@ from unique_asr.attention.selector import TokenSelector
 class InfLLM(TokenSelector):
     """r_m = 1/L sum_{j=1..L} q_{m+j} . k_m ranks the tokens of a block, sum_j q . k_{r_j} ranks the blocks.
 
-    read = first `sink_pages` blocks + the best blocks + the latest L = local * budget tokens; a block is a page.
+    read = first `sink_pages` blocks + the best blocks + the latest L = local * budget tokens; a block is a page. Its
+    budget must hold the latest tokens and two blocks more than the first ones.
     """
 
     name: ClassVar[str] = "infllm"
-    buffer_names: ClassVar[tuple[str, ...]] = ("represented",)
+    buffer_names: ClassVar[tuple[str, ...]] = ("block_keys",)
     representatives: int = 4  # tokens of a block; the paper's choice
     local: float = 0.5  # share of the budget for the latest tokens
 
@@ -42,15 +43,15 @@ class InfLLM(TokenSelector):
     def begin_sequence(self, keys):
         batch, heads, slots, dim = keys.shape
         shape = batch, heads, slots // self.block, dim
-        if getattr(self, "represented", None) is None or self.represented.shape != shape:
-            # Sum of the representative keys of each block.
-            self.represented = torch.zeros(shape, device=keys.device)
-            # Sum of the queries before slot s at s % ring.
+        if getattr(self, "block_keys", None) is None or self.block_keys.shape != shape:
+            # float32 [B, K, slots / S, D]: the sum of the representative keys of each block.
+            self.block_keys = torch.zeros(shape, device=keys.device)
+            # float64 [B, K, ring, D]: the sum of the queries before slot s at s % ring.
             self.sums = torch.zeros(batch, heads, self.ring, dim, dtype=torch.float64, device=keys.device)
         self.sums.zero_()
 
     def resize(self, keys):
-        self.represented = grow_buffer(self.represented, self.represented.shape[2], keys.shape[2] // self.block)
+        self.block_keys = grow_buffer(self.block_keys, self.block_keys.shape[2], keys.shape[2] // self.block)
 
     def shift(self, by, length, keys):
         super().shift(by, length, keys)
@@ -76,7 +77,7 @@ class InfLLM(TokenSelector):
             after = sums[:, :, 1 + self.window :] - sums[:, :, 1 : -self.window]
             blocks = slice(first // self.block, last // self.block)
             count = last - first
-            self.represented[:, :, blocks] = self._representatives(
+            self.block_keys[:, :, blocks] = self._sum_representatives(
                 after[:, :, :count], keys[:, :, first:last], position[..., first:last]
             )
         kept = min(self.ring, sums.shape[2])
@@ -93,22 +94,22 @@ class InfLLM(TokenSelector):
         slots = slots.clamp(max=keys.shape[2] - 1)
         after = self.sums.index_select(2, (slots + 1 + self.window) % self.ring)
         after = after - self.sums.index_select(2, (slots + 1) % self.ring)
-        representatives = self._representatives(after, keys.index_select(2, slots), position.index_select(2, slots))
-        self.represented.index_copy_(2, block, representatives)
+        representatives = self._sum_representatives(after, keys.index_select(2, slots), position.index_select(2, slots))
+        self.block_keys.index_copy_(2, block, representatives)
 
     def select(self, query, keys, position, last):
         slots, sink = keys.shape[2], self.sink_pages
-        first = self._count_represented(last + 1)  # the latest tokens begin where the represented blocks end
-        scores = torch.matmul(query.float(), self.represented[:, :, : slots // self.block].transpose(-1, -2))
+        first = self._count_represented(last + 1)  # the latest tokens begin where the blocks with representatives end
+        scores = torch.matmul(query.float(), self.block_keys[:, :, : slots // self.block].transpose(-1, -2))
         scores = scores.sum(dim=2)  # [B, K, blocks]
         number = torch.arange(scores.shape[-1], device=keys.device)
         block = number - (-position[..., :1]) // self.block
         # The first blocks of a row are read in any case; those before them are padding.
         scores = scores.masked_fill((block < sink) | (number >= first // self.block), -torch.inf)
-        most = min(self._blocks(self.window), scores.shape[-1])
+        most = min(self._count_blocks(self.window), scores.shape[-1])
         best = scores.topk(most, dim=-1)
         # A longer window of the latest tokens leaves room for fewer blocks.
-        taken = torch.arange(most, device=keys.device) < self._blocks(last + 1 - first)
+        taken = torch.arange(most, device=keys.device) < self._count_blocks(last + 1 - first)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen.scatter_(2, best.indices, taken & (best.values > -torch.inf))
         chosen = chosen | ((block >= 0) & (block < sink))
@@ -117,20 +118,20 @@ class InfLLM(TokenSelector):
 
     def count_tokens(self, length, prompt=None):
         local = length - self._count_represented(length)
-        return (self._blocks(local) + self.sink_pages) * self.block + local
+        return (self._count_blocks(local) + self.sink_pages) * self.block + local
 
     def _count_represented(self, length):
-        """Of `length` tokens, those whose blocks are complete and have left the local window."""
+        """Count the tokens, of `length`, whose blocks are complete and have left the local window."""
         if isinstance(length, int):
             return max(0, length - self.window) // self.block * self.block
         return (length - self.window).clamp(min=0) // self.block * self.block
 
-    def _blocks(self, local):
-        """Blocks to choose beside `local` latest tokens and the first blocks."""
+    def _count_blocks(self, local):
+        """Count the blocks to choose beside `local` latest tokens and the first blocks."""
         return (self.budget - local) // self.block - self.sink_pages
 
-    def _representatives(self, after, keys, position):
-        """Of each block of keys [B, K, n S, D] the sum of those that queries looked at most: [B, K, n, D]."""
+    def _sum_representatives(self, after, keys, position):
+        """Sum the keys of each block, of [B, K, n S, D], that the queries after it scored highest: [B, K, n, D]."""
         padding = (position < 0).unsqueeze(-1)
         tokens = keys.float().masked_fill(padding, 0)
         importance = (after.float() * tokens).sum(dim=-1) / self.window

@@ -1,7 +1,7 @@
 """Murmur-style decoding (arXiv 2606.01483): chunks of 300 s, and within a chunk windows over speech and output.
 
-Two evictions: with every decoded token the oldest speech positions go, until `speech_window` of them are left; and of
-the decoded tokens only the first and the latest are kept. The chunks are passes of `unique_asr.longform.passes`.
+Two evictions: with every decoded token the oldest speech positions go, until a window of them is left; and of the
+decoded tokens only the first and the latest are kept. The chunks are passes of `unique_asr.longform.passes`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from unique_asr.attention.selector import TokenSelector
 class Murmur(TokenSelector):
     """At decode step t the positions [sink, sink + rate * (t - delay)) are gone, but never the last w of the prompt.
 
-    Of the output, the first `output_sink` and the latest w tokens are read; w = (budget - sinks) / 2 for either.
+    Of the output, the first `output_sink` and the latest w tokens are read; w = (budget - sinks) / 2 for either. The
+    budget must hold the sinks and more.
     """
 
     name: ClassVar[str] = "murmur"

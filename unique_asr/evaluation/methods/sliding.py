@@ -16,7 +16,11 @@ from unique_asr.transcript import Segment
 
 @dataclass(frozen=True)
 class Sliding:
-    """Windows of `seconds`, each of which keeps the words in the middle, `overlap` seconds from either end."""
+    """Windows of `seconds`, each of which keeps the words in its middle, `overlap` seconds from either end.
+
+    Raises:
+        ValueError: the overlap at both ends fills a window.
+    """
 
     seconds: float = 30.0
     overlap: float = 5.0
@@ -28,7 +32,17 @@ class Sliding:
     def transcribe(
         self, transcriber: LongformTranscriber, encoded: Any, decoder: Any, report: LongformReport
     ) -> Iterator[Segment | None]:
-        """Segments of the whole recording, None where a token is pending; the report is summed over the windows."""
+        """Transcribe a recording window by window.
+
+        Args:
+            transcriber: for each window.
+            encoded: the recording, as the model's encoder gives it.
+            decoder: writes the tokens.
+            report: gets the sum over the windows.
+
+        Yields:
+            Segments with times in the whole recording; None where a token is pending.
+        """
         step = self.seconds - 2 * self.overlap
         covered, start, index = 0.0, 0.0, 0
         while start < encoded.duration or index == 0:
@@ -44,7 +58,7 @@ class Sliding:
                 if segment is None:
                     yield None
                     continue
-                segment = shifted(segment, first_frame * encoded.frame_seconds)
+                segment = shift_segment(segment, first_frame * encoded.frame_seconds)
                 words = [word for word in segment.words if middle[0] <= (word.start + word.end) / 2 < middle[1]]
                 if words:
                     text = " ".join(word.text for word in words)
@@ -62,6 +76,7 @@ class Sliding:
         report.coverage = covered / max(encoded.duration, 1e-9)
 
 
-def shifted(segment: Segment, seconds: float) -> Segment:
+def shift_segment(segment: Segment, seconds: float) -> Segment:
+    """Return the segment with `seconds` added to all of its times."""
     words = [replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words]
     return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)
