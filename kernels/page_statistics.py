@@ -272,7 +272,7 @@ def append(
     """Write one token a sequence into the cache, and the statistics of a page that it completes, in one launch.
 
     The statistics of a page still being written are never read, and stay as they are. Running it again changes nothing.
-    The plain PyTorch twin is `unique_asr.attention.cache.PagedLayer.write_token`.
+    The plain PyTorch twin is `unique_asr.attention.paged_layer.PagedLayer.write_token`.
 
     Args:
         key: [B, K, 1, D]; value: [B, K, 1, D].

@@ -10,7 +10,7 @@ from unique_asr.attention import (
     SparsityCounters,
     backend,
 )
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 
 HEADS, GROUP, DIM = 3, 3, 16  # KV heads, query heads of each, head dim
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

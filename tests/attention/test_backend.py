@@ -9,7 +9,7 @@ from unique_asr.attention import (
     SparsityCounters,
     backend,
 )
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CUDA")

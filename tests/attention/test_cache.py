@@ -6,7 +6,7 @@ from transformers import DynamicCache, MistralConfig, Qwen2Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 
 
 def write(cache, length, batch=2, layers=3):

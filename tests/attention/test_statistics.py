@@ -5,7 +5,7 @@ import torch
 from paged_layers import filled_layer
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.scores import SCORES
 
 

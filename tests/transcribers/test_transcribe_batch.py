@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import unique_asr
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.cache import HEADROOM, is_fully_paged
+from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding import batch as batch_decoding
 from unique_asr.decoding.batch import BatchDecoder
 from unique_asr.decoding.greedy import GreedyDecoder

@@ -8,7 +8,8 @@ Read in this order:
 
     reference.py, scores.py     the method in plain PyTorch (arXiv 2605.27740)
     configuration.py            its settings
-    statistics.py, cache.py     page statistics, and the cache that keeps them beside keys and values
+    statistics.py               page statistics of a layer
+    paged_layer.py, cache.py    keys and values with their page statistics: of one layer, and of a model
     selector.py                 the interface of what a step reads; page_selector.py is UNIQUE
     steps.py                    one decode step of one layer: select, attend
     static_step.py              what a step that can be captured shares among layers

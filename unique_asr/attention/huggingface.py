@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from unique_asr.attention.cache import PagedCache, PagedLayer
+from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.dense import attend_densely
+from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.steps import read_prompt, run_eager_step, run_static_step, run_static_step_operator
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention

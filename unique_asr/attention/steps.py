@@ -16,8 +16,9 @@ from torch import Tensor
 
 from unique_asr.attention import reference
 from unique_asr.attention.backend import load_kernels
-from unique_asr.attention.cache import ACTIVE, PagedLayer
+from unique_asr.attention.cache import ACTIVE
 from unique_asr.attention.page_selector import PageSelector
+from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.selector import TokenSelector
 
 # Prefill

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters, reference
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.static_step import StaticStep
 from unique_asr.attention.steps import run_static_step
 from unique_asr.benchmark.timing import attempt, measure_copy_bandwidth, time_graph

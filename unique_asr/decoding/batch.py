@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import HEADROOM, is_fully_paged
+from unique_asr.attention.cache import is_fully_paged
 from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
+from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding.memory import decoding_memory, free_memory, held, shape_of
 from unique_asr.longform.passes import PENDING
 
