@@ -105,8 +105,8 @@ def test_a_pass_begins_beside_those_under_way(llama, static, budget, monkeypatch
     prompts, attention = prompts_of(*lengths), SparseAttentionConfig(budget=budget)
     rows = BatchDecoder(llama, attention, prefill_chunk=16, static=static)
     reads, moves, widths = together_read(rows, monkeypatch), [], set()
-    move, resize = PagedCache.move, BatchDecoder._resize
-    monkeypatch.setattr(PagedCache, "move", lambda cache, by: (moves.append(by), move(cache, by)))
+    move, resize = PagedCache.shift, BatchDecoder._resize
+    monkeypatch.setattr(PagedCache, "shift", lambda cache, by: (moves.append(by), move(cache, by)))
     monkeypatch.setattr(
         BatchDecoder, "_resize", lambda *how: (resize(*how), widths.add(len(how[0]._places)))[0]
     )  # fmt: skip
