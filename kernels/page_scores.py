@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.page_statistics import LARGEST, four
-from unique_asr.kernels.paging import counters, is_last, locate, table_arguments
-from unique_asr.kernels.top_pages import sortable, store_chosen, top_pages
+from unique_asr.kernels.page_statistics import LARGEST, pad_to_four
+from unique_asr.kernels.paging import get_counters, is_last, locate, make_table_arguments
+from unique_asr.kernels.top_pages import store_selected, to_sortable, top_pages
 
 FUSED_PAGES = 8192  # of a row: up to here the last program of a row chooses, beyond it a launch of its own
 
@@ -34,7 +34,7 @@ class ScoreTile(NamedTuple):
 
 
 def score_tile(rows: int, pages: int, head_dim: int, warps: int = 4) -> ScoreTile:
-    """Tiles of 16 pages a warp, streamed three deep, but fewer of a program where the GPU would be left idle."""
+    """Choose a tile: 16 pages a warp, streamed three deep, but fewer tiles a program where the GPU would be idle."""
     size = warps * (16 if head_dim <= 128 else 8)
     tiles = 8
     while tiles > 1 and rows * triton.cdiv(pages, size * tiles) < 264:
@@ -65,21 +65,21 @@ def _product(
 @triton.jit
 def _locate_candidates(
     position, within, candidates, supers, first, newest,
-    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    UNIT: tl.constexpr, PER_SUPER: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
 ):  # fmt: skip
-    """Page of each position among the candidates, whether it may be chosen, and whether it must be.
+    """Page of each position among the candidates, whether it may be selected, and whether it must be.
 
     `first` and `newest` are pages of the sequence's first and newest token; a candidate is UNIT of these pages.
     """
     newest_candidate = newest // UNIT
     page = position
     exists = position < candidates
-    if FAN > 1:
-        index = position // FAN
+    if PER_SUPER > 1:
+        index = position // PER_SUPER
         above = tl.load(within + index, mask=index < supers, other=-1, cache_modifier=".cg")
-        above = tl.where(index == supers, newest_candidate // FAN, above)
+        above = tl.where(index == supers, newest_candidate // PER_SUPER, above)
         exists &= above >= 0
-        page = above * FAN + position % FAN
+        page = above * PER_SUPER + position % PER_SUPER
     eligible = exists & (page >= first // UNIT) & (page < newest_candidate)
     forced = page * UNIT + UNIT - 1 > newest - RECENT
     if SINK > 0:
@@ -105,7 +105,7 @@ def load_query(
 def score_part(
     q, unit, s0, s1, s2, s3, table, within, head_scores, peaks, sums, scores, sequence, head, part, first, newest,
     scale, scaling, heads, table_stride, pages_each, candidates, supers,
-    SCORE: tl.constexpr, SHARE: tl.constexpr, UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr,
+    SCORE: tl.constexpr, SHARE: tl.constexpr, UNIT: tl.constexpr, PER_SUPER: tl.constexpr, SINK: tl.constexpr,
     RECENT: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PER_BLOCK: tl.constexpr, QUANTIZED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +123,7 @@ def score_part(
         position = part * PART + tile * BLOCK + tl.arange(0, BLOCK)
         mine = position < end
         page, eligible, forced = _locate_candidates(
-            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+            position, within, candidates, supers, first, newest, UNIT, PER_SUPER, SINK, RECENT
         )
         eligible &= mine
         block, place = locate(page, sequence, table, table_stride, eligible, PER_BLOCK)
@@ -167,31 +167,31 @@ def score_part(
 
 @triton.jit
 def choose_pages(
-    within, head_scores, peaks, sums, scores, chosen, first, newest, candidates, supers,
+    within, head_scores, peaks, sums, scores, selected, first, newest, candidates, supers,
     SHARE: tl.constexpr, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr, CANDIDATES_PAD: tl.constexpr,
-    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    UNIT: tl.constexpr, PER_SUPER: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
     G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
 ):  # fmt: skip
     """What needs all scores of a row: the softmax of `share`, and its COUNT best pages if COUNT > 0."""
     if SHARE:
         _share(
             head_scores, peaks, sums, scores, within, candidates, supers, first, newest,
-            UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
+            UNIT, PER_SUPER, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
         )  # fmt: skip
         tl.debug_barrier()
     if COUNT > 0:
         position = tl.arange(0, CANDIDATES_PAD)
         page, eligible, _ = _locate_candidates(
-            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+            position, within, candidates, supers, first, newest, UNIT, PER_SUPER, SINK, RECENT
         )
         score = tl.load(scores + position, mask=eligible, other=-float("inf"), cache_modifier=".cg")
-        store_chosen(chosen, page, sortable(score), COUNT, COUNT_PAD)
+        store_selected(selected, page, to_sortable(score), COUNT, COUNT_PAD)
 
 
 @triton.jit
 def _share(
     head_scores, peaks, sums, scores, within, candidates, supers, first, newest,
-    UNIT: tl.constexpr, FAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
+    UNIT: tl.constexpr, PER_SUPER: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr,
     G_PAD: tl.constexpr, PROGRAMS: tl.constexpr, PROGRAMS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Scores of one row: the mean over heads of each head's softmax over pages, from the parts of its programs."""
@@ -210,7 +210,7 @@ def _share(
     for begin in range(0, candidates, TILE):
         position = begin + tl.arange(0, TILE)
         _, eligible, forced = _locate_candidates(
-            position, within, candidates, supers, first, newest, UNIT, FAN, SINK, RECENT
+            position, within, candidates, supers, first, newest, UNIT, PER_SUPER, SINK, RECENT
         )
         score = tl.load(
             head_scores + g[:, None] * candidates + position[None, :],
@@ -223,16 +223,16 @@ def _share(
 
 @triton.jit
 def _scores(
-    query, s0, s1, s2, s3, lengths, starts, table, within, head_scores, peaks, sums, scores, chosen, arrivals,
+    query, s0, s1, s2, s3, lengths, starts, table, within, head_scores, peaks, sums, scores, selected, arrivals,
     scale, scaling, heads, query_row, query_head, table_stride, pages_each, candidates, supers,
     SCORE: tl.constexpr, SHARE: tl.constexpr, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr,
-    CANDIDATES_PAD: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr, FAN: tl.constexpr,
+    CANDIDATES_PAD: tl.constexpr, S: tl.constexpr, UNIT: tl.constexpr, PER_SUPER: tl.constexpr,
     SINK: tl.constexpr, RECENT: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
     PROGRAMS_PAD: tl.constexpr, PER_BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, QUANTIZED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [R, candidates] of the rows, and `chosen` [R, COUNT] if COUNT > 0; PROGRAMS programs a row."""
+    """Scores [R, candidates] of the rows, and `selected` [R, COUNT] if COUNT > 0; PROGRAMS programs a row."""
     part = tl.program_id(0) % PROGRAMS
     row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     sequence, head = row // heads, row % heads
@@ -249,39 +249,46 @@ def _scores(
     score_part(
         q, unit, s0, s1, s2, s3, table, within, head_scores, peaks, sums, scores, sequence, head, part, first, newest,
         scale, scaling, heads, table_stride, pages_each, candidates, supers,
-        SCORE, SHARE, UNIT, FAN, SINK, RECENT, G, G_PAD, D, D_PAD, BLOCK * TILES, BLOCK, STAGES, PER_BLOCK, QUANTIZED,
-        OPERAND, PRECISION,
+        SCORE, SHARE, UNIT, PER_SUPER, SINK, RECENT, G, G_PAD, D, D_PAD, BLOCK * TILES, BLOCK, STAGES, PER_BLOCK,
+        QUANTIZED, OPERAND, PRECISION,
     )  # fmt: skip
     if SHARE or COUNT > 0:  # noqa: SIM102 (compiled or not, then at run time)
         if is_last(arrivals + row, PROGRAMS):
             choose_pages(
-                within, head_scores, peaks, sums, scores, chosen + row * COUNT, first, newest, candidates, supers,
-                SHARE, COUNT, COUNT_PAD, CANDIDATES_PAD, UNIT, FAN, SINK, RECENT, G, G_PAD, PROGRAMS, PROGRAMS_PAD,
+                within, head_scores, peaks, sums, scores, selected + row * COUNT, first, newest, candidates, supers,
+                SHARE, COUNT, COUNT_PAD, CANDIDATES_PAD, UNIT, PER_SUPER, SINK, RECENT, G, G_PAD, PROGRAMS,
+                PROGRAMS_PAD,
             )  # fmt: skip
 
 
-def dot_types(query: Tensor, statistics: Sequence[Tensor]) -> tuple[tl.dtype, str]:
-    """In which type queries and statistics are multiplied, and how float32 is."""
+def choose_dot_types(query: Tensor, statistics: Sequence[Tensor]) -> tuple[tl.dtype, str]:
+    """Return the type in which queries and statistics are multiplied, and the precision of float32 products."""
     if query.dtype == torch.float32:
         return tl.float32, "ieee"
     return tl.bfloat16 if statistics[0].dtype == torch.bfloat16 else tl.float16, "tf32"
 
 
-def factors(score: str, scale: float, scaling: float | None, dim: int) -> tuple[float, float]:
-    """What kernels multiply the spread, and the scores of `share`, by."""
+def resolve_factors(score: str, scale: float, scaling: float | None, dim: int) -> tuple[float, float]:
+    """Return the factors that kernels multiply the spread, and the scores of `share`, by."""
     return scale * dim**-0.5 if score == "second_moment" else scale, dim**-0.5 if scaling is None else scaling
 
 
-def share_buffers(share: bool, scores: Tensor, rows: int, group: int, programs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `share` keeps beside `scores` [..., P]: scores of the heads, and peak and sum of each program of a row."""
+def make_share_buffers(
+    share: bool, scores: Tensor, rows: int, group: int, programs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make what `share` keeps beside `scores` [..., P]; without `share`, `scores` takes the place of each.
+
+    Returns:
+        Scores of the heads [rows, G, P], and the peak and the sum of each program of a row, [rows, programs, G padded].
+    """
     if not share:
         return scores, scores, scores
-    peaks, sums = scores.new_empty(2, rows, programs, padded(group))
+    peaks, sums = scores.new_empty(2, rows, programs, pad_group(group))
     return scores.new_empty(rows, group, scores.shape[-1]), peaks, sums
 
 
-def padded(group: int) -> int:
-    """Rows of the matrix that holds the queries of a group."""
+def pad_group(group: int) -> int:
+    """Return the rows of the matrix that holds the queries of a group: tensor cores take 16 at least."""
     return max(16, triton.next_power_of_2(group))
 
 
@@ -302,11 +309,11 @@ def _launch(
     tile: ScoreTile | None,
     scores: Tensor | None = None,
     count: int = 0,
-    chosen: Tensor | None = None,
+    selected: Tensor | None = None,
     within: Tensor | None = None,
-    fan: int = 1,
+    pages_per_super: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, K, candidates], and the pages [B, K, count] chosen if count > 0."""
+    """Launch the kernel: scores [B, K, candidates], and the pages [B, K, count] selected if count > 0."""
     sequences, query_heads, dim = query.shape
     heads, per_block = statistics[0].shape[1:3]
     rows, group = sequences * heads, query_heads // heads
@@ -314,11 +321,11 @@ def _launch(
     supers = 0
     if within is not None:
         supers = within.shape[-1]
-        candidates = (supers + 1) * fan
+        candidates = (supers + 1) * pages_per_super
     if scores is None:
         scores = query.new_empty(sequences, heads, candidates, dtype=torch.float32)
-    if count and chosen is None:
-        chosen = query.new_empty(sequences, heads, count, dtype=torch.int32)
+    if count and selected is None:
+        selected = query.new_empty(sequences, heads, count, dtype=torch.int32)
 
     stored = statistics[0].dtype
     candidates_pad = triton.next_power_of_2(candidates)
@@ -326,23 +333,24 @@ def _launch(
     tile = tile or score_tile(rows, candidates, dim, warps)
     programs = triton.cdiv(candidates, tile.pages * tile.tiles)
     share = combine == "share"
-    head_scores, peaks, sums = share_buffers(share, scores, rows, group, programs)
-    operand, precision = dot_types(query, statistics)
-    table, table_stride = table_arguments(block_table, query)
+    head_scores, peaks, sums = make_share_buffers(share, scores, rows, group, programs)
+    operand, precision = choose_dot_types(query, statistics)
+    table, table_stride = make_table_arguments(block_table, query)
     _scores[(rows * programs,)](
-        query, *four(statistics, query), lengths, query if starts is None else starts, table,
-        query if within is None else within, head_scores, peaks, sums, scores, chosen if count else scores,
-        counters(rows, query.device) if share or count else lengths,
-        *factors(score, scale, scaling, dim), heads, *query.stride()[:2], table_stride, per_block, candidates, supers,
+        query, *pad_to_four(statistics, query), lengths, query if starts is None else starts, table,
+        query if within is None else within, head_scores, peaks, sums, scores, selected if count else scores,
+        get_counters(rows, query.device) if share or count else lengths,
+        *resolve_factors(score, scale, scaling, dim), heads, *query.stride()[:2], table_stride, per_block, candidates,
+        supers,
         SCORE=score, SHARE=share, COUNT=count, COUNT_PAD=triton.next_power_of_2(max(1, count)),
-        CANDIDATES_PAD=candidates_pad, S=page_size, UNIT=unit, FAN=fan if within is not None else 1,
-        SINK=sink, RECENT=recent, G=group, G_PAD=padded(group), D=dim, D_PAD=triton.next_power_of_2(dim),
+        CANDIDATES_PAD=candidates_pad, S=page_size, UNIT=unit, PER_SUPER=pages_per_super if within is not None else 1,
+        SINK=sink, RECENT=recent, G=group, G_PAD=pad_group(group), D=dim, D_PAD=triton.next_power_of_2(dim),
         BLOCK=tile.pages, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,
         PROGRAMS_PAD=triton.next_power_of_2(programs), PER_BLOCK=0 if block_table is None else per_block,
         HAS_STARTS=starts is not None,
         QUANTIZED=stored in LARGEST, OPERAND=operand, PRECISION=precision, num_warps=max(warps, tile.warps),
     )  # fmt: skip
-    return scores, chosen
+    return scores, selected
 
 
 def page_scores(
@@ -362,11 +370,27 @@ def page_scores(
     unit: int = 1,
     tile: ScoreTile | None = None,
 ) -> Tensor:
-    """Scores of every page for every KV head: float32 [B, K, P]; inf where forced, -inf from the newest page on.
+    """Score every page for every KV head (arXiv 2605.27740, section 3).
 
-    score: unique, mean, quest, second_moment; `scale` is its lambda. combine: max over the heads of a group, or share,
-    the mean of their softmax over pages of score * scaling (default 1 / sqrt(D)). With the statistics of super-pages,
-    `unit` is the number of pages in each; a super-page that holds a forced page is forced.
+    The plain PyTorch twins are `scores.PageScore.scores` and `reference.combine_biased`.
+
+    Args:
+        query: [B, H, D].
+        statistics: of the pages, as in `page_statistics.py`.
+        lengths: int [B], the tokens of each sequence, the newest included.
+        score: unique, mean, quest or second_moment; `scale` is its lambda.
+        page_size: tokens of a page.
+        combine: max over the heads of a group, or share, the mean of their softmax over pages of score * scaling.
+        sink: first pages that are forced; recent: last pages that are forced, the newest one counted.
+        starts: int [B], the padding on the left, in tokens; None: no padding.
+        block_table: int32 [B, blocks], as in `paging.py`; None: pages lie by position.
+        scaling: of the attention logits; None: 1 / sqrt(D).
+        out: where to write; None: a new tensor.
+        unit: with the statistics of super-pages, the pages of each; a super-page that holds a forced page is forced.
+        tile: how the work is cut; None: `score_tile`.
+
+    Returns:
+        float32 [B, K, P]: inf where forced, -inf from the newest page on and before `starts`.
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
     return _launch(query, statistics, lengths, *how, scores=out)[0]
@@ -387,26 +411,35 @@ def select_pages(
     block_table: Tensor | None = None,
     scaling: float | None = None,
     within: Tensor | None = None,
-    fan: int = 1,
+    pages_per_super: int = 1,
     out: Tensor | None = None,
     unit: int = 1,
     fused: bool | None = None,
     tile: ScoreTile | None = None,
 ) -> Tensor:
-    """`top_pages(page_scores(...), count)`: int32 [B, K, count], ascending, -1 at the end where there are too few.
+    """Score pages and select the best, as `top_pages(page_scores(...), count)` does.
 
-    `within` (int32 [B, K, m], contiguous) limits the choice to the pages of these super-pages of `fan` pages, as this
-    function chose them with the statistics of super-pages and `unit` = fan, and to those of the newest super-page.
-    `fused` says whether scores and choice are one launch (default: up to 8192 pages a row).
+    The plain PyTorch twin is `unique_asr.attention.page_selector.PageSelector.select`.
+
+    Args:
+        count: pages to select; further arguments as for `page_scores`.
+        within: int32 [B, K, m], contiguous: super-pages, of `pages_per_super` pages each, that this function selected
+            with the statistics of super-pages and `unit` = pages_per_super. The choice is limited to their pages and
+            to those of the newest super-page.
+        fused: whether scores and choice are one launch; None: up to `FUSED_PAGES` pages a row.
+
+    Returns:
+        int32 [B, K, count], ascending; -1 at the end where there are too few pages.
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
     if within is not None:
-        return _launch(query, statistics, lengths, *how, count=count, chosen=out, within=within, fan=fan)[1]
+        inside = {"within": within, "pages_per_super": pages_per_super}
+        return _launch(query, statistics, lengths, *how, count=count, selected=out, **inside)[1]
     if fused is None:
         per_block = statistics[0].shape[2]
         fused = (per_block if block_table is None else block_table.shape[1] * per_block) <= FUSED_PAGES
     if fused:
-        return _launch(query, statistics, lengths, *how, count=count, chosen=out)[1]
+        return _launch(query, statistics, lengths, *how, count=count, selected=out)[1]
     return top_pages(_launch(query, statistics, lengths, *how)[0], count, out)
 
 
@@ -420,7 +453,7 @@ def select_pages_in_two_levels(
     score: str,
     scale: float,
     page_size: int,
-    fan: int,
+    pages_per_super: int,
     combine: str = "max",
     sink: int = 1,
     recent: int = 2,
@@ -428,10 +461,18 @@ def select_pages_in_two_levels(
     block_table: Tensor | None = None,
     scaling: float | None = None,
 ) -> Tensor:
-    """The `count` best pages of the `super_count` best super-pages of `fan` pages and of the newest: [B, K, count].
+    """Select super-pages, then pages among theirs and those of the newest super-page: `select_pages` twice.
 
-    As `select_pages`, once for super-pages and once for pages. Forced pages are forced on both levels.
+    Forced pages are forced on both levels. The plain PyTorch twin is `PageSelector.select` with super-pages.
+
+    Args:
+        super_statistics: of the super-pages, [B, K, P / pages_per_super, width] each.
+        count: pages to select; super_count: super-pages to select.
+        pages_per_super: pages of a super-page; further arguments as for `page_scores`.
+
+    Returns:
+        int32 [B, K, count], ascending; -1 at the end where there are too few pages.
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling
-    best = select_pages(query, super_statistics, lengths, super_count, *how, unit=fan)
-    return select_pages(query, statistics, lengths, count, *how, within=best, fan=fan)
+    best = select_pages(query, super_statistics, lengths, super_count, *how, unit=pages_per_super)
+    return select_pages(query, statistics, lengths, count, *how, within=best, pages_per_super=pages_per_super)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.paging import locate, table_arguments
+from unique_asr.kernels.paging import locate, make_table_arguments
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # number of each 8-bit type
 UNROLL = tl.constexpr(8)  # tokens of a page read at once in bulk; page sizes are multiples of it
@@ -201,13 +201,17 @@ def _append(
     )  # fmt: skip
 
 
-def page_size_of(keys: Tensor, statistics: Sequence[Tensor]) -> int:
-    """Tokens of a page, 0 without statistics."""
+def find_page_size(keys: Tensor, statistics: Sequence[Tensor]) -> int:
+    """Return the tokens of a page, 0 without statistics; for keys [B, K, N, D]."""
     return keys.shape[2] // statistics[0].shape[2] if statistics else 0
 
 
-def four(buffers: Sequence[Tensor], other: Tensor) -> list[Tensor]:
-    """Four buffers for a kernel's arguments, `other` in the place of those that the score does not have."""
+def pad_to_four(buffers: Sequence[Tensor], other: Tensor) -> list[Tensor]:
+    """Return four buffers for a kernel's arguments, `other` in the place of those that the score does not have.
+
+    Raises:
+        ValueError: a buffer is not contiguous.
+    """
     if not all(buffer.is_contiguous() for buffer in buffers):
         raise ValueError("page statistics must be contiguous")
     return [*buffers, other, other, other, other][:4]
@@ -222,21 +226,32 @@ def write_page_statistics(
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> None:
-    """Write the statistics of the complete pages first_page .. last_page - 1 of keys [B, K, N, D] into `statistics`.
+    """Write the statistics of many complete pages, as after a prefill.
 
-    `starts` (int [B]): tokens before starts[b] are padding and left out; a page without any token gets zeros.
+    The plain PyTorch twin is `unique_asr.attention.reference.page_statistics`.
+
+    Args:
+        keys: [B, K, N, D].
+        statistics: buffers to write into, as at the top of this file.
+        first_page: the first page to write; last_page: one past the last.
+        score: unique, mean, quest or second_moment.
+        starts: int [B], tokens before starts[b] are padding and left out; a page without any token gets zeros.
+        block_table: int32 [B, blocks], as in `paging.py`; None: tokens lie by position.
+
+    Raises:
+        ValueError: a buffer is not contiguous.
     """
     if last_page <= first_page:
         return
     heads, block_tokens, dim = keys.shape[1:]
-    size = page_size_of(keys, statistics)
+    size = find_page_size(keys, statistics)
     sequences = len(keys) if block_table is None else len(block_table)
     pages_each = block_tokens // size
-    table, table_stride = table_arguments(block_table, keys)
+    table, table_stride = make_table_arguments(block_table, keys)
     grid = (triton.cdiv(last_page - first_page, PAGES), sequences * heads)
     _bulk[grid](
-        keys, keys if starts is None else starts, table, table_stride, *four(statistics, keys), first_page, last_page,
-        heads, *keys.stride()[:3], pages_each,
+        keys, keys if starts is None else starts, table, table_stride, *pad_to_four(statistics, keys), first_page,
+        last_page, heads, *keys.stride()[:3], pages_each,
         score, size, dim, triton.next_power_of_2(dim), PAGES,
         0 if block_table is None else pages_each, starts is not None, LARGEST.get(statistics[0].dtype, 0.0),
     )  # fmt: skip
@@ -254,21 +269,33 @@ def append(
     block_table: Tensor | None = None,
     super_statistics: Sequence[Tensor] = (),
 ) -> None:
-    """Write one token a sequence, key and value [B, K, 1, D], into the cache at position lengths - 1, in one launch.
+    """Write one token a sequence into the cache, and the statistics of a page that it completes, in one launch.
 
-    Where that token completes its page (of either level), the page's statistics are computed from the cache; those of
-    a page still being written are never read, and stay as they are. No `statistics`, (), for a dense layer.
-    `lengths` (int [B], on the device) counts the new token; 0 leaves a sequence out. Doing it again changes nothing.
+    The statistics of a page still being written are never read, and stay as they are. Running it again changes nothing.
+    The plain PyTorch twin is `unique_asr.attention.paged_layer.PagedLayer.write_token`.
+
+    Args:
+        key: [B, K, 1, D]; value: [B, K, 1, D].
+        keys: [B, K, N, D]; values: [B, K, N, D], with the strides of `keys`.
+        statistics: of the pages, as at the top of this file; () for a dense layer.
+        lengths: int [B] on the device, the tokens of each sequence with the new one; 0 leaves a sequence out.
+        score: unique, mean, quest or second_moment.
+        starts: int [B], the padding on the left, in tokens; None: no padding.
+        block_table: int32 [B, blocks], as in `paging.py`; None: tokens lie by position.
+        super_statistics: of the super-pages; () if there are none.
+
+    Raises:
+        ValueError: shapes or strides of keys and values differ, or a buffer is not contiguous.
     """
     if keys.stride() != values.stride() or keys.shape != values.shape:
         raise ValueError("keys and values must have the same shape and strides")
     sequences, heads, _, dim = key.shape
     block_tokens = keys.shape[2]
-    size, super_size = page_size_of(keys, statistics), page_size_of(keys, super_statistics)
-    table, table_stride = table_arguments(block_table, keys)
+    size, super_size = find_page_size(keys, statistics), find_page_size(keys, super_statistics)
+    table, table_stride = make_table_arguments(block_table, keys)
     _append[(sequences * heads,)](
         key, value, keys, values, lengths, keys if starts is None else starts, table, table_stride,
-        *four(statistics, keys), *four(super_statistics, keys),
+        *pad_to_four(statistics, keys), *pad_to_four(super_statistics, keys),
         heads, *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3], block_tokens,
         score, size, super_size, dim, triton.next_power_of_2(dim),
         0 if block_table is None else block_tokens, starts is not None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @triton.jit
 def locate(index, sequence, table, table_stride, mask, PER_BLOCK: tl.constexpr):
-    """Block and place within it, int64, of entries `index` where `mask`; PER_BLOCK 0: there is no table."""
+    """Return block and place within it, int64, of entries `index` where `mask`; PER_BLOCK 0: there is no table."""
     if PER_BLOCK > 0:
         block = tl.load(table + sequence * table_stride + index // PER_BLOCK, mask=mask, other=0).to(tl.int64)
         place = (index % PER_BLOCK).to(tl.int64)
@@ -24,14 +24,14 @@ def locate(index, sequence, table, table_stride, mask, PER_BLOCK: tl.constexpr):
 
 @triton.jit
 def arrive(counter, count=1):
-    """Adds `count`, and returns the value before: what was written by programs until they arrived is visible now."""
+    """Add `count`, and return the value before: what was written by programs until they arrived is visible now."""
     tl.debug_barrier()
     return tl.atomic_add(counter, count, sem="acq_rel")
 
 
 @triton.jit
 def wait_for(counter, value, BITS: tl.constexpr = 0x7FFFFFFF):
-    """Waits until these bits of the counter reach `value`: what was written until then is visible from here on."""
+    """Wait until these bits of the counter reach `value`: what was written until then is visible from here on."""
     while (tl.atomic_add(counter, 0, sem="acquire") & BITS) < value:
         pass
     tl.debug_barrier()
@@ -39,7 +39,10 @@ def wait_for(counter, value, BITS: tl.constexpr = 0x7FFFFFFF):
 
 @triton.jit
 def is_last(counter, PROGRAMS: tl.constexpr):
-    """Whether this program is the last of PROGRAMS to get here: what the others wrote is then visible. Resets it."""
+    """Tell whether this program is the last of PROGRAMS to get here, and reset the counter.
+
+    What the others wrote is then visible.
+    """
     last = arrive(counter) == PROGRAMS - 1
     if last:
         tl.store(counter, 0)
@@ -49,17 +52,23 @@ def is_last(counter, PROGRAMS: tl.constexpr):
 _counters: dict[tuple[torch.device, int], Tensor] = {}  # never freed: captured graphs hold their addresses
 
 
-def counters(rows: int, device: torch.device) -> Tensor:
-    """At least `rows` counters, int32, of value 0 between launches. Launches that overlap must not share a device."""
+def get_counters(rows: int, device: torch.device) -> Tensor:
+    """Return at least `rows` counters, int32, of value 0 between launches, the same ones for every call.
+
+    Launches that overlap must not share a device.
+
+    Raises:
+        RuntimeError: they would have to be allocated while a CUDA graph is captured.
+    """
     size = max(16384, triton.next_power_of_2(rows))
-    kept = _counters.get((device, size))
-    if kept is None:
+    existing = _counters.get((device, size))
+    if existing is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("run the step once before it is captured: its counters are not allocated yet")
-        kept = _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
-    return kept
+        existing = _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+    return existing
 
 
-def table_arguments(block_table: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
-    """Table and its stride; without one `other` takes its place."""
+def make_table_arguments(block_table: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """Return a block table and its stride for a kernel; `other` takes the place of a table that is not there."""
     return (other, 0) if block_table is None else (block_table, block_table.stride(0))

@@ -25,13 +25,13 @@ from torch import Tensor
 from unique_asr.kernels.soft_mask_thresholds import page_thresholds
 from unique_asr.kernels.soft_mask_tiles import (
     LOG2E,
-    gates,
-    key_order,
+    compute_gates,
+    find_visible,
     load_rows,
-    over_group,
+    make_sizes,
+    order_keys,
+    reduce_over_group,
     row_stride,
-    sizes,
-    visible,
 )
 
 
@@ -50,7 +50,7 @@ def _key_tiles(
 
 @triton.jit
 def _place(at, low, high, EDGE: tl.constexpr):
-    """Of a loop over the tiles outside low .. high: the tile at step `at`."""
+    """Return the tile at step `at` of a loop over the tiles outside low .. high."""
     if EDGE:
         at += tl.where(at >= low, high - low, 0)
     return at
@@ -106,7 +106,7 @@ def _forward(
     gated = tl.max(theta) > -float("inf")
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
-    j = key_order(S, BP)
+    j = order_keys(S, BP)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS, BP), tl.float32)
     result = tl.zeros((ROWS, D_PAD), tl.float32)
@@ -121,12 +121,12 @@ def _forward(
             product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), (ROWS, S, BP))
             gate = tl.zeros((ROWS, BP), tl.float32)
             if gated:
-                gate, _ = gates(
+                gate, _ = compute_gates(
                     product, norm, std, theta, sharpness, begin, token, start, inner == 0,
                     G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
                 )  # fmt: skip
             if inner == 0:
-                product = tl.where(visible(begin, token, start, S, BP), product, -float("inf"))
+                product = tl.where(find_visible(begin, token, start, S, BP), product, -float("inf"))
             highest = tl.maximum(peak, tl.max(tl.max(product, axis=1) * (scaling * LOG2E) + gate, axis=1))
             base = tl.where(highest > -float("inf"), highest, 0.0)
             weight = tl.exp2(product * (scaling * LOG2E) + (gate - base[:, None])[:, None, :])
@@ -156,12 +156,12 @@ def _tile_gradients(
     gate = tl.zeros((ROWS, BP), tl.float32)
     slope = tl.zeros((ROWS, BP), tl.float32)
     if gated:
-        gate, slope = gates(
+        gate, slope = compute_gates(
             product, norm, std, theta, sharpness, begin, token, start, EDGE,
             G, G_PAD, S, SINK, RECENT, HARD, ROWS, BP,
         )  # fmt: skip
     if EDGE:
-        product = tl.where(visible(begin, token, start, S, BP), product, -float("inf"))
+        product = tl.where(find_visible(begin, token, start, S, BP), product, -float("inf"))
     weight = tl.exp2(product * (scaling * LOG2E) + (gate - peak[:, None])[:, None, :])
     dweight = tl.reshape(tl.dot(do, tl.trans(v), input_precision=PRECISION), (ROWS, S, BP))
     dlogit = weight * (dweight - delta[:, None, None])
@@ -169,10 +169,10 @@ def _tile_gradients(
         dscore = slope
         dproduct = dlogit * scaling
     else:
-        dscore = over_group(tl.sum(dlogit, axis=1), False, ROWS, G_PAD, BP) * slope
+        dscore = reduce_over_group(tl.sum(dlogit, axis=1), False, ROWS, G_PAD, BP) * slope
         dproduct = dlogit * scaling + dscore[:, None, :]
         if EDGE:
-            dproduct = tl.where(visible(begin, token, start, S, BP), dproduct, 0.0)
+            dproduct = tl.where(find_visible(begin, token, start, S, BP), dproduct, 0.0)
     weight = tl.reshape(weight.to(v.dtype), (ROWS, S * BP))
     return weight, tl.reshape(dproduct.to(k.dtype), (ROWS, S * BP)), dscore
 
@@ -201,7 +201,7 @@ def _backward_queries(
     gated = tl.max(theta) > -float("inf")
     keys += batch * key_batch + head * key_head
     values += batch * value_batch + head * value_head
-    j = key_order(S, BP)
+    j = order_keys(S, BP)
     do = load_rows(gradient, by_token * D, real, D, D_PAD)
     delta = tl.sum(do.to(tl.float32) * load_rows(out, by_token * D, real, D, D_PAD).to(tl.float32), axis=1)
     tl.store(deltas + by_head, delta, mask=real)
@@ -242,7 +242,7 @@ def _backward_keys(
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     begin = tl.program_id(0) * BN
-    j = begin + key_order(S, BP)
+    j = begin + order_keys(S, BP)
     page = begin // S + tl.arange(0, BP)
     place = j.to(tl.int64)
     keys += batch * key_batch + head * key_head
@@ -310,7 +310,7 @@ PAGE_BYTES = 4096  # of the keys of a page: more do not fit
 
 
 class Tiles(NamedTuple):
-    """Of a kernel: rows (tokens times heads) and keys of a tile, warps, stages of the pipeline, registers of a thread.
+    """How one kernel cuts its work: rows (tokens times heads) and keys of a tile, warps, pipeline stages, registers.
 
     A warp of the tensor cores takes 16 rows: with more warps than that, some would repeat the work of others.
     """
@@ -323,13 +323,15 @@ class Tiles(NamedTuple):
 
 
 class MaskTiles(NamedTuple):
+    """The tiles of the three kernels."""
+
     forward: Tiles
     backward_queries: Tiles
     backward_keys: Tiles
 
 
 def mask_tiles(vector_bytes: int) -> MaskTiles:
-    """Sizes for keys of `vector_bytes`, that fit in the registers and the shared memory of an H100."""
+    """Choose tiles for keys of `vector_bytes` that fit in the registers and the shared memory of an H100."""
     if vector_bytes <= 128:
         return MaskTiles(Tiles(64, 64, 4, 3, 168), Tiles(64, 64, 4, 3, 168), Tiles(64, 64, 4, 2))
     if vector_bytes <= 256:
@@ -344,7 +346,7 @@ def _vector_bytes(key: Tensor) -> int:
 def _constants(
     tiles: Tiles, query: Tensor, key: Tensor, page_size: int, sink: int, recent: int, hard: bool
 ) -> dict[str, int | str]:
-    shared = sizes(query, key, page_size)
+    shared = make_sizes(query, key, page_size)
     return shared | {
         "SINK": sink, "RECENT": recent, "HARD": hard,
         "BM": max(1, tiles.rows // shared["G_PAD"]), "BP": tiles.keys // page_size,
@@ -353,7 +355,7 @@ def _constants(
 
 
 def supports(key: Tensor, combine: str, page_size: int) -> bool:
-    """Whether these kernels do this; if not, `soft_mask.attention` does."""
+    """Whether these kernels can run for such keys [B, K, N, D] and settings; `soft_mask.attention` always can."""
     known = combine == "max" and page_size in (8, 16) and key.dtype != torch.float64
     return known and _vector_bytes(key) * page_size <= PAGE_BYTES
 
@@ -363,7 +365,11 @@ def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mean: Tensor, std: Tensor, theta: Tensor, sharpness: Tensor,
     starts: Tensor, scaling: float, page_size: int, scale: float, sink: int, recent: int, hard: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, N, H, D], and the log-sum-exp [B, H, N] (base 2) for the backward pass."""
+    """Attend through gates; arguments as in `training_attention` and `page_thresholds`.
+
+    Returns:
+        The output [B, N, H, D], and the log-sum-exp [B, H, N] (base 2) for the backward pass.
+    """
     batch, query_heads, tokens, dim = query.shape
     heads = key.shape[1]
     out = query.new_empty(batch, tokens, query_heads, dim)
@@ -389,7 +395,7 @@ def masked_attention_backward(
     sharpness: Tensor, starts: Tensor, out: Tensor, peaks: Tensor, scaling: float, page_size: int, scale: float,
     sink: int, recent: int, hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value from that of the output [B, N, H, D]."""
+    """Compute the gradients of query, key and value from that of the output [B, N, H, D]."""
     batch, _, tokens, _ = query.shape
     heads = key.shape[1]
     gradient = gradient.contiguous()
@@ -443,9 +449,20 @@ masked_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def training_attention(query, key, value, config, starts=None, masked=None, scaling=None) -> Tensor:
-    """`soft_mask.attention` for combine=max; the output is [B, N, H, D].
+    """Attend to whole sequences through the page mask of training, for combine=max; differentiable.
 
-    query [B, H, N, D], key and value [B, K, N, D]: any strides, the last 1. starts int [B, N], masked bool [B or 1, N].
+    The plain PyTorch twin is `unique_asr.attention.soft_mask.attention`.
+
+    Args:
+        query: [B, H, N, D]; key: [B, K, N, D]; value: [B, K, N, D]; the last stride should be 1.
+        config: a `TrainingAttentionConfig`.
+        starts: int [B, N], the first token that each query may see, never falling along a sequence; None: one document
+            a row.
+        masked: bool [B or 1, N], the queries that decoding would run sparsely; None: all.
+        scaling: of the attention logits; None: 1 / sqrt(D).
+
+    Returns:
+        [B, N, H, D].
     """
     sparse, tokens = config.sparse, query.shape[2]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

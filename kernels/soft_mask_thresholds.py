@@ -1,4 +1,4 @@
-"""What the gates of a row are relative to: the threshold of its page scores and their spread; statistics of the pages.
+"""Statistics of pages, and for each row the threshold and the spread of its page scores, to which gates are relative.
 
 Scores are computed for a slice of queries at a time, and the threshold of each row is found by bisection.
 
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.soft_mask_tiles import load_rows, row_stride, sizes
+from unique_asr.kernels.soft_mask_tiles import load_rows, make_sizes, row_stride
 
 SCRATCH = 1 << 24  # scores of a slice of queries: 64 MB of float32
 
@@ -145,16 +145,29 @@ def page_thresholds(
     query: Tensor, key: Tensor, starts: Tensor, masked: Tensor, page_size: int, count: int, scale: float, sink: int,
     recent: int, tau: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Means [B, K, P, D] and spreads [B, K, P] of the pages; theta and 1 / temperature [B, K, N] of the rows.
+    """Compute the statistics of pages, and theta and the temperature of every row.
 
-    `count` complete pages are read beside a query's own. `starts` int32 and `masked` uint8 are [B or 1, N].
+    The plain PyTorch twins are `soft_mask.page_statistics` and the first part of `soft_mask.compute_log_gates`.
+
+    Args:
+        query: [B, H, N, D]; key: [B, K, N, D].
+        starts: int32 [B or 1, N], the first token that each query may see.
+        masked: uint8 [B or 1, N], 0 for queries that read everything.
+        page_size: tokens of a page.
+        count: complete pages that are read beside a query's own.
+        scale: lambda; sink: forced first pages; recent: forced last pages, the query's own counted.
+        tau: softness, in standard deviations of the scores that compete.
+
+    Returns:
+        Means [B, K, P, D] and spreads [B, K, P] of the pages; theta [B, K, N], -inf for dense rows, and 1 / temperature
+        [B, K, N] of the rows; all float32.
     """
     batch, heads, tokens, dim = key.shape
     pages = triton.cdiv(tokens, page_size)
     mean = key.new_empty(batch, heads, pages, dim, dtype=torch.float32)
     std = key.new_empty(batch, heads, pages, dtype=torch.float32)
     theta, sharpness = (key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
-    shared = sizes(query, key, page_size)
+    shared = make_sizes(query, key, page_size)
     shape = {name: shared[name] for name in ("D", "D_PAD", "S")}
     starts_batch, masked_batch = row_stride(starts), row_stride(masked)
     _page_statistics[(triton.cdiv(pages, 32), batch * heads)](

@@ -22,20 +22,20 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def log2(x):
-    """By one instruction; `tl.log2` is a polynomial of 20. The interpreter knows no libdevice."""
+    """Compute log2 by one instruction; `tl.log2` is a polynomial of 20. The interpreter knows no libdevice."""
     return tl.log2(x) if INTERPRETED else libdevice.fast_log2f(x)
 
 
 @triton.jit
 def load_rows(base, offset, real, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Vectors [rows, D_PAD] at base + offset."""
+    """Load the vectors [rows, D_PAD] at base + offset, zeros where not `real`."""
     d = tl.arange(0, D_PAD)
     return tl.load(base + offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def over_group(values, MAX: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, BP: tl.constexpr):
-    """Maximum or sum [ROWS, BP] over the heads of a group, for each of them."""
+def reduce_over_group(values, MAX: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexpr, BP: tl.constexpr):
+    """Take the maximum or the sum over the heads of a group, and give it to each of them: [ROWS, BP]."""
     if G_PAD == 1:
         return values
     parts = tl.reshape(values, (ROWS // G_PAD, G_PAD, BP))
@@ -44,37 +44,37 @@ def over_group(values, MAX: tl.constexpr, ROWS: tl.constexpr, G_PAD: tl.constexp
 
 
 @triton.jit
-def key_order(S: tl.constexpr, BP: tl.constexpr):
-    """Tokens of a tile of keys in its order, from its first."""
+def order_keys(S: tl.constexpr, BP: tl.constexpr):
+    """Return the tokens of a tile of keys in its order, counted from its first."""
     c = tl.arange(0, S * BP)
     return c % BP * S + c // BP
 
 
 @triton.jit
-def visible(begin, token, start, S: tl.constexpr, BP: tl.constexpr):
-    """Which keys [S, BP] each row sees."""
+def find_visible(begin, token, start, S: tl.constexpr, BP: tl.constexpr):
+    """Tell which keys [ROWS, S, BP] each row sees."""
     j = begin + tl.arange(0, BP)[None, None, :] * S + tl.arange(0, S)[None, :, None]
     return (j <= token[:, None, None]) & (j >= start[:, None, None])
 
 
 @triton.jit
-def gates(
+def compute_gates(
     product, norm, std, theta, sharpness, begin, token, start, EDGE: tl.constexpr,
     G: tl.constexpr, G_PAD: tl.constexpr, S: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
     HARD: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """log2 g [ROWS, BP], and the derivative of log g by the products [ROWS, S, BP] of queries and keys."""
+    """Compute log2 g [ROWS, BP], and the derivative of log g by the products [ROWS, S, BP] of queries and keys."""
     share = tl.full((ROWS, BP), 1 / S, tl.float32)
     level = tl.sum(product, axis=1) * share
     page = begin // S + tl.arange(0, BP)
     if EDGE:
-        seen = visible(begin, token, start, S, BP)
+        seen = find_visible(begin, token, start, S, BP)
         share = 1.0 / tl.maximum(tl.sum(seen.to(tl.float32), axis=1), 1.0)
         level = tl.sum(tl.where(seen, product, 0.0), axis=1) * share
     score = level + norm[:, None] * std[None, :]
     if G < G_PAD:
         score = tl.where((tl.arange(0, ROWS) % G_PAD < G)[:, None], score, -float("inf"))
-    best = over_group(score, True, ROWS, G_PAD, BP)
+    best = reduce_over_group(score, True, ROWS, G_PAD, BP)
     away = best - theta[:, None]
     if HARD:
         gate = tl.where(away >= 0, 0.0, -float("inf"))
@@ -84,7 +84,7 @@ def gates(
         slope = (1.0 - tl.exp2(gate)) * sharpness[:, None] * share
         if G > 1:
             winner = (score == best).to(tl.float32)
-            slope *= winner * tl.exp2(-log2(over_group(winner, False, ROWS, G_PAD, BP)))
+            slope *= winner * tl.exp2(-log2(reduce_over_group(winner, False, ROWS, G_PAD, BP)))
     if EDGE:
         gated = (page[None, :] >= (start // S + SINK)[:, None]) & (page[None, :] <= (token // S - RECENT)[:, None])
         gate = tl.where(gated, gate, 0.0)
@@ -92,8 +92,8 @@ def gates(
     return gate, slope
 
 
-def sizes(query: Tensor, key: Tensor, page_size: int) -> dict[str, int | str]:
-    """The compile-time sizes that all kernels share."""
+def make_sizes(query: Tensor, key: Tensor, page_size: int) -> dict[str, int | str]:
+    """Return the compile-time sizes that all kernels of training share."""
     dim, group = query.shape[-1], query.shape[1] // key.shape[1]
     return {
         "G": group, "G_PAD": triton.next_power_of_2(group), "D": dim, "D_PAD": max(16, triton.next_power_of_2(dim)),
@@ -102,5 +102,5 @@ def sizes(query: Tensor, key: Tensor, page_size: int) -> dict[str, int | str]:
 
 
 def row_stride(rows: Tensor) -> int:
-    """From one sequence to the next in [B, N], or 0 where all share one."""
+    """Return the stride from one sequence to the next in [B, N], or 0 where all share one row."""
     return 0 if len(rows) == 1 else rows.stride(0)

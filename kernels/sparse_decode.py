@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from unique_asr.kernels.paging import counters, is_last, locate, table_arguments
+from unique_asr.kernels.paging import get_counters, is_last, locate, make_table_arguments
 
 
 class DecodeTile(NamedTuple):
@@ -23,7 +23,7 @@ class DecodeTile(NamedTuple):
 
 
 def decode_tile(rows: int, tokens: int, splits: int | None = None) -> DecodeTile:
-    """Large tiles and one program a row where rows fill the GPU, small ones and more programs where they do not."""
+    """Choose a tile: large, one program a row, where rows fill the GPU; small, more programs, where they do not."""
     size = 128 if rows >= 256 else 64 if rows >= 32 else 32
     tiles = triton.cdiv(tokens, size)
     if splits is not None:
@@ -160,12 +160,28 @@ def sparse_decode(
     out: Tensor | None = None,
     tile: DecodeTile | None = None,
 ) -> Tensor:
-    """softmax(q K^T * scaling) V over the tokens of `pages` and of the newest page: [B, H, D] -> [B, H, D].
+    """Attend to selected pages and to the newest one: softmax(q K^T * scaling) V.
 
-    `pages` (int32 [B, K, k], contiguous) are complete pages of keys and values [B, K, N, D], -1 for none; the newest
-    page, of token lengths - 1, is added here and must not be among them. `starts` and `block_table` as in
-    `page_statistics.py`. A sequence of length 0 gets zeros. `splits` is the number of programs a row is divided over
-    (default: by the number of rows).
+    The plain PyTorch twins are `unique_asr.attention.reference.gather_pages` and `attend`.
+
+    Args:
+        query: [B, H, D].
+        keys: [B, K, N, D]; values: [B, K, N, D], with the strides of `keys`.
+        pages: int32 [B, K, k], contiguous: complete pages, -1 for none. The newest page, of token lengths - 1, is added
+            here and must not be among them.
+        lengths: int [B], the tokens of each sequence; one of length 0 gets zeros.
+        page_size: tokens of a page.
+        starts: int [B], the padding on the left, in tokens; None: no padding.
+        block_table: int32 [B, blocks], as in `paging.py`; None: tokens lie by position.
+        splits: programs that a row is divided over; None: by the number of rows.
+        out: where to write; None: a new tensor.
+        tile: how the work is cut; None: `decode_tile`.
+
+    Returns:
+        [B, H, D].
+
+    Raises:
+        ValueError: shapes or strides of keys and values differ.
     """
     if keys.stride() != values.stride() or keys.shape != values.shape:
         raise ValueError("keys and values must have the same shape and strides")
@@ -182,8 +198,8 @@ def sparse_decode(
     if programs > 1:
         parts = query.new_empty(rows, programs, group, dim, dtype=torch.float32)
         peaks, sums = query.new_empty(2, rows, programs, group, dtype=torch.float32)
-        arrivals = counters(rows, query.device)
-    table, table_stride = table_arguments(block_table, query)
+        arrivals = get_counters(rows, query.device)
+    table, table_stride = make_table_arguments(block_table, query)
     _sparse_decode[(rows * programs,)](
         query, keys, values, pages, lengths, query if starts is None else starts, table,
         out, parts, peaks, sums, arrivals,

@@ -14,8 +14,8 @@ INFINITE = tl.constexpr(0xFF800000)  # the integer of inf, the score of forced p
 
 
 @triton.jit
-def sortable(scores):
-    """float32 -> uint32 of the same order, both zeros alike; -inf becomes 0, which is never chosen."""
+def to_sortable(scores):
+    """float32 -> uint32 of the same order, both zeros alike; -inf becomes 0, which is never selected."""
     bits = (scores + 0.0).to(tl.uint32, bitcast=True)
     ordered = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)
     return tl.where(scores == -float("inf"), 0, ordered)
@@ -61,16 +61,16 @@ def choose(keys, COUNT: tl.constexpr):
     both = (above.to(tl.int32) << 16) + equal.to(tl.int32)
     before = tl.cumsum(both) - both
     equal_before = before & 0xFFFF
-    chosen = above | (equal & (equal_before < wanted))
+    selected = above | (equal & (equal_before < wanted))
     rank = (before >> 16) + tl.minimum(equal_before, wanted)
-    return chosen & (rank < COUNT), rank, tl.minimum(reached.to(tl.int32), COUNT)
+    return selected & (rank < COUNT), rank, tl.minimum(reached.to(tl.int32), COUNT)
 
 
 @triton.jit
-def store_chosen(out, pages, keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
+def store_selected(out, pages, keys, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr):
     """Write the COUNT of `pages` [P] with the greatest keys to `out`, in order, then -1."""
-    chosen, rank, total = choose(keys, COUNT)
-    tl.store(out + rank, pages, mask=chosen)
+    selected, rank, total = choose(keys, COUNT)
+    tl.store(out + rank, pages, mask=selected)
     rest = tl.arange(0, COUNT_PAD)
     tl.store(out + rest, -1, mask=(rest >= total) & (rest < COUNT))
 
@@ -80,14 +80,20 @@ def _top_pages(scores, out, pages, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr,
     row = tl.program_id(0).to(tl.int64)
     page = tl.arange(0, PAGES_PAD)
     score = tl.load(scores + row * pages + page, mask=page < pages, other=-float("inf"))
-    store_chosen(out + row * COUNT, page, sortable(score), COUNT, COUNT_PAD)
+    store_selected(out + row * COUNT, page, to_sortable(score), COUNT, COUNT_PAD)
 
 
 def top_pages(scores: Tensor, count: int, out: Tensor | None = None) -> Tensor:
-    """The `count` best pages of float32 scores [..., P], in ascending order: int32 [..., count].
+    """Select the `count` best pages of float32 scores [..., P]; of equal scores the earlier page wins.
 
-    Of equal scores the earlier page wins. Pages of score -inf are never chosen: where too few others are left, the
-    entries at the end are -1.
+    The plain PyTorch twin is `unique_asr.attention.reference.top_pages`.
+
+    Returns:
+        int32 [..., count], ascending. Pages of score -inf are never selected: where too few others are left, the
+        entries at the end are -1.
+
+    Raises:
+        ValueError: a row has more than MAX_PAGES pages.
     """
     pages = scores.shape[-1]
     if pages > MAX_PAGES:

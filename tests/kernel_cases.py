@@ -66,7 +66,7 @@ class Case:
         """As stored, of all pages of `size` tokens, by position; padding left out."""
         new = reference.page_statistics(self.plain_keys.double(), size, SCORES[self.score], self.valid)
         dtype = self.plain_keys.dtype
-        kept = SCORES[self.score].stored([each.to(dtype) for each in new], self.statistics_dtype)
+        kept = SCORES[self.score].encode([each.to(dtype) for each in new], self.statistics_dtype)
         return tuple(kept)
 
     def readable(self, plain: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
@@ -107,18 +107,18 @@ class Case:
         spread = torch.einsum("bkgd,bkpd->bkgp", query.square(), values[1])
         return mean + scale * query.shape[-1] ** -0.5 * spread
 
-    def scores(self, scale: float, combine: str, sink: int, recent: int, fan: int = 1) -> Tensor:
-        """[B, K, P] in float64: of the pages, or with `fan` > 1 of super-pages."""
-        size = self.page_size * fan
+    def scores(self, scale: float, combine: str, sink: int, recent: int, per_super: int = 1) -> Tensor:
+        """[B, K, P] in float64: of the pages, or with `per_super` > 1 of super-pages."""
+        size = self.page_size * per_super
         scores = self.head_scores(scale, size)
         page = torch.arange(scores.shape[-1], device=scores.device)
         first = torch.zeros_like(self.lengths) if self.starts is None else self.starts // self.page_size
         newest = (self.lengths - 1) // self.page_size
-        eligible = (page >= (first // fan)[:, None]) & (page < (newest // fan)[:, None])
-        small = torch.arange(scores.shape[-1] * fan, device=scores.device)
+        eligible = (page >= (first // per_super)[:, None]) & (page < (newest // per_super)[:, None])
+        small = torch.arange(scores.shape[-1] * per_super, device=scores.device)
         must = (small >= first[:, None]) & (small < first[:, None] + sink)
         must |= (small > newest[:, None] - recent) & (small < newest[:, None])
-        must = must.unflatten(1, (-1, fan)).any(-1)
+        must = must.unflatten(1, (-1, per_super)).any(-1)
         if combine == "max":
             scores = scores.amax(2)
         else:

@@ -6,7 +6,7 @@ from transformers import DynamicCache, MistralConfig, Qwen2Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.cache import PagedLayer
+from unique_asr.attention.paged_layer import PagedLayer
 
 
 def write(cache, length, batch=2, layers=3):
@@ -35,13 +35,13 @@ def assert_same(paged, dynamic):
     assert paged.get_seq_length() == length == layer.length
     assert torch.equal(layer.keys[:, :, :length], other.keys)
     assert torch.equal(layer.values[:, :, :length], other.values)
-    fresh = PagedLayer(layer.config, paged.statistics)
+    fresh = PagedLayer(layer.config, paged.counters)
     fresh.update(other.keys, other.values)
     fresh.update_statistics()
     layer.update_statistics()
-    assert layer.pages_done == fresh.pages_done == length // 8
+    assert layer.pages_ready == fresh.pages_ready == length // 8
     for statistic, expected in zip(layer.statistics, fresh.statistics):
-        assert torch.equal(statistic[:, :, : layer.pages_done], expected[:, :, : layer.pages_done])
+        assert torch.equal(statistic[:, :, : layer.pages_ready], expected[:, :, : layer.pages_ready])
 
 
 def test_tokens_are_returned_as_written_and_buffers_grow_in_big_steps(llama):
@@ -109,14 +109,6 @@ def test_rows_follow_the_beams(caches, operation, argument):
     assert_same(*caches)
 
 
-def test_a_dense_layer_keeps_no_statistics(llama):
-    cache = PagedCache(llama.config, SparseAttentionConfig(dense_layers=2))
-    write(cache, 100)
-    cache.update_statistics()
-    assert [len(layer.statistics) for layer in cache.layers] == [0, 0, 2]
-    assert [layer.sparse_at(600) for layer in cache.layers] == [False, False, True]
-
-
 def test_sliding_layers_stay_what_they_were():
     config = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2)
     cache = PagedCache(config)
@@ -129,11 +121,3 @@ def test_sliding_layers_stay_what_they_were():
 def test_a_model_of_sliding_layers_alone_is_refused():
     with pytest.raises(ValueError, match="no full-attention layer"):
         PagedCache(MistralConfig(num_hidden_layers=2, sliding_window=8))
-
-
-def test_statistics_memory_is_small(llama):
-    """At most 6.4 % of the KV cache at page 8 and head dim 128 (mean and spread, in the dtype of the keys)."""
-    layer = PagedLayer(SparseAttentionConfig(), None)
-    layer.update(*torch.zeros(2, 1, 8, 1024, 128, dtype=torch.bfloat16))
-    size = sum(statistic.nbytes for statistic in layer.statistics)
-    assert size <= 0.064 * (layer.keys.nbytes + layer.values.nbytes)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from unique_asr.attention import cuda_graph
-from unique_asr.attention.cuda_graph import captured, garbage_kept
+from unique_asr.attention.cuda_graph import capture_graph, pause_garbage_collection
 
 
 def test_a_step_runs_once_to_warm_up_and_once_to_be_captured(monkeypatch):
     """With CUDA's part replaced: what the first run changed is taken back, and nothing is collected in the second."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(cuda_graph, "capture_stream", lambda device: stream)
+    monkeypatch.setattr(cuda_graph, "get_capture_stream", lambda device: stream)
     for name, value in {
         "current_device": lambda: 0,
         "current_stream": lambda: stream,
@@ -29,25 +29,25 @@ def test_a_step_runs_once_to_warm_up_and_once_to_be_captured(monkeypatch):
         collecting.append(gc.isenabled())
         numbers.add_(1)
 
-    captured(step, [numbers])
+    capture_graph(step, [numbers])
     assert collecting == [True, False]
     assert numbers.tolist() == [1.0] * 4
     assert gc.isenabled()
 
 
 def test_nothing_is_collected_during_a_capture():
-    with garbage_kept():
+    with pause_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
 
 
 def test_collecting_goes_on_after_an_error_and_stays_off_where_it_was():
-    with pytest.raises(RuntimeError), garbage_kept():
+    with pytest.raises(RuntimeError), pause_garbage_collection():
         raise RuntimeError
     assert gc.isenabled()
     gc.disable()
     try:
-        with garbage_kept():
+        with pause_garbage_collection():
             pass
         assert not gc.isenabled()
     finally:

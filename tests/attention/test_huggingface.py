@@ -20,7 +20,6 @@ from unique_asr.attention import (
     PagedCache,
     SparseAttentionConfig,
     TrainingAttentionConfig,
-    huggingface,
     sparse_attention,
 )
 from unique_asr.decoding.batch import BatchEngine
@@ -105,48 +104,13 @@ def test_a_padded_row_decodes_as_it_does_alone(llama, batch):
     )
 
 
-@pytest.mark.parametrize("flash", [False, True])
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
-def test_a_chunked_prefill_equals_a_whole_one(llama, batch, rows, flash, monkeypatch):
-    """When the causal mask of a chunk has to be built in slices, and row by row as FlashAttention reads them.
-
-    On a CPU a mask stands for FlashAttention's own alignment; tests/gpu/test_decoding_gpu.py runs the kernel.
-    """
-    inputs = {name: value[rows] for name, value in batch.items()}
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    sparse = sparse_attention(llama, budget=64)
-    whole, chunked = sparse.cache(), sparse.cache()
-    expected = llama(**inputs, position_ids=positions, past_key_values=whole, logits_to_keep=1).logits
-    monkeypatch.setattr(huggingface, "MASK_ELEMENTS", 1000)
-    monkeypatch.setattr(huggingface, "BATCHED_TOKENS", 70)  # of three chunks the last two go row by row
-    monkeypatch.setattr(huggingface, "flash_takes", lambda *tensors: flash)
-    for start in range(0, 150, 64):
-        part = slice(start, start + 64)
-        output = llama(
-            inputs["input_ids"][:, part],
-            attention_mask=inputs["attention_mask"][:, : start + 64],
-            position_ids=positions[:, part],
-            past_key_values=chunked,
-            logits_to_keep=1,
-        ).logits
-    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
-    assert chunked.layers[2].pages_done == whole.layers[2].pages_done == 18
-
-
 def test_generate_goes_on_from_a_prefilled_cache(llama, batch):
     inputs = {name: value[:1] for name, value in batch.items()}
     sparse = sparse_attention(llama, budget=64)
     expected = generate(llama, inputs).sequences
-    cache = sparse.cache(capacity=512)
+    cache = sparse.make_cache(capacity=512)
     llama(inputs["input_ids"][:, :100], past_key_values=cache)
     assert torch.equal(generate(llama, inputs, past_key_values=cache).sequences, expected)
-
-
-def test_no_mask_of_the_whole_prefill_is_built():
-    mask = torch.ones(2, 5000, dtype=torch.bool)
-    assert huggingface.unique_mask(2, 5000, 5000, attention_mask=mask) is None
-    mask[0, :10] = False
-    assert huggingface.unique_mask(2, 5000, 5000, attention_mask=mask).shape == (2, 1, 1, 5000)
 
 
 def test_everything_is_put_back(llama, tmp_path):
@@ -194,7 +158,7 @@ def test_heads_that_normalise_their_queries_share(kind, configuration, normalise
     model = kind(configuration(**SMALL))
     chosen = "share" if normalised else "max"
     with sparse_attention(model) as sparse:
-        assert (sparse.config.combine, sparse.cache().attention.combine) == (chosen, chosen)
+        assert (sparse.config.combine, sparse.make_cache().attention.combine) == (chosen, chosen)
     assert GreedyDecoder(model).cache.attention.combine == chosen
     assert BatchEngine(model).attention.combine == chosen
     assert sparse_attention(model, combine="max").config.combine == "max"

@@ -1,18 +1,14 @@
 """The method against its definition, written out with loops in float64."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from paged_layers import DIM, GROUP, HEADS, filled_layer
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig, SparsityCounters, reference
-from unique_asr.attention.cache import PagedLayer
-from unique_asr.attention.huggingface import sparse_step, static_step
+from unique_asr.attention import SparseAttentionConfig, reference
 from unique_asr.attention.scores import SCORES
-from unique_asr.attention.static_step import StaticStep
-
-HEADS, GROUP, DIM = 3, 3, 16  # KV heads, query heads of each, head dim
+from unique_asr.attention.steps import attend_to_pages
 
 
 def page_score(name, query, keys, scale):
@@ -50,15 +46,6 @@ def expected_step(config, query, keys, values, first=0):
     return weights @ values[tokens], tokens
 
 
-def filled_layer(config, length, batch=1, seed=0):
-    """A layer that holds random tokens of clearly different pages, and a query."""
-    torch.manual_seed(seed)
-    layer = PagedLayer(config, SparsityCounters())
-    shift = torch.randn(batch, HEADS, length // 4 + 1, DIM).repeat_interleave(4, dim=2)[:, :, :length]
-    layer.update(shift + torch.randn(batch, HEADS, length, DIM), torch.randn(batch, HEADS, length, DIM))
-    return layer, torch.randn(batch, HEADS * GROUP, 1, DIM)
-
-
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("combine", ["max", "share"])
 @pytest.mark.parametrize(
@@ -75,7 +62,7 @@ def filled_layer(config, length, batch=1, seed=0):
 def test_a_step_is_the_definition(score, combine, length, page_size, budget, sink_pages, recent_pages):
     config = SparseAttentionConfig(budget, page_size, score, 0.5, combine, sink_pages, recent_pages)
     layer, query = filled_layer(config, length)
-    output = sparse_step(layer, query, DIM**-0.5)
+    output = attend_to_pages(layer, query, DIM**-0.5)
     for head in range(HEADS):
         keys, values = layer.keys[0, head, :length].double(), layer.values[0, head, :length].double()
         queries = query[0, head * GROUP : (head + 1) * GROUP, 0].double()
@@ -94,49 +81,13 @@ def test_a_padded_row_reads_its_own_tokens(combine, first):
     layer.keys[1, :, :first] = 1e4
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[1, :first] = False
-    output = sparse_step(layer, query, DIM**-0.5, valid)
+    output = attend_to_pages(layer, query, DIM**-0.5, valid)
     for row, start in ((0, 0), (1, first)):
         for head in range(HEADS):
             keys, values = layer.keys[row, head, :length].double(), layer.values[row, head, :length].double()
             queries = query[row, head * GROUP : (head + 1) * GROUP, 0].double()
             expected, _ = expected_step(config, queries, keys, values, start)
             torch.testing.assert_close(output[row, head].double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("length", [65, 72, 100, 250])
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("combine", ["max", "share"])
-def test_the_static_step_is_the_step(length, score, combine):
-    """The step of a CUDA graph knows the length only as a tensor; slots after it hold an earlier sequence."""
-    config = SparseAttentionConfig(budget=64, score=score, combine=combine)
-    layer, query = filled_layer(config, length)
-    layer.keys[:, :, length:] = 50.0
-    layer.values[:, :, length:] = 50.0
-    expected = sparse_step(layer, query, DIM**-0.5)
-    for statistic in layer.statistics:
-        statistic[:, :, (length - 1) // 8 :] = 1e3
-    layer.step = StaticStep(torch.tensor([length - 1]), True, config, layer.capacity)
-    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), expected)
-
-    layer.step = StaticStep(torch.tensor([length - 1]), False, config, layer.capacity)
-    dense = reference.attend(
-        reference.group_queries(query, HEADS), layer.keys[:, :, :length], layer.values[:, :, :length], DIM**-0.5
-    )
-    torch.testing.assert_close(static_step(layer, query, DIM**-0.5), dense)
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_statistics_of_a_page_do_not_depend_on_how_it_was_written(score):
-    config = SparseAttentionConfig(score=score)
-    layer, _ = filled_layer(config, 96)
-    layer.update_statistics()
-    bulk = [statistic.clone() for statistic in layer.statistics]
-    again = PagedLayer(config, SparsityCounters())
-    for token in range(96):
-        again.update(layer.keys[:, :, token : token + 1], layer.values[:, :, token : token + 1])
-        again.update_statistics()
-    for statistic, expected in zip(again.statistics, bulk):
-        torch.testing.assert_close(statistic[:, :, :12], expected[:, :, :12], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -169,56 +120,6 @@ def test_the_last_pages_and_the_sink_are_read_whatever_their_scores():
     scores[..., [0, 1, 38, 39]] = -5.0
     pages = reference.top_pages(reference.force_pages(scores, config, newest=40), config.pages - 1)
     assert pages.tolist() == [[[0, 1, 2, 3, 4, 38, 39]]]
-
-
-def test_quest_bounds_every_key_of_a_page():
-    keys, query = torch.randn(1, HEADS, 64, DIM), torch.randn(1, HEADS, GROUP, DIM)
-    score = SCORES["quest"]
-    bound = score.scores(query, reference.page_statistics(keys, 8, score), 0.5)
-    logits = torch.matmul(query, keys.transpose(-1, -2)).unflatten(-1, (8, 8))
-    assert (logits.amax(-1) <= bound + 1e-5).all()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"budget": 500}, "multiple of the page size"),
-        ({"budget": 16}, "always read"),
-        ({"page_size": 12}, "page_size"),
-        ({"score": "best"}, "unique, mean"),
-        ({"combine": "sum"}, "max, share"),
-        ({"backend": "cuda"}, "auto, torch"),
-        ({"recent_pages": 0}, "page being written"),
-        ({"statistics_dtype": "fp4"}, "keys, fp8, int8"),
-        ({"super_page_size": 8}, "above the page size"),
-        ({"super_page_size": 48}, "super_page_size is 48"),
-        ({"super_page_size": 64, "super_pages": 7}, "at least 8"),
-    ],
-)
-def test_a_wrong_option_is_named(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        replace(SparseAttentionConfig(), **wrong)
-
-
-def test_counters(llama):
-    cache = PagedCache(llama.config, SparseAttentionConfig(budget=64))
-    llama.set_attn_implementation("unique")
-    tokens = torch.randint(0, 97, (2, 60))
-    llama(tokens, past_key_values=cache)
-    for _ in range(10):
-        llama(tokens[:, :1], past_key_values=cache)
-    counters = cache.counters
-    assert (counters.steps, counters.sparse_steps) == (10, 6)  # lengths 61 to 64 fit the budget
-    rows = 3 * 2 * 3  # layers, batch, KV heads
-    assert counters.pages_total == rows * (4 * 8 + 6 * 9)
-    assert counters.pages_read == rows * 10 * 8
-    key_bytes, statistics_bytes = 2 * 16 * 4, (16 + 1) * 4
-    read = sum(key_bytes * (n - 8) + statistics_bytes * 8 for n in range(65, 71)) + sum(range(61, 65)) * key_bytes
-    assert counters.bytes_read == rows * read
-    assert counters.bytes_dense == rows * key_bytes * sum(range(61, 71))
-    assert 0 < counters.share_of_pages_read < 1
-    assert str(counters).startswith("6 of 10 steps sparse")
-    assert counters.to_dict()["share_of_pages_read"] == pytest.approx(counters.share_of_pages_read, abs=1e-6)
 
 
 def test_a_short_query_is_heard_if_the_heads_share():

@@ -10,8 +10,8 @@ from unique_asr.attention import sparse_attention
 from unique_asr.attention.soft_mask import (
     TrainingAttentionConfig,
     attention,
+    make_starts_mask,
     page_statistics,
-    starts_mask,
     training_attention,
 )
 
@@ -221,7 +221,7 @@ def test_hard_rows_are_those_of_sparse_decoding(llama):
         decoded = torch.arange(93)[None] >= 60
         trained = llama(input_ids=ids, decoded=decoded, use_cache=False).logits
     with sparse_attention(llama, budget=40) as sparse, torch.no_grad():
-        cache = sparse.cache()
+        cache = sparse.make_cache()
         logits = [llama(input_ids=ids[:, :60], past_key_values=cache).logits]
         logits += [llama(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(60, 93)]
     assert sparse.counters.sparse_steps == 33
@@ -252,8 +252,8 @@ def test_padding_and_packing_reach_the_attention(llama):
 
 def test_starts():
     mask = torch.tensor([[0, 0, 1, 1, 1, 0]])
-    assert starts_mask(1, 6, 6, attention_mask=mask).flatten().tolist() == [0, 1, 2, 2, 2, 5]
-    assert starts_mask(1, 6, 6) is None
+    assert make_starts_mask(1, 6, 6, attention_mask=mask).flatten().tolist() == [0, 1, 2, 2, 2, 5]
+    assert make_starts_mask(1, 6, 6) is None
 
 
 def test_another_model_with_lora(llama):

@@ -25,8 +25,8 @@ def no_gpu(monkeypatch):
             call()
         return 1e-3
 
-    monkeypatch.setattr(kernel, "graph_seconds", run_once)
-    monkeypatch.setattr(kernel, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(kernel, "time_graph", run_once)
+    monkeypatch.setattr(kernel, "measure_copy_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1e9, 1e9))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -78,7 +78,7 @@ def test_selection(llama, capsys, tmp_path, monkeypatch, byte_tokenizer):
     text = tmp_path / "text.txt"
     text.write_text("A sentence of words, and then another. " * 30)
     table = {"score": ["unique", "quest"], "statistics_dtype": ["keys", "int8"], "super_page_size": [None, 64]}
-    configs = selection.configurations(table, SparseAttentionConfig(budget=128))
+    configs = selection.make_configurations(table, SparseAttentionConfig(budget=128))
     assert len(configs) == 8
     probe = Probe(configs, every=3, limit=2)
     benchmark_text(str(tmp_path), str(text), 300, 6, probe, CPU, torch.float32)
@@ -88,9 +88,9 @@ def test_selection(llama, capsys, tmp_path, monkeypatch, byte_tokenizer):
     assert output.count("unique") == 4
     assert "  6.35%" not in output
     for config in configs:
-        assert all(0 < value < 1 for values in probe.held[config].values() for value in values)
-        mean = torch.tensor(list(probe.held[config].values())).mean()
-        assert mean <= torch.tensor(list(probe.held[8].values())).mean() + 1e-6  # the oracle
+        assert all(0 < value < 1 for values in probe.mass_shares[config].values() for value in values)
+        mean = torch.tensor(list(probe.mass_shares[config].values())).mean()
+        assert mean <= torch.tensor(list(probe.mass_shares[8].values())).mean() + 1e-6  # the oracle
 
 
 def test_selection_of_a_needle():
@@ -101,7 +101,7 @@ def test_selection_of_a_needle():
     keys[:, :, 100] = 4 * query[:, :, 0]
     probe = Probe([SparseAttentionConfig(budget=64, combine=combine) for combine in ("max", "share")])
     probe.measure(0, query[:, :, :1], keys, 1.0)
-    assert all(probe.held[config][0][0] > 0.99 for config in probe.configs)
+    assert all(probe.mass_shares[config][0][0] > 0.99 for config in probe.configs)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_selection_of_a_needle():
     ],
 )
 def test_memory_share(config, dim, share):
-    assert selection.memory_share(SparseAttentionConfig(**config), dim) == pytest.approx(share)
+    assert selection.compute_memory_share(SparseAttentionConfig(**config), dim) == pytest.approx(share)
 
 
 def test_the_command(capsys):
@@ -169,7 +169,7 @@ def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypat
 
 def test_models_take_what_fits(monkeypatch, llama):
     monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
-    model = models.random_model("tiny", CPU, torch.float32)
+    model = models.make_random_model("tiny", CPU, torch.float32)
     settings = models.Settings({"as given": SparseAttentionConfig(budget=64)}, 15000, 200, 1, "captured")
 
     def measured(batch):
@@ -179,5 +179,5 @@ def test_models_take_what_fits(monkeypatch, llama):
     one = measured(1)
     assert (one.batch, measured(4).batch) == (1, 4)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    monkeypatch.setattr(models, "free_memory", lambda device: 2.5 * (1e9 * one.estimated - weights))
+    monkeypatch.setattr(models, "measure_free_memory", lambda device: 2.5 * (1e9 * one.estimated - weights))
     assert measured(4).batch == 2

@@ -7,7 +7,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
+from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding import batch
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
@@ -16,8 +17,8 @@ from unique_asr.decoding.memory import estimate_memory
 
 def test_only_models_with_full_attention_in_every_layer_have_static_steps():
     sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    assert pages_every_layer(LlamaConfig())
-    assert not pages_every_layer(Gemma3TextConfig(**sizes))
+    assert is_fully_paged(LlamaConfig())
+    assert not is_fully_paged(Gemma3TextConfig(**sizes))
 
 
 def test_a_second_wave_of_a_model_with_sliding_layers(monkeypatch):
@@ -62,8 +63,8 @@ def test_a_pass_begins_beside_those_under_way(llama, static, budget, monkeypatch
     prompts, attention = make_prompts(*lengths), SparseAttentionConfig(budget=budget)
     engine = BatchEngine(llama, attention, prefill_chunk=16, static=static)
     reads, moves, widths = count_prompts_read(engine, monkeypatch), [], set()
-    move, resize = PagedCache.move, BatchEngine._resize
-    monkeypatch.setattr(PagedCache, "move", lambda cache, by: (moves.append(by), move(cache, by)))
+    move, resize = PagedCache.shift, BatchEngine._resize
+    monkeypatch.setattr(PagedCache, "shift", lambda cache, by: (moves.append(by), move(cache, by)))
     monkeypatch.setattr(
         BatchEngine, "_resize", lambda *how: (resize(*how), widths.add(len(how[0]._places)))[0]
     )  # fmt: skip

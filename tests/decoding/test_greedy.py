@@ -136,11 +136,11 @@ def test_no_chunk_of_the_prompt_is_a_decode_step(llama, embeds):
 @pytest.mark.parametrize("attention", [{}, {"combine": "share"}, {"score": "quest"}, {"score": "second_moment"}])
 def test_the_static_step_reads_nothing_on_the_host(llama, attention, monkeypatch):
     """Tensors without data on a CUDA device: reading one, or mixing it with one of the CPU, would raise."""
-    monkeypatch.setattr(DecodeStep, "chosen", lambda _: None)  # the way to the host, which needs a device
+    monkeypatch.setattr(DecodeStep, "fetch", lambda _: None)  # the way to the host, which needs a device
     with FakeTensorMode(), torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(llama.config, dtype=torch.bfloat16)
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, backend="torch", **attention), capture=False)
         decoder.prefill(torch.randn(1, PROMPT, 90, dtype=torch.bfloat16))
         with torch.no_grad():
-            decoder.step.static(sparse=False)
-            decoder.step.static(sparse=True)
+            decoder.step.run_static(sparse=False)
+            decoder.step.run_static(sparse=True)

@@ -15,12 +15,10 @@ from unique_asr.evaluation.methods import (
     METHODS,
     InfLLM,
     Murmur,
-    RivalConfig,
     Sliding,
     StreamingLLM,
-    rivals_active,
+    describe_method,
 )
-from unique_asr.evaluation.methods.base import rival_attention_forward
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.passes import PassRunner
 
@@ -29,7 +27,7 @@ SCALING = DIM**-0.5
 
 
 def rival(method, budget=BUDGET, **options):
-    return RivalConfig(budget=budget, score="mean", method=method, **options)
+    return SparseAttentionConfig(budget=budget, score="mean", selector=method, **options)
 
 
 class Layer:
@@ -40,7 +38,6 @@ class Layer:
             hidden_size=2 * DIM, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=DIM
         )
         self.cache = PagedCache(model, config)
-        self.forward = rival_attention_forward if isinstance(config, RivalConfig) else unique_attention_forward
         self.module = torch.nn.Module()
 
     def __call__(self, queries, keys, values, mask=None):
@@ -49,7 +46,7 @@ class Layer:
             return self(queries[None], keys[None], values[None])[0]
         keys, values = self.cache.layers[0].update(keys[:, None], values[:, None])
         query = queries[:, None].expand(-1, 2, -1, -1)
-        return self.forward(self.module, query, keys, values, mask, scaling=SCALING)[0].mean(dim=2)
+        return unique_attention_forward(self.module, query, keys, values, mask, scaling=SCALING)[0].mean(dim=2)
 
 
 def needle_found(config, attended=False, later=0):
@@ -111,18 +108,18 @@ def test_murmur_evicts_speech_as_the_text_advances():
 
 def test_murmur_keeps_its_windows():
     method = Murmur(sink=8, delay=4, rate=1.0, output_sink=2)
-    method.begin(rival(method))
-    method.reset(torch.zeros(1))
-    method.prompt(None, torch.zeros(1, 1, 100, DIM), None, SCALING)
+    method.configure(BUDGET, 8, 1)
+    method.begin_sequence(torch.zeros(1))
+    method.read_prompt(None, torch.zeros(1, 1, 100, DIM), None, SCALING)
     window = (BUDGET - 10) // 2
     for total, gone in ((101, 0), (104, 0), (110, 6), (150, 46), (1000, 100 - 8 - window)):
-        read = method.choose(None, None, torch.arange(total).view(1, 1, -1), torch.tensor([total - 1]))[0, 0]
-        assert method.reads(total) == read.sum()
+        read = method.select(None, None, torch.arange(total).view(1, 1, -1), torch.tensor([total - 1]))[0, 0]
+        assert method.count_tokens(total) == read.sum()
         assert read[:8].all()
         assert read[8:100].tolist() == [False] * gone + [True] * (92 - gone)
         latest = max(102, total - window)
         assert read[100:].tolist() == ([True] * 2 + [False] * (latest - 102) + [True] * (total - latest))[: total - 100]
-    assert method.reads(1000) == BUDGET
+    assert method.count_tokens(1000) == BUDGET
 
 
 def naive_attention(queries, keys):
@@ -140,7 +137,7 @@ def test_heavy_hitters_are_the_column_sums_of_attention(chunks):
         span = slice(start, start + count)
         layer(queries[span], keys[span], values[span])
         start += count
-    method = layer.cache.layers[0].method
+    method = layer.cache.layers[0].selector
     mass = 2 * naive_attention(queries[:300], keys[:300]).sum(dim=0)
     kept_mass = method.masses[0, 0, :301, 301 % 2]
     kept = kept_mass.isfinite().nonzero().flatten().tolist()
@@ -166,8 +163,8 @@ def test_representatives_are_what_the_following_queries_look_at(chunks):
         score = [2 * (queries[m + 1 : m + 1 + window] @ keys[m]).sum() for m in range(first, first + 8)]
         best = torch.stack(score).topk(2).indices + first
         represented.append(keys[best].sum(dim=0))
-    method = layer.cache.layers[0].method
-    torch.testing.assert_close(method.represented[0, 0, : local // 8], torch.stack(represented), rtol=1e-4, atol=1e-4)
+    method = layer.cache.layers[0].selector
+    torch.testing.assert_close(method.block_keys[0, 0, : local // 8], torch.stack(represented), rtol=1e-4, atol=1e-4)
     relevance = torch.stack(represented)[1:] @ queries[300]
     count = (BUDGET - (301 - local)) // 8 - 1
     blocks = [0, *(relevance.topk(count).indices + 1).tolist()]
@@ -235,7 +232,7 @@ def test_a_budget_that_holds_everything_is_dense(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch):
     """Padded rows, two waves, a cache that grows, and every step run twice, as the warm-up of a capture does."""
-    static = DecodeStep.static
+    static = DecodeStep.run_static
 
     def twice(step, sparse):
         token = step.token.clone()
@@ -243,17 +240,16 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
         step.token.copy_(token)
         static(step, sparse)
 
-    monkeypatch.setattr(DecodeStep, "static", twice)
+    monkeypatch.setattr(DecodeStep, "run_static", twice)
     monkeypatch.setattr(batch_decoding, "HEADROOM", 0)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator) for length in (150, 137, 121)]
     config = rival(METHODS[name](), budget, page_size=8)
-    with rivals_active():
-        eager, captured = (BatchEngine(llama, config, static=value) for value in (False, True))
-        for wave in (prompts, prompts[::-1]):
-            expected = [(tokens, row.counters) for tokens, row in decode_together(eager, wave, [16] * 3, 3)]
-            assert [(tokens, row.counters) for tokens, row in decode_together(captured, wave, [16] * 3, 3)] == expected
-            assert any(counted.sparse_steps for _, counted in expected)
+    eager, captured = (BatchEngine(llama, config, static=value) for value in (False, True))
+    for wave in (prompts, prompts[::-1]):
+        expected = [(tokens, row.counters) for tokens, row in decode_together(eager, wave, [16] * 3, 3)]
+        assert [(tokens, row.counters) for tokens, row in decode_together(captured, wave, [16] * 3, 3)] == expected
+        assert any(counted.sparse_steps for _, counted in expected)
 
 
 @pytest.mark.parametrize("name", ["unique", *METHODS])
@@ -274,17 +270,16 @@ def test_rows_that_begin_beside_others_read_what_they_read_alone(llama, name, st
     prompts = [torch.randn(1, length, 90, generator=generator) for length in lengths]
     config = rival(METHODS[name](), 96, page_size=8) if name in METHODS else SparseAttentionConfig(budget=96)
     compared = 0
-    with rivals_active():
-        results = decode_together(BatchEngine(llama, config, static=static), prompts, counts, 3)
-        for (tokens, row), prompt, count in zip(results, prompts, counts, strict=True):
-            if name in ("unique", "infllm") and starts.get(row, 1) % 8:
-                continue
-            expected = decode_together(BatchEngine(llama, config, static=static), [prompt], [count], 1)[0]
-            assert tokens == expected[0]
-            torch.testing.assert_close(row.log_probs, expected[1].log_probs, rtol=1e-3, atol=1e-4)
-            assert row.counters == expected[1].counters
-            assert row.counters.sparse_steps == count - 1
-            compared += 1
+    results = decode_together(BatchEngine(llama, config, static=static), prompts, counts, 3)
+    for (tokens, row), prompt, count in zip(results, prompts, counts, strict=True):
+        if name in ("unique", "infllm") and starts.get(row, 1) % 8:
+            continue
+        expected = decode_together(BatchEngine(llama, config, static=static), [prompt], [count], 1)[0]
+        assert tokens == expected[0]
+        torch.testing.assert_close(row.log_probs, expected[1].log_probs, rtol=1e-3, atol=1e-4)
+        assert row.counters == expected[1].counters
+        assert row.counters.sparse_steps == count - 1
+        compared += 1
     assert len(starts) > 15
     assert compared >= (2 if name in ("unique", "infllm") else 24)
 
@@ -322,3 +317,16 @@ def test_sliding_windows_are_stitched_in_time():
     assert report.coverage > 0.95
     with pytest.raises(ValueError, match="fills"):
         Sliding(seconds=10, overlap=5)
+
+
+def test_decodings_are_found_again_by_names_that_stay():
+    """Those of the published table (benchmarks/long_form.tar.xz)."""
+    plain = {
+        "budget": 512, "page_size": 8, "score": "unique", "scale": 0.5, "combine": None, "sink_pages": 1,
+        "recent_pages": 2, "dense_layers": 0, "super_page_size": None, "super_pages": None, "statistics_dtype": "keys",
+        "backend": "auto",
+    }  # fmt: skip
+    assert describe_method(SparseAttentionConfig()) == ("SparseAttentionConfig", plain)
+    kind, settings = describe_method(rival(H2O(), budget=512))
+    assert (kind, settings) == ("RivalConfig", plain | {"score": "mean", "method": {"recent": 0.5}})
+    assert describe_method(Sliding()) == ("Sliding", {"seconds": 30.0, "overlap": 5.0})

@@ -19,7 +19,7 @@ from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
 from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import evaluate
-from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
+from unique_asr.evaluation.methods import StreamingLLM
 from unique_asr.evaluation.systems import (
     BatchedSpeechLLM,
     GreedyCTC,
@@ -369,7 +369,7 @@ def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
     pair = speech_models.make("moss_transcribe_diarize")
     span = replace(recordings[0].spans[0], end=recordings[0].spans[0].start + 1.0)
     short = replace(recordings[0], spans=(span,))
-    rival = RivalConfig(budget=64, score="mean", method=StreamingLLM())
+    rival = SparseAttentionConfig(budget=64, score="mean", selector=StreamingLLM())
     for name, attention in (
         ("dense", SparseAttentionConfig(budget=None)),
         ("unique", BUDGET),

@@ -12,12 +12,12 @@ import torch
 from decoded_prompts import decode_together as ragged_together
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.attention.cuda_graph import captured
+from unique_asr.attention.cuda_graph import capture_graph
 from unique_asr.decoding import batch as batch_decoding
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
+from unique_asr.evaluation.methods import METHODS
 from unique_asr.longform.configuration import LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
@@ -120,13 +120,12 @@ def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llam
     monkeypatch.setattr(batch_decoding, "RUNNING_PER_WAITING", 1000)  # as uncaptured ones begin
     llama.to("cuda")
     if config in METHODS:
-        attention = RivalConfig(budget=96, score="mean", method=METHODS[config]())
+        attention = SparseAttentionConfig(budget=96, score="mean", selector=METHODS[config]())
     else:
         attention = SparseAttentionConfig(budget=64, backend=config)
-    with rivals_active():
-        captured, eager = (
-            ragged_together(BatchEngine(llama, attention, static=static), *ragged(), 4) for static in (True, False)
-        )
+    captured, eager = (
+        ragged_together(BatchEngine(llama, attention, static=static), *ragged(), 4) for static in (True, False)
+    )
     assert [tokens for tokens, _ in captured] == [tokens for tokens, _ in eager]
     assert [row.counters for _, row in captured] == [row.counters for _, row in eager]
 
@@ -138,11 +137,10 @@ def test_captured_rivals_choose_what_eager_ones_do(llama, name, budget):
     llama.to("cuda")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (250, 237, 301)]
-    config = RivalConfig(budget=budget, score="mean", method=METHODS[name]())
-    with rivals_active():
-        captured, eager = (BatchEngine(llama, config, static=static) for static in (True, False))
-        for wave in (prompts, prompts[::-1]):
-            assert together(captured, wave, 40) == together(eager, wave, 40)
+    config = SparseAttentionConfig(budget=budget, score="mean", selector=METHODS[name]())
+    captured, eager = (BatchEngine(llama, config, static=static) for static in (True, False))
+    for wave in (prompts, prompts[::-1]):
+        assert together(captured, wave, 40) == together(eager, wave, 40)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -188,7 +186,7 @@ def test_passes_of_one_recording_side_by_side(attention):
 def test_a_capture_outlives_what_is_collected_meanwhile():
     """A graph in a cycle, as that of a batch that got wider, is freed whenever Python collects."""
     numbers = torch.zeros(4, device="cuda")
-    old = [captured(lambda: numbers.add_(1), [numbers]) for _ in range(4)]
+    old = [capture_graph(lambda: numbers.add_(1), [numbers]) for _ in range(4)]
 
     def step():  # runs twice, captured the second time
         loop = [old.pop(), old.pop()]
@@ -198,6 +196,6 @@ def test_a_capture_outlives_what_is_collected_meanwhile():
             gc.collect()  # as Python may at any time
         numbers.add_(100)
 
-    graph = captured(step, [numbers])
+    graph = capture_graph(step, [numbers])
     graph.replay()
     assert numbers.tolist() == [100.0] * 4

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unique_asr.attention import SparseAttentionConfig, huggingface, reference
-from unique_asr.attention.huggingface import dense_attention, flash_takes, unique_mask
+from unique_asr.attention import SparseAttentionConfig, dense, reference
+from unique_asr.attention.dense import attend_densely, supports_flash
+from unique_asr.attention.huggingface import make_padding_mask
 from unique_asr.decoding import greedy as decoding
 from unique_asr.decoding.greedy import GreedyDecoder
 
@@ -44,18 +45,18 @@ def test_attention_with_a_bias_against_float64(length, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (9, 3, 64), (4, 4, 80)])
 def test_a_chunk_of_a_prefill_against_float64(heads, kv_heads, dim, padded, monkeypatch):
     """FlashAttention, which aligns the queries with the last tokens by itself, and takes padded rows one by one."""
-    monkeypatch.setattr(huggingface, "BATCHED_TOKENS", 0)
+    monkeypatch.setattr(dense, "BATCHED_TOKENS", 0)
     torch.manual_seed(0)
     queries, tokens, past = 300, 1000, 700
     query = torch.randn(3, heads, queries, dim, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, 3, kv_heads, tokens, dim, device="cuda", dtype=torch.bfloat16)
-    assert flash_takes(query, key, value)
+    assert supports_flash(query, key, value)
     starts = torch.tensor([0, 333, 801], device="cuda") if padded else torch.zeros(3, dtype=torch.int64, device="cuda")
     place = torch.arange(tokens, device="cuda")
-    mask = unique_mask(3, queries, tokens, attention_mask=place >= starts[:, None])
+    mask = make_padding_mask(3, queries, tokens, attention_mask=place >= starts[:, None])
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = heads // kv_heads, True
-    output = dense_attention(module, query, key, value, mask, scaling=dim**-0.5)[0]
+    output = attend_densely(module, query, key, value, mask, scaling=dim**-0.5)[0]
 
     repeated = [each.double().repeat_interleave(heads // kv_heads, dim=1) for each in (key, value)]
     seen = (place <= place[past:, None]) & (place >= starts.view(3, 1, 1, 1))

@@ -203,55 +203,55 @@ def test_one_launch(case_and_combine):
     unwritten = case.physical(torch.zeros_like(case.plain_keys).scatter(2, last, 1.0), fill=0.0) > 0
     limit = {BF16: 1e-2, FP16: 2e-3, FP32: 1e-5}[case.query.dtype]
     tiles = [None, StepTile(64, 2, 64, 3, 4, 3, second_tiles=3), StepTile(32, 1, 32, 1, 8, 1)]
-    for fan in (1, 128 // size) if supers else (1,):
+    for per_super in (1, 128 // size) if supers else (1,):
         rest = case.score, 0.5, size, combine, 1, 2
         step = case.query, case.statistics
-        if fan > 1:
+        if per_super > 1:
             pages = select_pages_in_two_levels(
-                *step, supers, case.lengths, count, 24, case.score, 0.5, size, fan, combine, 1, 2, **place
+                *step, supers, case.lengths, count, 24, case.score, 0.5, size, per_super, combine, 1, 2, **place
             )
         else:
             pages = select_pages(*step, case.lengths, count, *rest, **place)
         want = case.output(pages.cpu(), scaling)
-        more = {"super_statistics": supers, "super_count": 24} if fan > 1 else {}
+        more = {"super_statistics": supers, "super_count": 24} if per_super > 1 else {}
         for tile in tiles if case.query.dtype != FP32 else tiles[:1]:
             for _ in range(3):
                 keys, values = (torch.where(unwritten, torch.nan, each) for each in (case.keys, case.values))
                 out, chosen = torch.full_like(case.query, torch.nan), torch.full_like(pages, -7)
                 sparse_step(
                     case.query, *token, keys, values, [each.clone() for each in case.statistics], case.lengths, count,
-                    *how, **place, **more, out=out, chosen=chosen, tile=tile,
+                    *how, **place, **more, out=out, selected=chosen, tile=tile,
                 )  # fmt: skip
-                assert torch.equal(chosen, pages), f"fan {fan}, {tile}: other pages than the separate launches"
-                report(f"output, fan {fan}, {tile}", difference(out, want), limit)
+                assert torch.equal(chosen, pages), f"{per_super}, {tile}: other pages than the separate launches"
+                report(f"output, per_super {per_super}, {tile}", difference(out, want), limit)
                 assert torch.equal(case.by_position(keys).gather(2, last), token[0])
                 assert torch.equal(case.by_position(values).gather(2, last), token[1])
 
 
 @pytest.mark.parametrize("statistics_dtype", ["keys", "fp8"])
 @pytest.mark.parametrize("batch", [1, 8, 80])
-@pytest.mark.parametrize("fan", [1, 8])
-def test_one_launch_of_many_rows(fan, batch, statistics_dtype):
+@pytest.mark.parametrize("per_super", [1, 8])
+def test_one_launch_of_many_rows(per_super, batch, statistics_dtype):
     """Rows and stages in a race with each other, over and over: the pages of the separate launches."""
     torch.manual_seed(0)
-    heads, pages, dim = 8, 8192 if fan == 1 and batch == 8 else 4096, 128
+    heads, pages, dim = 8, 8192 if per_super == 1 and batch == 8 else 4096, 128
 
     def statistics(count):
         numbers = torch.randn(batch, heads, count, dim, device="cuda", dtype=BF16)
         std, scale = torch.rand(2, batch, heads, count, 1, device="cuda").to(BF16)
         return (numbers, std) if statistics_dtype == "keys" else (numbers.to(torch.float8_e4m3fn), scale, std)
 
-    one, two = statistics(pages), statistics(pages // fan)
+    one, two = statistics(pages), statistics(pages // per_super)
     keys = torch.randn(batch, heads, 8 * pages, dim, device="cuda", dtype=BF16)
     values = torch.randn_like(keys)
-    more = {"super_statistics": two, "super_count": 64} if fan > 1 else {}
+    more = {"super_statistics": two, "super_count": 64} if per_super > 1 else {}
     for repeat in range(20):
         length = 8 * pages - 1 - 8 * repeat  # completes no page
         lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
         query = torch.randn(batch, heads * 4, dim, device="cuda", dtype=BF16)
         token = keys[:, :, length - 1 : length].clone(), values[:, :, length - 1 : length].clone()
-        if fan > 1:
-            expected = select_pages_in_two_levels(query, one, two, lengths, 63, 64, "unique", 0.5, 8, fan)
+        if per_super > 1:
+            expected = select_pages_in_two_levels(query, one, two, lengths, 63, 64, "unique", 0.5, 8, per_super)
         else:
             expected = select_pages(query, one, lengths, 63, "unique", 0.5, 8)
         want = sparse_decode(query, keys, values, expected, lengths, dim**-0.5, 8)

@@ -87,24 +87,24 @@ def test_the_range_of_a_query_does_not_matter():
 def test_two_levels(layout, combine, sink, recent):
     torch.manual_seed(0)
     case = make_case(capacity=640, **LAYOUTS[layout] | {"lengths": [640, 501], "block_tokens": None})
-    fan, count, super_count = 4, 12, 6
-    size = fan * case.page_size
+    per_super, count, super_count = 4, 12, 6
+    size = per_super * case.page_size
     supers = case.readable(case.expected_statistics(size), size)
     step = case.query, case.statistics, supers, case.lengths
-    rest = case.score, 0.5, case.page_size, fan, combine, sink, recent
+    rest = case.score, 0.5, case.page_size, per_super, combine, sink, recent
     chosen = select_pages_in_two_levels(*step, count, super_count, *rest, case.starts)
 
-    best = top_pages(case.scores(0.5, combine, sink, recent, fan).float(), super_count)
+    best = top_pages(case.scores(0.5, combine, sink, recent, per_super).float(), super_count)
     newest = (case.lengths - 1) // size
     scores = case.scores(0.5, combine, sink, recent)
     page = torch.arange(scores.shape[-1])
     if combine == "share":  # the softmax is over the pages of the chosen super-pages
-        inside = (page // fan == newest[:, None, None]) | (page[:, None] // fan == best[:, :, None]).any(-1)
+        inside = (page // per_super == newest[:, None, None]) | (page[:, None] // per_super == best[:, :, None]).any(-1)
         heads = (case.head_scores(0.5) * case.query.shape[-1] ** -0.5).masked_fill(
             (~inside | ~scores.gt(-torch.inf))[:, :, None], -torch.inf
         )
         scores = torch.where(scores.isinf(), scores, heads.softmax(-1).mean(2))
-    keep = (page // fan == newest[:, None, None]) | (page[:, None] // fan == best[:, :, None]).any(-1)
+    keep = (page // per_super == newest[:, None, None]) | (page[:, None] // per_super == best[:, :, None]).any(-1)
     expected = top_pages(scores.masked_fill(~keep, -torch.inf).float(), count)
     assert torch.equal(chosen, expected)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulated_speech import speech
 
-from unique_asr.audio import spooled
+from unique_asr.audio import spool_samples
 from unique_asr.longform.speech_activity import SpeechActivity
 
 
@@ -14,7 +14,7 @@ def test_a_long_recording_does_not_fill_the_memory():
     """Ten minutes, 38 MB: what is kept of them, and what is worked on, is a few MB."""
     second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     tracemalloc.start()
-    samples = spooled(second * (index % 2) for index in range(600))
+    samples = spool_samples(second * (index % 2) for index in range(600))
     activity = SpeechActivity(samples)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

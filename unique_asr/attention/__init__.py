@@ -1,8 +1,23 @@
-"""UNIQUE attention: any transformers decoder reads its KV cache by pages.
+"""UNIQUE attention: any transformers decoder reads its KV cache by pages. Nothing here knows of speech.
 
-The method is `reference.py` and `scores.py`; `cache.py` keeps the pages, `huggingface.py` joins them to transformers,
-`static_step.py` is a step as the device sees it, `decode_step.py` captures it, and `backend.py` finds the Triton
-kernels; `soft_mask.py` is for training. Nothing here knows of speech.
+    with sparse_attention(model, budget=512) as sparse:
+        model.generate(**inputs)
+    print(sparse.counters)
+
+Read in this order:
+
+    reference.py, scores.py     the method in plain PyTorch (arXiv 2605.27740)
+    configuration.py            its settings
+    statistics.py               page statistics of a layer
+    paged_layer.py, cache.py    keys and values with their page statistics: of one layer, and of a model
+    selector.py                 the interface of what a step reads; page_selector.py is UNIQUE
+    steps.py                    one decode step of one layer: select, attend
+    static_step.py              what a step that can be captured shares among layers
+    decode_step.py              one decode step of a whole model, in CUDA graphs (cuda_graph.py, fused_linear.py)
+    dense.py                    dense attention, for a prefill in chunks
+    huggingface.py              the glue with transformers
+    soft_mask.py                training through the page selection
+    backend.py                  finds the Triton kernels (kernels/ at the top of the repository)
 """
 
 from importlib import import_module
@@ -14,6 +29,7 @@ if TYPE_CHECKING:
     from unique_asr.attention.counters import SparsityCounters
     from unique_asr.attention.decode_step import DecodeStep
     from unique_asr.attention.huggingface import SparseAttention, sparse_attention
+    from unique_asr.attention.selector import TokenSelector
     from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig, training_attention
 
 __all__ = [
@@ -22,6 +38,7 @@ __all__ = [
     "SparseAttention",
     "SparseAttentionConfig",
     "SparsityCounters",
+    "TokenSelector",
     "TrainingAttention",
     "TrainingAttentionConfig",
     "sparse_attention",
@@ -34,6 +51,7 @@ _MODULES = {
     "SparseAttention": "unique_asr.attention.huggingface",
     "SparseAttentionConfig": "unique_asr.attention.configuration",
     "SparsityCounters": "unique_asr.attention.counters",
+    "TokenSelector": "unique_asr.attention.selector",
     "TrainingAttention": "unique_asr.attention.soft_mask",
     "TrainingAttentionConfig": "unique_asr.attention.soft_mask",
     "sparse_attention": "unique_asr.attention.huggingface",

@@ -9,7 +9,14 @@ import torch
 
 
 def uses_triton(backend: str, device: torch.device) -> bool:
-    """Whether `backend` (see the configuration) means the kernels for a cache on `device`."""
+    """Whether the kernels run for a cache on `device`.
+
+    Args:
+        backend: of the configuration: auto, torch or triton.
+
+    Raises:
+        ValueError: triton is asked for where there is no CUDA device.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as NumPy, for tests
     if backend == "auto":
         return device.type == "cuda" and not interpreted and importlib.util.find_spec("triton") is not None
@@ -21,8 +28,12 @@ def uses_triton(backend: str, device: torch.device) -> bool:
 
 
 @cache
-def kernels() -> SimpleNamespace:
-    """The kernels' functions, and what limits them; imported at the first use, as Triton may be missing elsewhere."""
+def load_kernels() -> SimpleNamespace:
+    """Import the kernels at the first use, as Triton may be missing elsewhere.
+
+    Returns:
+        A namespace of their functions, and of the constants that limit them.
+    """
     names = {
         "page_statistics": ("append", "write_page_statistics"),
         "page_scores": ("page_scores", "select_pages", "select_pages_in_two_levels"),

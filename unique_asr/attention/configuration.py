@@ -1,6 +1,12 @@
 """What a sparse decode step reads: one frozen dataclass for the cache, the attention function and the decoder."""
 
-from dataclasses import asdict, dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unique_asr.attention.selector import TokenSelector
 
 SCORES = ("unique", "mean", "quest", "second_moment")  # names of those in scores.py, which needs torch
 PAGE_SIZES = (8, 16, 32, 64)  # tokens
@@ -12,18 +18,22 @@ BACKENDS = ("auto", "torch", "triton")
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """Sizes are in tokens or pages as named; the method is in `unique_asr.attention.reference`.
+    """Settings of sparse decoding; sizes are in tokens or pages as named.
 
-    `budget=None` reads everything (dense) and keeps the same counters.
+    The method is in `unique_asr.attention.reference`. `budget=None` reads everything (dense) and keeps the same
+    counters. Every field but `selector` is a plain value, as `conf/attention` has it.
+
+    Raises:
+        ValueError: a field has a value that is not allowed, or the budget is too small for what is always read.
     """
 
     budget: int | None = 512  # tokens that one decode step reads of each KV head; sink, recent and last page included
     page_size: int = 8  # tokens of a page
     score: str = "unique"  # unique, mean, quest, second_moment
     scale: float = 0.5  # lambda: weight of the spread of a page against its mean
-    combine: str | None = (
-        None  # of a group's heads: max (the paper), share (mean of their softmaxes); None: by the model
-    )
+    # How the scores of a group's query heads become one: max (the paper), share (mean of their softmaxes over pages) or
+    # None: chosen by the model (`huggingface.resolve_combine`).
+    combine: str | None = None
     sink_pages: int = 1  # first pages, always read
     recent_pages: int = 2  # last pages, always read; the page being written is the last of them
     dense_layers: int = 0  # first layers that stay dense
@@ -31,6 +41,8 @@ class SparseAttentionConfig:
     super_pages: int | None = None  # super-pages whose pages are scored; null: as many as pages are read
     statistics_dtype: str = "keys"  # of page statistics: keys (the dtype of the keys), fp8 or int8 with a scale a page
     backend: str = "auto"  # torch: plain PyTorch; triton: kernels, CUDA only; auto: triton on CUDA
+    # Chooses what a step reads instead of UNIQUE's pages (selector.py); `to_dict` leaves it out.
+    selector: TokenSelector | None = field(default=None, hash=False)
 
     def __post_init__(self):
         if self.page_size not in PAGE_SIZES:
@@ -64,6 +76,8 @@ class SparseAttentionConfig:
                 f"attention.budget is {self.budget} tokens, less than the {forced} pages of {self.page_size} that are "
                 "always read: raise it, or lower sink_pages or recent_pages"
             )
+        if self.selector is not None:
+            self.selector.for_layer(self.budget, self.page_size, self.sink_pages)  # refuses a budget that is too small
 
     def _check_super_pages(self) -> None:
         if self.super_page_size not in SUPER_PAGE_SIZES or self.super_page_size <= self.page_size:
@@ -72,14 +86,19 @@ class SparseAttentionConfig:
                 f"above the page size, {self.page_size}"
             )
         forced = self.sink_pages + self.recent_pages
-        if self.super_count * self.fan < self.pages or self.super_count < forced:
-            least = max(forced, -(-self.pages // self.fan))
+        if self.super_count * self.pages_per_super < self.pages or self.super_count < forced:
+            least = max(forced, -(-self.pages // self.pages_per_super))
             raise ValueError(
                 f"attention.super_pages is {self.super_count}: give at least {least}, for they hold the pages read"
             )
 
     @property
-    def fan(self) -> int:
+    def level_sizes(self) -> list[int]:
+        """Tokens of a page, and of a super-page if there are any."""
+        return [self.page_size] + ([] if self.super_page_size is None else [self.super_page_size])
+
+    @property
+    def pages_per_super(self) -> int:
         """Pages of a super-page; 1 without super-pages."""
         return 1 if self.super_page_size is None else self.super_page_size // self.page_size
 
@@ -97,5 +116,6 @@ class SparseAttentionConfig:
         """Whether the budget holds the whole context, so that the step is dense."""
         return self.budget is None or length <= self.budget
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields except `selector`: plain values from which `SparseAttentionConfig(**values)` is made."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "selector"}

@@ -1,4 +1,6 @@
-"""What was sparse: counted on the host from lengths alone, so that counting never waits for a device."""
+"""How sparse decoding was: counted on the host from lengths alone, so that counting never waits for a device."""
+
+from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
@@ -19,20 +21,24 @@ class SparsityCounters:
 
     @property
     def share_of_pages_read(self) -> float:
+        """From 0 to 1; 1 before the first step."""
         return self.pages_read / self.pages_total if self.pages_total else 1.0
 
-    def add(self, other: "SparsityCounters", times: int = 1) -> None:
+    def add(self, other: SparsityCounters, times: int = 1) -> None:
+        """Add other counters, `times` times."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + times * value)
 
-    def since(self, before: "SparsityCounters") -> "SparsityCounters":
-        """What was counted after the copy `before`."""
+    def since(self, before: SparsityCounters) -> SparsityCounters:
+        """Return what was counted after the copy `before` was made."""
         return SparsityCounters(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
-    def copy(self) -> "SparsityCounters":
+    def copy(self) -> SparsityCounters:
+        """Return counters of the same values."""
         return replace(self)
 
     def to_dict(self) -> dict:
+        """Return all counters and the share of pages read, as in a transcript's JSON."""
         return asdict(self) | {"share_of_pages_read": round(self.share_of_pages_read, 6)}
 
     def __str__(self) -> str:

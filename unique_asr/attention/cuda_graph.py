@@ -1,4 +1,4 @@
-"""A step of fixed shapes as a CUDA graph: one launch in place of one a kernel."""
+"""A step of fixed shapes as a CUDA graph: one launch instead of one for each kernel."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
-ALONE = threading.Lock()  # beginning a capture waits for the whole device, which no other capture survives
+CAPTURE_LOCK = threading.Lock()  # beginning a capture waits for the whole device, which no other capture survives
 
 
-def captured(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-    """The graph of a step that reads and writes tensors in place, and nothing on the host; threads may call it.
+def capture_graph(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+    """Capture a step in a CUDA graph. Several threads may call this.
 
-    changed: the tensors that a step must not change twice. A first run, which CUDA's libraries need, is taken back in
-        them; what it wrote elsewhere the first replay writes again.
+    Args:
+        step: reads and writes tensors in place, and touches nothing on the host. It runs twice: once to warm up, which
+            CUDA's libraries need, and once to be captured.
+        changed: tensors that a step must not change twice. The warm-up is undone in them; what it wrote elsewhere the
+            first replay writes again.
+
+    Returns:
+        The graph; its `replay()` runs the step.
     """
     before = [state.clone() for state in changed]
-    with ALONE:
-        stream = capture_stream(torch.cuda.current_device())
+    with CAPTURE_LOCK:
+        stream = get_capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
@@ -30,16 +36,16 @@ def captured(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.cuda.
         for state, value in zip(changed, before, strict=True):
             state.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with garbage_kept(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with pause_garbage_collection(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()  # other threads may use the device
     return graph
 
 
 @contextmanager
-def garbage_kept() -> Iterator[None]:
-    """No cycle is collected meanwhile: one may hold a graph, and to free a graph ends the capture of another.
+def pause_garbage_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles within the block: freeing a CUDA graph ends the capture of another one.
 
-    For the whole process, so for one thread at a time.
+    It holds for the whole process, so only one thread at a time may be in such a block.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -51,6 +57,6 @@ def garbage_kept() -> Iterator[None]:
 
 
 @cache
-def capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: PyTorch has 32 streams in all, and gives them out again, to other threads too."""
+def get_capture_stream(device: int) -> torch.cuda.Stream:
+    """Return one stream for all captures: PyTorch has only 32, and gives them out again, to other threads too."""
     return torch.cuda.Stream(device)

@@ -13,12 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention.cache import PagedCache
-from unique_asr.attention.cuda_graph import captured
+from unique_asr.attention.cuda_graph import capture_graph
 from unique_asr.attention.fused_linear import fuse_linears
 
 
-class Chosen:
-    """The `result` [2, B] of a step on its way to the host; the step may run again meanwhile."""
+class TokenTransfer:
+    """The tokens of a step on their way to the host; the step may run again meanwhile.
+
+    Args:
+        result: float64 [2, B] on any device: tokens, and their log-probabilities in nats.
+    """
 
     def __init__(self, result: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None
@@ -31,30 +35,36 @@ class Chosen:
             self._result = result.clone()
 
     def tolist(self) -> list[list[float]]:
-        """B tokens, and their B log-probabilities in nats; waits for the device."""
+        """Wait for the device, and return B tokens and their B log-probabilities in nats."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._result.tolist()
 
 
-def best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The arg-max of logits [B, V], and its log-probability in nats."""
+def pick_greedily(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the arg-max of logits [B, V], int64 [B], and its log-probability in nats, float32 [B]."""
     logits = logits.float()
     value, token = logits.max(dim=-1)
     return token, value - logits.logsumexp(dim=-1)
 
 
 class DecodeStep:
-    """Writes the token last chosen to the cache and chooses the next, for a model switched to UNIQUE attention.
+    """One greedy decode step of a model switched to UNIQUE attention: write the last token, and choose the next.
 
         step = DecodeStep(model, cache, batch=8)
         step.choose(logits)                 # [B, V] of the prompt
         while ...:
             step.run()
-            tokens, log_probs = step.chosen().tolist()
+            tokens, log_probs = step.fetch().tolist()
 
-    `starts` (int64 [B]) is the padding on the left of every row. `compile` fuses the model first: linear layers of the
-    same input, in place (`fuse_linears`), and small operations with torch.compile, which takes a minute once.
+    Args:
+        model: a causal language model of transformers.
+        cache: holds the prompt.
+        batch: rows.
+        starts: int64 [B], the padding on the left of every row; None: no padding.
+        capture: whether steps are captured in CUDA graphs; None: on CUDA.
+        compile: whether to fuse the model first: linear layers of the same input, in place (`fuse_linears`), and small
+            operations with torch.compile, which takes a minute once.
     """
 
     def __init__(
@@ -82,24 +92,28 @@ class DecodeStep:
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def choose(self, logits: Tensor) -> None:
-        """Make the arg-max of logits [B, V] the next token, on the device."""
-        token, log_prob = best(logits)
+        """Make the arg-max of logits [B, V] the next token of each row, without waiting for the device."""
+        token, log_prob = pick_greedily(logits)
         self.token.copy_(token.unsqueeze(1))
         self.result[0].copy_(token)
         self.result[1].copy_(log_prob)
 
     def choose_for(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """The same for some `rows` of the batch (int64 [R]), of logits [R, V]; returns their `result`, [2, R]."""
-        token, log_prob = best(logits)
+        """Do the same for some `rows` of the batch (int64 [R]) with logits [R, V].
+
+        Returns:
+            float64 [2, R]: their tokens and log-probabilities, for a `TokenTransfer`.
+        """
+        token, log_prob = pick_greedily(logits)
         self.token[rows] = token.unsqueeze(1)
         return torch.stack([token.double(), log_prob.double()])
 
-    def chosen(self) -> Chosen:
-        """The tokens last chosen, and their log-probabilities."""
-        return Chosen(self.result)
+    def fetch(self) -> TokenTransfer:
+        """Begin to copy the tokens last chosen, and their log-probabilities, to the host."""
+        return TokenTransfer(self.result)
 
     def reserve(self, tokens: int) -> None:
-        """Make room in the cache; a graph holds the addresses of its buffers, so it goes when they move."""
+        """Make room for `tokens` tokens in the cache; captured graphs are dropped if its buffers move."""
         before = self.cache.capacity
         self.cache.reserve(tokens)
         if self.cache.capacity != before:
@@ -107,7 +121,7 @@ class DecodeStep:
 
     @torch.no_grad()
     def run(self) -> None:
-        """One step; nothing waits for the device."""
+        """Run one step, without waiting for the device."""
         length = self.cache.length
         self.reserve(length + 1)
         sparse = self.cache.sparse_at(length + 1)
@@ -115,16 +129,16 @@ class DecodeStep:
             self.cache.update_statistics(self.starts)
         self.position.fill_(length)
         if not self.capture:
-            self.static(sparse)
+            self.run_static(sparse)
         else:
             if sparse not in self._graphs:
-                self._graphs[sparse] = captured(partial(self.static, sparse), [self.token])
+                self._graphs[sparse] = capture_graph(partial(self.run_static, sparse), [self.token])
             self._graphs[sparse].replay()
         self.cache.advance()
 
     @torch.no_grad()
-    def static(self, sparse: bool) -> None:
-        """The step as a CUDA graph sees it: nothing read on the host."""
+    def run_static(self, sparse: bool) -> None:
+        """Run the part of a step that a CUDA graph captures: nothing is read or changed on the host."""
         positions = self.position if self.starts is None else self.position - self.starts.unsqueeze(1)
         with self.cache.static_step(self.position, sparse, self.starts):
             output = self._model(

@@ -1,7 +1,7 @@
-"""Linear layers that read the same vectors, as one matrix product: a decode step waits for launches and for weights.
+"""Linear layers that read the same vectors, as one matrix product: fewer launches in a decode step.
 
-Queries, keys and values of a layer become one product, and so do the gate and up projections of its MLP. Names and
-values of the weights stay: they become views of the matrix that is multiplied.
+The projections to queries, keys and values of a layer become one product, and so do the gate and up projections of its
+MLP. Names and values of the weights stay: they become views of the matrix that is multiplied.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children of one module, as they are called
+FUSED_CHILDREN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # names of children of one module
 
 
-class Product:
-    """The matrix [sum of the outputs, in] of several linear layers, and their outputs for the vectors seen last."""
+class FusedProduct:
+    """The joint matrix [sum of out_features, in_features] of several linear layers, and their last outputs."""
 
     def __init__(self, linears: list[nn.Linear]):
         self.weight = torch.cat([linear.weight.detach() for linear in linears])
@@ -24,9 +24,9 @@ class Product:
 
 
 class FusedLinear(nn.Module):
-    """One of the linear layers of a product. The first that is called multiplies, the last forgets."""
+    """One of the linear layers of a product. The first that is called multiplies; the last drops the outputs."""
 
-    def __init__(self, linear: nn.Linear, product: Product, index: int):
+    def __init__(self, linear: nn.Linear, product: FusedProduct, index: int):
         super().__init__()
         self.product, self.index = product, index
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -48,24 +48,28 @@ class FusedLinear(nn.Module):
 
 
 def fuse_linears(model: nn.Module) -> int:
-    """Fuse what reads the same vectors, in place, for inference; returns the number of products. Again does nothing.
+    """Fuse linear layers that read the same vectors, in place, for inference; calling it again does nothing.
 
-    Layers with adapters, of other classes or with biases on some only are left alone. Do not move the model afterwards.
+    Layers with LoRA, of other classes or with biases on some only are left alone. Do not move the model to another
+    device afterwards.
+
+    Returns:
+        The number of products made.
     """
     products = 0
     for module in list(model.modules()):
-        for names in TOGETHER:
+        for names in FUSED_CHILDREN:
             linears = [getattr(module, name, None) for name in names]
-            if all(type(linear) is nn.Linear for linear in linears) and alike(linears):
-                product = Product(linears)
+            if all(type(linear) is nn.Linear for linear in linears) and can_be_fused(linears):
+                product = FusedProduct(linears)
                 for index, (name, linear) in enumerate(zip(names, linears)):
                     setattr(module, name, FusedLinear(linear, product, index))
                 products += 1
     return products
 
 
-def alike(linears: list[nn.Linear]) -> bool:
-    """Whether they can be one product."""
+def can_be_fused(linears: list[nn.Linear]) -> bool:
+    """Whether these layers can become one product."""
     first = linears[0]
     return all(
         (each.in_features, each.weight.dtype, each.weight.device, each.bias is None)

@@ -21,15 +21,21 @@ PARTIAL_SUM = 256  # tokens of a partial sum in `attend_biased`; cache capacitie
 
 
 def split_pages(tokens: Tensor, page_size: int) -> Tensor:
-    """[B, K, N, D] -> [B, K, N / S, S, D], a view; N is a multiple of S."""
+    """View tokens [B, K, N, D] as pages [B, K, N / S, S, D]; N is a multiple of S."""
     return tokens.unflatten(2, (-1, page_size))
 
 
 def page_statistics(keys: Tensor, page_size: int, score: PageScore, valid: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Statistics [B, K, P, width] of the pages of keys [B, K, N, D]; the last page may be partial.
+    """Compute the statistics of pages from their keys alone: doing it again gives the same numbers, without drift.
 
-    Computed from the keys alone, so doing it again for a touched page gives the same numbers (no drift).
-    `valid` [B, N] is False for padding.
+    Args:
+        keys: [B, K, N, D]; the last page may be partial.
+        page_size: tokens of a page.
+        score: says what the statistics are.
+        valid: bool [B, N], False for padding; None: no padding.
+
+    Returns:
+        [B, K, P, width] each, in the dtype of the keys.
     """
     complete = keys.shape[2] // page_size * page_size
     parts = []
@@ -43,14 +49,17 @@ def page_statistics(keys: Tensor, page_size: int, score: PageScore, valid: Tenso
 
 
 def group_queries(query: Tensor, kv_heads: int) -> Tensor:
-    """The query of one step by KV head: [B, H, 1, D] -> [B, K, G, D]."""
+    """Sort the query of one step by KV head: [B, H, 1, D] -> [B, K, G, D]."""
     return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
 
 
 def combine_group(scores: Tensor, combine: str | None, scaling: float) -> Tensor:
-    """One score for the whole group: [B, K, G, P] -> [B, K, P].
+    """Combine the scores of the heads of a group: [B, K, G, P] -> [B, K, P].
 
-    max, or None: the paper's. share: mean over the heads of each head's softmax over pages of its scaled score.
+    Args:
+        combine: max, or None: the maximum over the heads, as in the paper. share: the mean over the heads of each
+            head's softmax over pages of score * scaling.
+        scaling: of the attention logits.
     """
     if combine == "share":
         return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
@@ -58,16 +67,24 @@ def combine_group(scores: Tensor, combine: str | None, scaling: float) -> Tensor
 
 
 def force_pages(scores: Tensor, config: SparseAttentionConfig, newest: int) -> Tensor:
-    """Lift the sink pages and the recent pages before page `newest` above all others, in scores [B, K, newest]."""
+    """Set the scores [B, K, newest] of sink pages and recent pages to inf, in place, and return them.
+
+    `newest` is the page that holds the newest token; it is read in any case and has no score.
+    """
     scores[..., : config.sink_pages] = torch.inf
     scores[..., newest - config.recent_pages + 1 :] = torch.inf
     return scores
 
 
 def page_bias(candidates: Tensor, config: SparseAttentionConfig, newest: int | Tensor) -> Tensor:
-    """What to add to scores instead, [B, P]: inf for forced pages, 0 for the other `candidates` [B, P], -inf elsewhere.
+    """Do what `force_pages` does by a bias, for padded batches and for a `newest` that only the device knows.
 
-    For padded batches, where the sink is the first page with a token, and for a `newest` that only the device knows.
+    Args:
+        candidates: bool [B, P], the complete pages that hold a token; the first of a row is its sink.
+        newest: the page that holds the newest token, a number or int64 [1].
+
+    Returns:
+        float32 [B, P], to be added to scores: inf for forced pages, 0 for other candidates, -inf elsewhere.
     """
     page = torch.arange(candidates.shape[-1], device=candidates.device)
     first = candidates.int().argmax(dim=-1, keepdim=True)
@@ -77,17 +94,23 @@ def page_bias(candidates: Tensor, config: SparseAttentionConfig, newest: int | T
 
 
 def combine_biased(scores: Tensor, combine: str | None, scaling: float, bias: Tensor) -> Tensor:
-    """`combine_group` with a `page_bias`: [B, K, G, P] -> [B, K, P]."""
+    """Combine the scores of a group with a `page_bias` [B, P]: [B, K, G, P] -> [B, K, P]."""
     if combine == "share":
         scores = scores + bias.clamp(max=0)[:, None, None]
     return combine_group(scores, combine, scaling) + bias[:, None]
 
 
 def top_pages(scores: Tensor, count: int) -> Tensor:
-    """The `count` best pages of float32 scores [B, K, P], ascending: int64 [B, K, count].
+    """Select the best pages, exactly and deterministically; of equal scores the earlier page wins.
 
-    Exact and deterministic: score and page number form one integer, so no two are equal, and of equal scores the
-    earlier page wins.
+    Score and page number form one integer, so that no two are equal.
+
+    Args:
+        scores: float32 [B, K, P].
+        count: pages to select.
+
+    Returns:
+        int64 [B, K, count], ascending.
     """
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
@@ -96,25 +119,42 @@ def top_pages(scores: Tensor, count: int) -> Tensor:
     return best.sort(dim=-1).values
 
 
-def super_page_bias(bias: Tensor, fan: int, newest: int | Tensor) -> Tensor:
-    """The `page_bias` [B, P] of super-pages of `fan` pages, [B, P / fan rounded up]; `newest` is the newest of them.
+def super_page_bias(bias: Tensor, pages_per_super: int, newest: int | Tensor) -> Tensor:
+    """Turn the `page_bias` of pages into that of super-pages.
 
-    What holds a forced page is forced. The newest super-page is left out: its pages are scored in any case.
+    A super-page that holds a forced page is forced. The newest super-page is left out: its pages are scored in any
+    case.
+
+    Args:
+        bias: [B, P].
+        pages_per_super: pages of a super-page.
+        newest: the newest super-page.
+
+    Returns:
+        [B, P / pages_per_super], rounded up.
     """
-    bias = F.pad(bias, (0, -bias.shape[-1] % fan), value=-torch.inf)
-    bias = bias.unflatten(-1, (-1, fan)).amax(dim=-1)
+    bias = F.pad(bias, (0, -bias.shape[-1] % pages_per_super), value=-torch.inf)
+    bias = bias.unflatten(-1, (-1, pages_per_super)).amax(dim=-1)
     return bias.masked_fill(torch.arange(bias.shape[-1], device=bias.device) >= newest, -torch.inf)
 
 
-def keep_super_pages(scores: Tensor, best: Tensor, fan: int, newest: int | Tensor) -> Tensor:
-    """Scores [B, K, P], -inf outside of the super-pages `best` [B, K, m] and `newest`, of `fan` pages each."""
-    supers = torch.arange(-(-scores.shape[-1] // fan), device=scores.device)
+def keep_super_pages(scores: Tensor, best: Tensor, pages_per_super: int, newest: int | Tensor) -> Tensor:
+    """Set the scores [B, K, P] of pages outside of the super-pages `best` (int64 [B, K, m]) and `newest` to -inf."""
+    supers = torch.arange(-(-scores.shape[-1] // pages_per_super), device=scores.device)
     keep = (supers == newest).expand(*best.shape[:2], -1).scatter(-1, best, True)
-    return scores.masked_fill(~keep.repeat_interleave(fan, dim=-1)[..., : scores.shape[-1]], -torch.inf)
+    return scores.masked_fill(~keep.repeat_interleave(pages_per_super, dim=-1)[..., : scores.shape[-1]], -torch.inf)
 
 
 def gather_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
-    """Copy pages [B, K, k] out of tokens [B, K, N, D] (contiguous, N a multiple of S): [B, K, k * S, D]."""
+    """Copy pages out of a buffer.
+
+    Args:
+        tokens: [B, K, N, D], contiguous; N is a multiple of S.
+        pages: int [B, K, k].
+
+    Returns:
+        [B, K, k * S, D].
+    """
     batch, heads, length, dim = tokens.shape
     table = tokens.view(-1, page_size * dim)
     first = torch.arange(batch * heads, device=tokens.device).view(batch, heads, 1) * (length // page_size)
@@ -122,15 +162,21 @@ def gather_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(q K^T * scaling) V for queries [B, K, G, D] that share the keys of their group: [B, K, G, D].
+    """Attend with one query token a row: softmax(q K^T * scaling) V.
 
-    `mask` [B, 1 or K, 1, N] is True where a token may be read.
+    Args:
+        query: [B, K, G, D].
+        keys: [B, K, N, D]; values: [B, K, N, D].
+        mask: bool [B, 1 or K, 1, N], True where a token may be read; None: everywhere.
+
+    Returns:
+        [B, K, G, D].
     """
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
 
 
 def attention_weights(query: Tensor, keys: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    """softmax(q K^T * scaling + bias) of queries [B, K, G, D]: float32 [B, K, G, N]; `bias` as for `attend_biased`."""
+    """Compute softmax(q K^T * scaling + bias): float32 [B, K, G, N]; arguments as for `attend_biased`."""
     flat_query, flat_keys = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
     if query.is_cuda and query.dtype != torch.float32:
         logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
@@ -142,10 +188,17 @@ def attention_weights(query: Tensor, keys: Tensor, scaling: float, bias: Tensor)
 
 
 def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    """`attend` in matrix products, for a length that only the device knows.
+    """Attend in matrix products, for a length that only the device knows.
 
-    `bias` [N] or [B, K or 1, N] is 0, and -inf for what may not be read. Fused kernels give one block to a KV head here
-    and leave a GPU idle; partial sums over tokens keep it busy.
+    Fused kernels give one block to a KV head here and leave a GPU idle; partial sums over tokens keep it busy.
+
+    Args:
+        query: [B, K, G, D].
+        keys: [B, K, N, D]; values: [B, K, N, D].
+        bias: float32 [N] or [B, K or 1, N]: 0, and -inf for what may not be read.
+
+    Returns:
+        [B, K, G, D].
     """
     batch, heads, length, dim = keys.shape
     half = query.is_cuda and query.dtype != torch.float32

@@ -19,18 +19,24 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # value that a statis
 
 
 class PageScore(ABC):
-    """A way to rank pages; stateless."""
+    """A way to rank pages; stateless. It stores some statistics of each page, and scores pages by them alone."""
 
     name: str
 
     @abstractmethod
     def widths(self, head_dim: int) -> tuple[int, ...]:
-        """Numbers stored of a page, one entry a statistic."""
+        """Return how many numbers of a page are stored, one entry a statistic."""
 
-    def buffers(
+    def buffer_layout(
         self, head_dim: int, dtype: torch.dtype, statistics_dtype: str = "keys"
     ) -> list[tuple[int, torch.dtype]]:
-        """Width and dtype of what is stored of a page of keys in `dtype`, in order."""
+        """Return the width and the dtype of each buffer of statistics, in order.
+
+        Args:
+            head_dim: of the keys.
+            dtype: of the keys.
+            statistics_dtype: of the configuration: keys, fp8 or int8.
+        """
         if statistics_dtype == "keys":
             return [(width, dtype) for width in self.widths(head_dim)]
         stored = []
@@ -38,37 +44,58 @@ class PageScore(ABC):
             stored += [(width, EIGHT_BITS[statistics_dtype]), (1, dtype)] if width > 1 else [(width, dtype)]
         return stored
 
-    def stored(self, statistics: Sequence[Tensor], statistics_dtype: str = "keys") -> tuple[Tensor, ...]:
-        """Statistics as they are kept: unchanged, or 8-bit values and their scales."""
+    def encode(self, statistics: Sequence[Tensor], statistics_dtype: str = "keys") -> tuple[Tensor, ...]:
+        """Return statistics [B, K, P, width] as they are stored: unchanged, or as 8-bit values and their scales."""
         if statistics_dtype == "keys":
             return tuple(statistics)
         kept = []
         for statistic in statistics:
-            kept += quantized(statistic, EIGHT_BITS[statistics_dtype]) if statistic.shape[-1] > 1 else [statistic]
+            kept += quantize(statistic, EIGHT_BITS[statistics_dtype]) if statistic.shape[-1] > 1 else [statistic]
         return tuple(kept)
 
     @abstractmethod
     def statistics(self, pages: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Statistics [B, K, P, width] of pages of keys [B, K, P, S, D].
+        """Compute the statistics of pages.
 
-        `valid` [B, P, S] is False for tokens to leave out (padding); a page without any token gets zeros.
+        Args:
+            pages: keys [B, K, P, S, D].
+            valid: bool [B, P, S], False for tokens to leave out (padding); a page without any token gets zeros.
+
+        Returns:
+            [B, K, P, width] each, in the dtype of the keys.
         """
 
     @abstractmethod
     def scores(self, query: Tensor, statistics: Sequence[Tensor], scale: float) -> Tensor:
-        """Scores [B, K, G, P] in float32 of every page for every query head [B, K, G, D]; statistics as stored."""
+        """Score every page for every query head.
+
+        Args:
+            query: [B, K, G, D].
+            statistics: as stored (`encode`), [B, K, P, width] each.
+            scale: lambda, the weight of the spread of a page.
+
+        Returns:
+            float32 [B, K, G, P].
+        """
 
 
-def quantized(statistic: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values [B, K, P, D] in 8 bits and the scale [B, K, P, 1], in the dtype of the statistic, that undoes it."""
+def quantize(statistic: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Turn a statistic [B, K, P, D] into 8-bit values [B, K, P, D] and their scales [B, K, P, 1].
+
+    The scale has the dtype of the statistic, and value * scale is the statistic, rounded.
+    """
     numbers = statistic.float()
     scale = (numbers.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]).to(statistic.dtype)
     values = (numbers / scale.float().masked_fill(scale == 0, 1)).clamp(-LARGEST[dtype], LARGEST[dtype])
     return (values.round() if dtype == torch.int8 else values).to(dtype), scale
 
 
-def products(query: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Products [B, K, G, P] in float32 of the queries with the first statistic, and the statistics after it."""
+def multiply_first(query: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Multiply queries [B, K, G, D] with the first of the statistics as stored.
+
+    Returns:
+        The products, float32 [B, K, G, P], and the statistics after the first (and its scales, in 8 bits).
+    """
     values, rest = statistics[0], statistics[1:]
     product = torch.matmul(query, values.to(query.dtype).transpose(-1, -2)).float()
     if values.dtype not in LARGEST:
@@ -76,8 +103,8 @@ def products(query: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor, Seque
     return product * rest[0].float().transpose(-1, -2), rest[1:]
 
 
-def token_mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the tokens of a page: [B, K, P, S, D] -> [B, K, P, D]."""
+def average_tokens(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Average over the tokens of a page: [B, K, P, S, D] -> [B, K, P, D]; `valid` as for `statistics`."""
     if valid is None:
         return values.mean(dim=-2)
     weight = valid[:, None, :, :, None].to(values.dtype)
@@ -85,7 +112,7 @@ def token_mean(values: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class Mean(PageScore):
-    """q . mean: the centroid alone."""
+    """q . mean: the centroid of the page alone."""
 
     name = "mean"
 
@@ -93,14 +120,17 @@ class Mean(PageScore):
         return (head_dim,)
 
     def statistics(self, pages, valid=None):
-        return (token_mean(pages.float(), valid).to(pages.dtype),)
+        return (average_tokens(pages.float(), valid).to(pages.dtype),)
 
     def scores(self, query, statistics, scale):
-        return products(query, statistics)[0]
+        return multiply_first(query, statistics)[0]
 
 
 class Unique(PageScore):
-    """q . mean + lambda * |q| * std, where std = sqrt(trace of the page's population covariance) (UNIQUE)."""
+    """q . mean + lambda * |q| * std, where std = sqrt(trace of the page's population covariance).
+
+    The score of UNIQUE (arXiv 2605.27740, section 3), with lambda 0.5.
+    """
 
     name = "unique"
 
@@ -109,19 +139,22 @@ class Unique(PageScore):
 
     def statistics(self, pages, valid=None):
         keys = pages.float()
-        mean = token_mean(keys, valid)
-        variance = token_mean((keys - mean.unsqueeze(-2)).square(), valid)
+        mean = average_tokens(keys, valid)
+        variance = average_tokens((keys - mean.unsqueeze(-2)).square(), valid)
         std = variance.sum(dim=-1, keepdim=True).sqrt()
         return mean.to(pages.dtype), std.to(pages.dtype)
 
     def scores(self, query, statistics, scale):
-        product, (std,) = products(query, statistics)
+        product, (std,) = multiply_first(query, statistics)
         norm = torch.linalg.vector_norm(query, dim=-1, keepdim=True, dtype=torch.float32)
         return product + (scale * norm) * std.float().transpose(-1, -2)
 
 
 class Quest(PageScore):
-    """sum_i max(q_i min_i, q_i max_i): an upper bound of q . k over the page (Quest)."""
+    """sum_i max(q_i min_i, q_i max_i): an upper bound of q . k over the page.
+
+    The score of Quest (arXiv 2406.10774).
+    """
 
     name = "quest"
 
@@ -138,8 +171,8 @@ class Quest(PageScore):
         return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
     def scores(self, query, statistics, scale):
-        below, high = products(query.clamp(max=0), statistics)
-        above, _ = products(query.clamp(min=0), high)
+        below, high = multiply_first(query.clamp(max=0), statistics)
+        above, _ = multiply_first(query.clamp(min=0), high)
         return above + below
 
 
@@ -153,13 +186,13 @@ class SecondMoment(PageScore):
 
     def statistics(self, pages, valid=None):
         keys = pages.float()
-        mean = token_mean(keys, valid)
-        variance = token_mean((keys - mean.unsqueeze(-2)).square(), valid)
+        mean = average_tokens(keys, valid)
+        variance = average_tokens((keys - mean.unsqueeze(-2)).square(), valid)
         return mean.to(pages.dtype), variance.to(pages.dtype)
 
     def scores(self, query, statistics, scale):
-        product, variance = products(query, statistics)
-        spread, _ = products(query.square(), variance)
+        product, variance = multiply_first(query, statistics)
+        spread, _ = multiply_first(query.square(), variance)
         return product + scale * query.shape[-1] ** -0.5 * spread
 
 

@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.huggingface import set_attention, text_decoder
+from unique_asr.attention.huggingface import find_text_decoder, set_attention
 
 NAME = "unique_training"  # of the attention implementation
 MODES = ("dense", "soft", "hard")
@@ -50,7 +50,11 @@ LOGITS = 1 << 24  # of a slice of queries, computed at once
 
 @dataclass(frozen=True)
 class TrainingAttentionConfig:
-    """The mask of training; `sparse` is what decoding will read. `from_dict` takes the fields of both together."""
+    """The mask of training; `sparse` is what decoding will read.
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
 
     mode: str = "soft"  # dense, soft, hard
     tau: float = 0.05  # softness, in standard deviations of the scores that compete; 0.5 hardly masks
@@ -89,8 +93,13 @@ class TrainingAttentionConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingAttentionConfig:
+        """Make a configuration from fields of this class and of `SparseAttentionConfig` together.
+
+        Raises:
+            ValueError: neither has a field of a name, or a value is not allowed.
+        """
         own = {item.name for item in fields(cls)} - {"sparse"}
-        known = own | {item.name for item in fields(SparseAttentionConfig)}
+        known = own | {item.name for item in fields(SparseAttentionConfig) if item.name != "selector"}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"attention has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
         sparse = SparseAttentionConfig(**{name: value for name, value in values.items() if name not in own})
@@ -101,9 +110,17 @@ class TrainingAttentionConfig:
 
 
 def page_statistics(key: Tensor, starts: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Mean [B, K, P, D] and spread [B, K, P] of the pages of key [B, K, N, D], differentiable, at least in float32.
+    """Compute the statistics of pages, differentiable and at least in float32.
 
     Of the tokens of a page those count that belong to the document of its last one. The last page may be partial.
+
+    Args:
+        key: [B, K, N, D].
+        starts: int [B, N], the first token that each query may see.
+        page_size: tokens of a page.
+
+    Returns:
+        Mean [B, K, P, D] and spread [B, K, P].
     """
     wide, tokens = _wide(key), key.shape[2]
     missing = -tokens % page_size
@@ -119,7 +136,15 @@ def page_statistics(key: Tensor, starts: Tensor, page_size: int) -> tuple[Tensor
 
 
 def page_scores(query: Tensor, mean: Tensor, std: Tensor, config: SparseAttentionConfig) -> Tensor:
-    """Scores [B, K, G, T, P] of the pages for queries [B, K, G, T, D]; the norm of a query carries no gradient."""
+    """Score pages; the norm of a query carries no gradient.
+
+    Args:
+        query: [B, K, G, T, D].
+        mean: [B, K, P, D]; std: [B, K, P].
+
+    Returns:
+        [B, K, G, T, P].
+    """
     wide = _wide(query)
     product = torch.einsum("bkgtd,bkpd->bkgtp", wide, mean)
     if config.score == "mean":
@@ -128,12 +153,20 @@ def page_scores(query: Tensor, mean: Tensor, std: Tensor, config: SparseAttentio
     return product + config.scale * norm * std[:, :, None, None]
 
 
-def log_gates(
+def compute_log_gates(
     scores: Tensor, position: Tensor, starts: Tensor, masked: Tensor, config: TrainingAttentionConfig, scaling: float
 ) -> Tensor:
-    """log g [B, K, T, P] from the scores of each head [B, K, G, T, P].
+    """Compute log g, which is added to the logits of all keys of a page (arXiv 2605.27740, section 3).
 
-    position [T]: places of the queries; starts [B, T]: first token that each may see; masked [B, T]: rows not dense.
+    Args:
+        scores: of each head, [B, K, G, T, P].
+        position: int [T], the positions of the queries.
+        starts: int [B, T], the first token that each query may see.
+        masked: bool [B, T], False for queries that read everything.
+        scaling: of the attention logits, for combine=share.
+
+    Returns:
+        [B, K, T, P]: 0 where there is no gate, -inf for pages that a hard mask drops.
     """
     sparse = config.sparse
     newest, first = position // sparse.page_size, (starts // sparse.page_size)[..., None]  # [T], [B, T, 1]
@@ -179,16 +212,25 @@ def attend_slice(
     config: TrainingAttentionConfig,
     scaling: float,
 ) -> Tensor:
-    """Queries [B, K, G, T, D] at `begin` .. over keys and values [B, K, n, D] up to the last of them: like the queries.
+    """Attend with a slice of queries.
 
-    mean and std: statistics of the pages of these keys; None: no row is masked. starts, masked: [B, T].
+    Args:
+        query: [B, K, G, T, D] of the tokens from `begin` on.
+        key: [B, K, n, D] of the tokens up to the last query; value: [B, K, n, D].
+        mean: [B, K, P, D] of the pages of these keys; std: [B, K, P]; None: no row is masked.
+        starts: int [B, T]; masked: bool [B, T]; both as for `compute_log_gates`.
+
+    Returns:
+        [B, K, G, T, D].
     """
     count, tokens = query.shape[3], key.shape[2]
     position = torch.arange(begin, begin + count, device=key.device)
     token = torch.arange(tokens, device=key.device)
     logits = torch.einsum("bkgtd,bkjd->bkgtj", _wide(query), _wide(key)) * scaling
     if mean is not None:
-        gates = log_gates(page_scores(query, mean, std, config.sparse), position, starts, masked, config, scaling)
+        gates = compute_log_gates(
+            page_scores(query, mean, std, config.sparse), position, starts, masked, config, scaling
+        )
         logits = logits + gates.repeat_interleave(config.sparse.page_size, -1)[..., :tokens].unsqueeze(2)
     seen = (token <= position[:, None]) & (token >= starts[..., None])  # [B, T, n]
     weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
@@ -205,12 +247,18 @@ def attention(
     scaling: float | None = None,
     slice_tokens: int | None = None,
 ) -> Tensor:
-    """query [B, H, N, D], key and value [B, K, N, D] -> [B, H, N, D].
+    """Attend to whole sequences through the page mask.
 
-    starts: int [B, N], see the top of this file; None: one document a row.
-    masked: bool [B, N], the queries that decoding would run sparsely; None: all.
-    slice_tokens: queries computed at once (default: by memory); with 0 the whole sequence is one slice that is not
-    computed again, the plain definition.
+    Args:
+        query: [B, H, N, D]; key: [B, K, N, D]; value: [B, K, N, D].
+        starts: int [B, N], the first token that each query may see; None: one document a row.
+        masked: bool [B, N], the queries that decoding would run sparsely; None: all.
+        scaling: of the attention logits; None: 1 / sqrt(D).
+        slice_tokens: queries computed at once; None: by memory; 0: the whole sequence is one slice that the backward
+            pass does not compute again, which is the plain definition.
+
+    Returns:
+        [B, H, N, D].
     """
     batch, heads, tokens, dim = query.shape
     scaling = dim**-0.5 if scaling is None else scaling
@@ -256,9 +304,19 @@ def training_attention_forward(
     decoded: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [B, H, N, D], key and value [B, K, N, D] -> [B, N, H, D]; `attention_mask` is what `starts_mask` gives.
+    """Attend through the page mask of training; the signature is that of transformers' attention functions.
 
-    decoded: bool [B, N], passed to the model's `forward`: the queries of tokens that inference decodes.
+    Args:
+        query: [B, H, N, D], post-RoPE; key: [B, K, N, D]; value: [B, K, N, D].
+        attention_mask: what `make_starts_mask` gives.
+        decoded: bool [B, N], passed to the model's `forward`: the queries of tokens that inference decodes.
+
+    Returns:
+        [B, N, H, D], and None in the place of the weights.
+
+    Raises:
+        ValueError: the model or the call has what this attention does not support, `decoded` is missing, or
+            backend=triton does not fit the configuration.
     """
     for unknown in ("s_aux", "softcap", "sliding_window"):
         given = kwargs.get(unknown)
@@ -292,7 +350,15 @@ def training_attention_forward(
 
 
 def find_kernel(backend: str, device: torch.device) -> ModuleType | None:
-    """The kernel for a model on `device`, or None for plain PyTorch; Triton may be missing where it is not needed."""
+    """Import the module of the training kernel, or return None for plain PyTorch.
+
+    Args:
+        backend: of the configuration: auto, torch or triton.
+        device: of the model. Triton may be missing where it is not needed.
+
+    Raises:
+        ValueError: triton is asked for where there is no CUDA device.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "torch" or (backend == "auto" and (interpreted or device.type != "cuda")):
         return None
@@ -301,7 +367,7 @@ def find_kernel(backend: str, device: torch.device) -> ModuleType | None:
     return importlib.import_module("unique_asr.kernels.soft_mask_attention")
 
 
-def starts_mask(
+def make_starts_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -312,9 +378,12 @@ def starts_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """The `starts` of every query, int32 [B, 1, 1, N]; None for one document a row.
+    """Make the `starts` of every query from a mask; the signature is that of transformers' mask functions.
 
     A document begins wherever a token may not see the one before it; a padded token is a document of its own.
+
+    Returns:
+        int32 [B, 1, 1, N], the first token that each query may see; None for one document a row.
     """
     if mask_function is causal_mask_function and attention_mask is None:
         return None
@@ -332,24 +401,24 @@ def starts_mask(
 
 
 AttentionInterface.register(NAME, training_attention_forward)
-AttentionMaskInterface.register(NAME, starts_mask)
+AttentionMaskInterface.register(NAME, make_starts_mask)
 
 
 class TrainingAttention:
     """A model whose text decoder trains through the page selection; `with` or `restore()` puts everything back.
 
-    `config` may be replaced at any time between a backward pass and the next forward pass.
+    `config` may be replaced between a backward pass and the next forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, config: TrainingAttentionConfig):
         self.model, self.config = model, config
         self.kernel = find_kernel(config.backend, model.device)
-        self._modules = [module for module in text_decoder(model).modules() if hasattr(module, "layer_idx")]
+        self._modules = [module for module in find_text_decoder(model).modules() if hasattr(module, "layer_idx")]
         self._former: str | None = None
         self.apply()
 
     def apply(self) -> None:
-        """Switch the attention on, again after `restore`."""
+        """Switch the attention on; it may be called again after `restore`."""
         if self._former is None:
             self._former = set_attention(self.model, NAME)
             for module in self._modules:
@@ -371,10 +440,19 @@ class TrainingAttention:
         self.restore()
 
 
-def training_attention(model: PreTrainedModel, config: TrainingAttentionConfig | None = None, **values):
+def training_attention(
+    model: PreTrainedModel, config: TrainingAttentionConfig | None = None, **values: Any
+) -> TrainingAttention:
     """Let the text decoder of `model` train through the page selection, from this call on or within a `with` block.
 
-    `values` are fields of `TrainingAttentionConfig` and of `SparseAttentionConfig`, in place of `config`. With
-    queries=decoded, pass `decoded=[B, N]` to the model's forward.
+    With queries=decoded, pass `decoded` (bool [B, N]) to the model's forward.
+
+    Args:
+        model: a causal language model, or a speech LLM, of transformers.
+        config: None: made from `values`.
+        values: fields of `TrainingAttentionConfig` and of `SparseAttentionConfig`, if there is no `config`.
+
+    Raises:
+        ValueError: a setting is not allowed, or the attention of the model cannot be switched.
     """
     return TrainingAttention(model, config or TrainingAttentionConfig.from_dict(values))

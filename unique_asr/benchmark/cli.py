@@ -14,7 +14,11 @@ PATHS = ("selection.text", "selection.audio", "selection.model", "models.output"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs and exits; what the user can cure is one line on the console and exit code 1."""
+    """Run the command and exit; an error that the user can cure is one line on the console and exit code 1.
+
+    Args:
+        arguments: overrides of conf/benchmark.yaml; None: those of the command line.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = 0
@@ -32,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def benchmark(config: DictConfig) -> None:
+    """Run the task of a composed configuration.
+
+    Raises:
+        ValueError: a setting is missing or not allowed, or the task needs a GPU.
+    """
     import torch
 
     from unique_asr.attention import SparseAttentionConfig
@@ -58,7 +67,8 @@ def benchmark(config: DictConfig) -> None:
         decode.benchmark(attention=attention, device=device, dtype=dtype, **options["decode"])
     elif config.task == "selection":
         choice = options["selection"]
-        probe = selection.Probe(selection.configurations(choice["table"], attention), choice["every"], choice["steps"])
+        configurations = selection.make_configurations(choice["table"], attention)
+        probe = selection.Probe(configurations, choice["every"], choice["steps"])
         if choice["audio"] is not None:
             files = choice["audio"] if isinstance(choice["audio"], list) else [choice["audio"]]
             selection.benchmark_speech(choice["model"], files, choice["minutes"], probe, name, config.dtype)

@@ -44,7 +44,18 @@ def benchmark(
     modes: Sequence[str],
     steps: int,
 ) -> None:
-    """Print a line for every case [batch, context], for dense and for sparse attention, in every mode."""
+    """Print a line for every case, for dense and for sparse attention, in every mode.
+
+    Args:
+        shape: of `SHAPES`.
+        cases: [batch, context] each; context in tokens.
+        attention: of sparse steps.
+        modes: of `MODES`.
+        steps: decode steps that are timed.
+
+    Raises:
+        ValueError: the shape or a mode is not known.
+    """
     if shape not in SHAPES:
         raise ValueError(f"decode.shape is {shape!r}: choose one of {', '.join(SHAPES)}")
     if not set(modes) <= set(MODES):
@@ -78,8 +89,8 @@ def benchmark(
 def measure_modes(
     model: PreTrainedModel, config: SparseAttentionConfig, batch: int, context: int, modes: Sequence[str], steps: int
 ) -> dict[str, float]:
-    """Seconds a step by mode; a mode that fails is left out."""
-    cache = filled_cache(model, config, batch, context, steps + WARM_UP)
+    """Return the seconds of a step by mode; a mode that fails is left out."""
+    cache = make_filled_cache(model, config, batch, context, steps + WARM_UP)
     times = {}
     for mode in modes:
         cache.crop(context - cache.length)
@@ -91,10 +102,10 @@ def measure_modes(
 
 
 @torch.no_grad()
-def filled_cache(
+def make_filled_cache(
     model: PreTrainedModel, config: SparseAttentionConfig, batch: int, context: int, more: int
 ) -> PagedCache:
-    """A cache of `context` random tokens, with room for `more`."""
+    """Make a cache of `context` random tokens, with room for `more`."""
     text, weight = model.config, model.get_input_embeddings().weight
     cache = PagedCache(text, config, capacity=context + more)
     dim = text.head_dim or text.hidden_size // text.num_attention_heads
@@ -109,7 +120,14 @@ def filled_cache(
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, cache: PagedCache, batch: int, mode: str, steps: int) -> float:
-    """The median of the seconds of a step, the tokens read back after each."""
+    """Return the median of the seconds of a step, the tokens read back after each.
+
+    Args:
+        cache: with the context in it.
+        batch: rows.
+        mode: eager, static, captured or compiled.
+        steps: that are timed, after `WARM_UP` others.
+    """
     step = DecodeStep(model, cache, batch, capture=False if mode == "static" else None, compile=mode == "compiled")
     run: Callable[[], None] = step.run
     if mode == "eager":

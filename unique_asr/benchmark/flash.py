@@ -15,21 +15,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from unique_asr.attention.cache import ACTIVE
-from unique_asr.attention.huggingface import unique_mask
+from unique_asr.attention.huggingface import make_padding_mask
 
 FLASH = "dense_baseline"  # of the attention implementation
 
 
-def flash_attention(
+def flash_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """A static step over exactly the tokens written when it is captured: [B, H, 1, D] -> [B, 1, H, D]."""
-    return flash_attention_operator(query, key, value, key.paged_layer.index, scaling), None
+    """Run a static step over exactly the tokens written when it is captured: [B, H, 1, D] -> [B, 1, H, D]."""
+    return run_flash_attention_operator(query, key, value, key.paged_layer.index, scaling), None
 
 
 @torch.library.custom_op("unique_asr::flash_attention", mutates_args=())
-def flash_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
-    """One operator, as ours is, so that a compiled model is one graph; `layer` is the index in the active cache."""
+def run_flash_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
+    """Run the step as one operator, so that a compiled model is one graph; `layer` is the index in the cache."""
     paged = ACTIVE.cache.layers[layer]
     paged.write_token(key, value)
     keys, values = (buffer[:, :, : paged.length + 1] for buffer in (paged.keys, paged.values))
@@ -38,10 +38,10 @@ def flash_attention_operator(query: Tensor, key: Tensor, value: Tensor, layer: i
     return output.transpose(1, 2).contiguous()
 
 
-@flash_attention_operator.register_fake
+@run_flash_attention_operator.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
 
 
-AttentionInterface.register(FLASH, flash_attention)
-AttentionMaskInterface.register(FLASH, unique_mask)
+AttentionInterface.register(FLASH, flash_attention_forward)
+AttentionMaskInterface.register(FLASH, make_padding_mask)

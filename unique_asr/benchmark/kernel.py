@@ -16,17 +16,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters, reference
-from unique_asr.attention.cache import PagedLayer, grown
-from unique_asr.attention.huggingface import select_pages, static_attention
+from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.static_step import StaticStep
-from unique_asr.benchmark.timing import attempt, copy_bandwidth, graph_seconds
+from unique_asr.attention.steps import run_static_step
+from unique_asr.benchmark.timing import attempt, measure_copy_bandwidth, time_graph
 from unique_asr.kernels import page_scores, sparse_decode, sparse_step, top_pages
 
 WORKING_SET = 4  # times the L2 cache: what is read between two reads of the same memory
 
 
 class Case:
-    """A batch of sequences of one length: as many copies of a layer's keys and values as the L2 cache must not hold."""
+    """A batch of sequences of one length, with more copies of a layer's keys and values than the L2 cache holds.
+
+    Args:
+        batch: sequences; context: tokens of each.
+        heads: query heads; kv_heads: KV heads; head_dim: D.
+    """
 
     def __init__(
         self,
@@ -56,8 +61,8 @@ class Case:
     def __str__(self) -> str:
         return f"batch {self.batch}, {self.context // 1024} K context, {len(self.keys)} copies"
 
-    def layers(self, config: SparseAttentionConfig) -> list[PagedLayer]:
-        """Layers over the same keys and values, with statistics and a static step that writes the last token."""
+    def make_layers(self, config: SparseAttentionConfig) -> list[PagedLayer]:
+        """Make layers over the same keys and values, with statistics and a static step that writes the last token."""
         step = StaticStep(
             torch.full((1,), self.context - 1, device=self.device), sparse=True, config=config, capacity=self.context
         )
@@ -67,26 +72,30 @@ class Case:
             layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
             layer.keys, layer.values, layer.length, layer.step = keys, values, self.context, step
             for level in layer.levels:
-                level.statistics = tuple(grown(each, 0, self.context // level.size) for each in level.statistics)
+                level.grow(self.context)
             layer.update_statistics()
             layers.append(layer)
         return layers
 
 
 class Table:
-    """Prints a line a measurement; one that fails prints why and does not stop the others."""
+    """Prints a line for each measurement; one that fails prints why and does not stop the others."""
 
     def __init__(self, bandwidth: float):
         self.bandwidth = bandwidth  # bytes a second of a copy, read and written
 
-    def row(
-        self, name: str, calls: Sequence[Callable[[], object]], moved: float, replays: int = 25, note: str = ""
+    def measure_row(
+        self, name: str, calls: Sequence[Callable[[], object]], bytes_moved: float, replays: int = 25, note: str = ""
     ) -> float | None:
-        """Seconds a call; `moved` are the bytes that it has to read and write."""
-        seconds = attempt(lambda: graph_seconds(calls, replays))
+        """Time calls, print the line, and return the seconds of one call.
+
+        Args:
+            bytes_moved: that a call has to read and write, at least.
+        """
+        seconds = attempt(lambda: time_graph(calls, replays))
         if seconds is not None:
-            share = moved / seconds / self.bandwidth
-            line = f"  {name:42s} {seconds * 1e6:9.1f} us  {moved / 1e6:9.1f} MB  {share:5.0%} of copy  {note}"
+            share = bytes_moved / seconds / self.bandwidth
+            line = f"  {name:42s} {seconds * 1e6:9.1f} us  {bytes_moved / 1e6:9.1f} MB  {share:5.0%} of copy  {note}"
             print(line.rstrip(), flush=True)
         return seconds
 
@@ -104,8 +113,17 @@ def benchmark(
     top_pages: Sequence[Sequence[int]] = (),
     tune: bool = False,
 ) -> None:
-    """Print a table for each case [batch, context]; configurations hold fields of `SparseAttentionConfig`."""
-    table = Table(copy_bandwidth(device))
+    """Print a table for each case.
+
+    Args:
+        cases: [batch, context] each; context in tokens.
+        configurations: fields of `SparseAttentionConfig` each.
+        heads: query heads; kv_heads: KV heads; head_dim: D.
+        flashinfer: cuda_cores, tensor_cores: on what FlashInfer's dense attention is measured.
+        top_pages: [rows, pages, count] each, for the selection of pages alone.
+        tune: whether other tiles than those of the kernels are tried.
+    """
+    table = Table(measure_copy_bandwidth(device))
     shape = f"{heads} query heads, {kv_heads} KV heads, head dim {head_dim}"
     print(f"copy {table.bandwidth / 1e12:.2f} TB/s; {shape}, {str(dtype).removeprefix('torch.')}", flush=True)
 
@@ -124,13 +142,13 @@ def benchmark(
 
 
 def measure_dense(case: Case, flashinfer: Sequence[str], table: Table) -> float | None:
-    """Seconds of dense attention: FlashInfer's if it is installed, on its faster cores, else torch's SDPA."""
+    """Return the seconds of dense attention: FlashInfer's if it is installed, on its faster cores, else SDPA's."""
     calls = [
         lambda keys=keys, values=values: F.scaled_dot_product_attention(case.query, keys, values, enable_gqa=True)
         for keys, values in zip(case.keys, case.values)
     ]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        sdpa = table.row("dense, SDPA (FlashAttention)", calls, case.dense_bytes, 10)
+        sdpa = table.measure_row("dense, SDPA (FlashAttention)", calls, case.dense_bytes, 10)
     times = [attempt(partial(measure_flashinfer, case, cores, table)) for cores in flashinfer]
     times = [time for time in times if time is not None]
     if flashinfer and not times:
@@ -139,7 +157,7 @@ def measure_dense(case: Case, flashinfer: Sequence[str], table: Table) -> float 
 
 
 def measure_flashinfer(case: Case, cores: str, table: Table) -> float | None:
-    """FlashInfer's paged decode with pages of 16 tokens; `cores` are cuda_cores or tensor_cores."""
+    """Measure FlashInfer's paged decode with pages of 16 tokens; `cores` are cuda_cores or tensor_cores."""
     import flashinfer
 
     size, device = 16, case.device
@@ -167,46 +185,49 @@ def measure_flashinfer(case: Case, cores: str, table: Table) -> float | None:
         partial(wrapper.run, query, (keys.view(shape), values.view(shape)))
         for keys, values in zip(case.keys, case.values)
     ]
-    return table.row(f"dense, FlashInfer, {cores}", calls, case.dense_bytes, 10)
+    return table.measure_row(f"dense, FlashInfer, {cores}", calls, case.dense_bytes, 10)
 
 
-def name_of(configuration: dict) -> str:
+def format_name(configuration: dict) -> str:
+    """Return the fields of a configuration as text."""
     return ", ".join(f"{key} {value}" for key, value in configuration.items()) or "default"
 
 
 def measure_step(case: Case, configuration: dict, dense: float | None, table: Table, tune: bool) -> None:
-    """Every stage and the whole step of one configuration."""
+    """Measure every stage and the whole step of one configuration."""
     config = SparseAttentionConfig(**{"backend": "triton", **configuration})
     if config.reads_all(case.context):
         return
-    layers = case.layers(config)
-    print(f" {name_of(configuration)}: {attempt(partial(agreement, case, layers[0]))}", flush=True)
+    layers = case.make_layers(config)
+    print(f" {format_name(configuration)}: {attempt(partial(compare_with_pytorch, case, layers[0]))}", flush=True)
     rows = case.batch * case.kv_heads
     stored = [sum(each.nbytes for each in level.statistics) for level in layers[0].levels]
     scored = stored[0]
-    if config.fan > 1:
+    if config.pages_per_super > 1:
         scored = stored[1] + stored[0] * min(1, (config.super_count + 1) * config.super_page_size / case.context)
     attended = rows * config.budget * case.token_bytes
 
     appends = [partial(layer.write_token, *case.token) for layer in layers]
-    table.row("append", appends, rows * case.token_bytes * (2 + config.page_size / 2))
+    table.measure_row("append", appends, rows * case.token_bytes * (2 + config.page_size / 2))
     pages = attempt(partial(measure_selection, case, layers, scored, table, tune))
     if pages is not None:
         measure_attention(case, layers, pages, attended, table, tune)
     attempt(partial(measure_one_launch, case, layers, scored + attended, table))
-    steps = [partial(static_attention, layer, case.query, *case.token, case.scaling) for layer in layers]
-    seconds = table.row("whole step", steps, scored + attended)
+    steps = [partial(run_static_step, layer, case.query, *case.token, case.scaling) for layer in layers]
+    seconds = table.measure_row("whole step", steps, scored + attended)
     if seconds is not None and dense is not None:
         kept = sum(stored) / case.dense_bytes
         print(f"  {dense / seconds:.1f} x dense; statistics {kept:.2%} of the KV cache", flush=True)
 
 
 def measure_selection(case: Case, layers: list[PagedLayer], scored: float, table: Table, tune: bool) -> list[Tensor]:
-    """Scores and top pages, apart and as the step runs them; returns the pages selected in each layer."""
-    config, query, lengths = layers[0].config, case.query[:, :, 0], layers[0].step.lengths(case.batch)
-    selects = [partial(select_pages, layer, query, case.scaling, lengths) for layer in layers]
-    table.row("scores and top pages" + (", two levels" if config.fan > 1 else ""), selects, scored)
-    if config.fan == 1:
+    """Measure scores and top pages, apart and as the step runs them; return the pages selected in each layer."""
+    config, query, lengths = layers[0].config, case.query[:, :, 0], layers[0].step.make_lengths(case.batch)
+    selects = [
+        partial(layer.selector.select_by_kernels, query, layer.levels, lengths, case.scaling) for layer in layers
+    ]
+    table.measure_row("scores and top pages" + (", two levels" if config.pages_per_super > 1 else ""), selects, scored)
+    if config.pages_per_super == 1:
         scores = [
             partial(
                 page_scores.page_scores, query, layer.statistics, lengths, config.score, config.scale, config.page_size,
@@ -215,8 +236,8 @@ def measure_selection(case: Case, layers: list[PagedLayer], scored: float, table
             for layer in layers
         ]  # fmt: skip
         example = scores[0]()
-        table.row("scores", scores, scored + example.nbytes)
-        table.row("top pages", [partial(top_pages.top_pages, example, config.pages - 1)], example.nbytes)
+        table.measure_row("scores", scores, scored + example.nbytes)
+        table.measure_row("top pages", [partial(top_pages.top_pages, example, config.pages - 1)], example.nbytes)
         if tune:
             tune_scores(scores, scored + example.nbytes, table)
     return [select() for select in selects]
@@ -225,8 +246,8 @@ def measure_selection(case: Case, layers: list[PagedLayer], scored: float, table
 def measure_attention(
     case: Case, layers: list[PagedLayer], pages: list[Tensor], attended: float, table: Table, tune: bool
 ) -> None:
-    """Attention over the selected pages."""
-    query, lengths = case.query[:, :, 0], layers[0].step.lengths(case.batch)
+    """Measure attention over the selected pages."""
+    query, lengths = case.query[:, :, 0], layers[0].step.make_lengths(case.batch)
     for splits in [None] + ([1, 2, 4, 8, 16] if tune else []):
         attends = [
             partial(
@@ -235,16 +256,16 @@ def measure_attention(
             )
             for layer, chosen in zip(layers, pages)
         ]  # fmt: skip
-        table.row("attention" if splits is None else f"  attention in {splits} splits", attends, attended)
+        table.measure_row("attention" if splits is None else f"  attention in {splits} splits", attends, attended)
 
 
-def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table: Table) -> None:
-    """The step of `sparse_step` without the cache around it, where it takes so many pages."""
-    config, lengths = layers[0].config, layers[0].step.lengths(case.batch)
+def measure_one_launch(case: Case, layers: list[PagedLayer], bytes_moved: float, table: Table) -> None:
+    """Measure the kernel `sparse_step` without the cache around it, where it takes so many pages."""
+    config, lengths = layers[0].config, layers[0].step.make_lengths(case.batch)
     query, (key, value) = case.query[:, :, 0], case.token
-    if case.context // (config.page_size * config.fan) > sparse_step.STEP_PAGES:
+    if case.context // (config.page_size * config.pages_per_super) > sparse_step.STEP_PAGES:
         return
-    two = {"super_count": config.super_count} if config.fan > 1 else {}
+    two = {"super_count": config.super_count} if config.pages_per_super > 1 else {}
     calls = [
         partial(
             sparse_step.sparse_step, query, key, value, layer.keys, layer.values, layer.levels[0].statistics, lengths,
@@ -253,46 +274,46 @@ def measure_one_launch(case: Case, layers: list[PagedLayer], moved: float, table
         )
         for layer in layers
     ]  # fmt: skip
-    table.row("one launch", calls, moved)
+    table.measure_row("one launch", calls, bytes_moved)
 
 
-def agreement(case: Case, layer: PagedLayer) -> str:
-    """How far the step by kernels is from the step in PyTorch, for the first sequences of the batch."""
+def compare_with_pytorch(case: Case, layer: PagedLayer) -> str:
+    """Say how far the step by kernels is from the step in PyTorch, for the first sequences of the batch."""
     rows = min(case.batch, 4)
     small = PagedLayer(layer.config, SparsityCounters())
     small.lazy_initialization(layer.keys[:rows], layer.values[:rows])
     small.keys, small.values, small.step = layer.keys[:rows], layer.values[:rows], layer.step
     for level, other in zip(small.levels, layer.levels):
         level.statistics = tuple(each[:rows] for each in other.statistics)
-    ours = static_attention(layer, case.query, *case.token, case.scaling)[:rows].float()
+    ours = run_static_step(layer, case.query, *case.token, case.scaling)[:rows].float()
     small.triton = False
     token = case.token[:, :rows]
-    theirs = static_attention(small, case.query[:rows], *token, case.scaling).float()
+    theirs = run_static_step(small, case.query[:rows], *token, case.scaling).float()
     error = (ours - theirs).abs().amax(dim=-1)
     # PyTorch's scores are rounded to 16 bits, so that a page at the threshold may differ: those heads are counted.
     equal = (error < 0.02).float().mean().item()
     return f"{equal:.1%} of heads equal to PyTorch's step, largest difference {error.max():.3f}"
 
 
-def tune_scores(scores: Sequence[Callable[..., Tensor]], moved: float, table: Table) -> None:
-    """How the scoring kernel does with other tiles than its own."""
+def tune_scores(scores: Sequence[Callable[..., Tensor]], bytes_moved: float, table: Table) -> None:
+    """Measure the scoring kernel with other tiles than its own."""
     for pages, warps, (tiles, stages) in itertools.product((64, 128, 256), (4, 8), ((1, 1), (4, 2), (8, 3))):
         tile = page_scores.ScoreTile(pages, tiles, warps, stages)
         tiled = [partial(score, tile=tile) for score in scores]
-        table.row(f"  {pages} pages, {tiles} tiles, {warps} warps, {stages} stages", tiled, moved, 8)
+        table.measure_row(f"  {pages} pages, {tiles} tiles, {warps} warps, {stages} stages", tiled, bytes_moved, 8)
 
 
 def measure_top_pages(rows: int, pages: int, count: int, device: torch.device) -> None:
-    """Top-k alone, beside torch's and FlashInfer's."""
+    """Measure the selection of pages alone, beside torch's and FlashInfer's top-k."""
     scores = torch.randn(rows, pages, device=device)
     chosen = top_pages.top_pages(scores, count)
     exact = reference.top_pages(scores.unsqueeze(0), count)[0]
-    times = [("ours", graph_seconds([lambda: top_pages.top_pages(scores, count)]))]
-    times.append(("torch.topk", graph_seconds([lambda: scores.topk(count, sorted=False)], 10)))
+    times = [("ours", time_graph([lambda: top_pages.top_pages(scores, count)]))]
+    times.append(("torch.topk", time_graph([lambda: scores.topk(count, sorted=False)], 10)))
     try:
         import flashinfer
 
-        times.append(("flashinfer.top_k", graph_seconds([lambda: flashinfer.top_k(scores, count)], 10)))
+        times.append(("flashinfer.top_k", time_graph([lambda: flashinfer.top_k(scores, count)], 10)))
     except Exception as error:
         times.append((f"flashinfer.top_k: {type(error).__name__}", float("nan")))
     line = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in times)

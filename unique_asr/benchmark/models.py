@@ -36,7 +36,7 @@ from unique_asr.decoding.memory import Memory, read_shape
 from unique_asr.models.pretrained import KNOWN_MODELS, KnownModel
 from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, estimate_prompt_tokens
 
-# The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
+# The name of a known model, and its LLM: from the configurations of the checkpoints named in the catalogue.
 LLMS: dict[str, tuple[str, PreTrainedConfig]] = {
     "moss": ("moss_transcribe_diarize", Qwen3Config(
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
@@ -56,8 +56,8 @@ COMPILED_FORMS = 64  # of a step: each batch size has its own, with either atten
 
 
 @dataclass(frozen=True)
-class Result:
-    """One case; times are medians of steps."""
+class ModelTiming:
+    """The times and the memory of one case; times are medians of steps."""
 
     model: str
     minutes: float  # of audio
@@ -78,33 +78,37 @@ class Result:
 
     @property
     def fastest_dense(self) -> float | None:
+        """Milliseconds of a dense step, by the faster of the two."""
         return min((each for each in (self.dense, self.flash) if each is not None), default=None)
 
     @property
     def speedup(self) -> float | None:
+        """Time of the fastest dense step over that of a sparse one."""
         return self.fastest_dense / self.sparse if self.fastest_dense else None
 
-    def row(self) -> str:
-        """A line of a Markdown table."""
+    def format_row(self) -> str:
+        """Return a line of a Markdown table."""
 
-        def shown(value: float | None, digits: int = 2, unit: str = "") -> str:
+        def format_number(value: float | None, digits: int = 2, unit: str = "") -> str:
             return "" if value is None else f"{value:.{digits}f}{unit}"
 
-        def whole(milliseconds: float | None) -> str:
+        def format_seconds(milliseconds: float | None) -> str:
             return "" if milliseconds is None else f"{milliseconds * self.answer / 1000:.1f}"
 
         error = None if self.peak is None else 100 * (self.estimated / self.peak - 1)
         cells = [
             self.model, f"{self.minutes:g}", str(self.batch), self.attention, str(self.prompt), str(self.context),
-            shown(self.prefill), shown(self.dense), shown(self.flash), shown(self.sparse), shown(self.speedup),
-            str(self.answer), whole(self.fastest_dense), whole(self.sparse),
-            shown(self.estimated), shown(self.peak), shown(error, 0, " %"),
+            *map(format_number, (self.prefill, self.dense, self.flash, self.sparse, self.speedup)),
+            str(self.answer), format_seconds(self.fastest_dense), format_seconds(self.sparse),
+            format_number(self.estimated), format_number(self.peak), format_number(error, 0, " %"),
         ]  # fmt: skip
         return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
 class Settings:
+    """What all cases of a run share."""
+
     configurations: dict[str, SparseAttentionConfig]  # by what differs from the settings of all
     answer_tokens_an_hour: float
     prefill_chunk: int
@@ -126,10 +130,23 @@ def benchmark(
     attention: SparseAttentionConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[Result]:
-    """Print a row for each case as it is done, and write all of them to `output` (JSON) after each.
+) -> list[ModelTiming]:
+    """Measure every model, length and batch size; print a row for each as soon as it is measured.
 
-    configurations: fields that replace those of `attention`, each measured against the same dense steps.
+    Args:
+        names: of `LLMS`.
+        minutes: of audio.
+        batches: sequences side by side.
+        configurations: fields that replace those of `attention`, each measured against the same dense steps.
+        answer_tokens_an_hour: tokens that the LLM writes for an hour of audio.
+        prefill_chunk: tokens of a chunk of the prefill.
+        steps: decode steps that are timed.
+        mode: captured or compiled.
+        max_seconds: after which no other case is begun.
+        output: a JSON file that gets all rows, after each row; None: no file.
+
+    Raises:
+        ValueError: a name or the mode is not known.
     """
     if not set(names) <= set(LLMS):
         raise ValueError(f"models.names are {', '.join(names)}: choose of {', '.join(LLMS)}")
@@ -137,9 +154,9 @@ def benchmark(
         raise ValueError(f"models.mode is {mode!r}: choose captured or compiled")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     begin, results = time.monotonic(), []
-    named = {label(each): replace(attention, **each) for each in configurations}
+    named = {format_label(each): replace(attention, **each) for each in configurations}
     settings = Settings(named, answer_tokens_an_hour, prefill_chunk, steps, mode)
-    print(f"| {' | '.join(Result.COLUMNS)} |\n|{'---|' * len(Result.COLUMNS)}", flush=True)
+    print(f"| {' | '.join(ModelTiming.COLUMNS)} |\n|{'---|' * len(ModelTiming.COLUMNS)}", flush=True)
     for name in names:
         known_model, model = KNOWN_MODELS[LLMS[name][0]], None
         for length in minutes:
@@ -147,9 +164,9 @@ def benchmark(
                 if time.monotonic() - begin > max_seconds:
                     print(f"  left out: {name}, {length} minutes, batch {batch}: models.max_seconds={max_seconds}")
                     continue
-                model = model or random_model(name, device, dtype)
+                model = model or make_random_model(name, device, dtype)
                 for result in measure_case(name, model, known_model, length, batch, settings):
-                    print(result.row(), flush=True)
+                    print(result.format_row(), flush=True)
                     results.append(result)
                     if output is not None:
                         save(Path(output), results, settings, device)
@@ -158,30 +175,35 @@ def benchmark(
     return results
 
 
-def label(fields: dict[str, Any]) -> str:
+def format_label(fields: dict[str, Any]) -> str:
+    """Return the fields that differ from the settings of all, as text."""
     return ", ".join(f"{name}={value}" for name, value in fields.items()) or "as given"
 
 
-def save(path: Path, results: Sequence[Result], settings: Settings, device: torch.device) -> None:
+def save(path: Path, results: Sequence[ModelTiming], settings: Settings, device: torch.device) -> None:
+    """Write the device, the settings and all rows to a JSON file."""
     rows = [asdict(result) | {"speedup": result.speedup} for result in results]
-    whole = {"device": describe(device), "settings": asdict(settings), "results": rows}
+    configurations = {name: config.to_dict() for name, config in settings.configurations.items()}
+    shared = vars(settings) | {"configurations": configurations}
+    whole = {"device": describe(device), "settings": shared, "results": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes; None on a CPU, whose tests are small."""
+def measure_free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a GPU; None on a CPU, whose tests are small."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def release(device: torch.device) -> None:
+    """Free the memory that nobody refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The LLM of random weights, switched to UNIQUE attention."""
+def make_random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Make the LLM with random weights, switched to UNIQUE attention."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(LLMS[name][1], dtype=dtype).eval()
@@ -191,8 +213,11 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
 
 def measure_case(
     name: str, model: PreTrainedModel, known_model: KnownModel, minutes: float, batch: int, settings: Settings
-) -> Iterator[Result]:
-    """Dense steps by either attention, then each configuration over a cache of its own; what fails is left out."""
+) -> Iterator[ModelTiming]:
+    """Measure one case: dense steps by either attention, then each configuration; what fails is left out.
+
+    The batch is smaller than `batch` where memory has no room for it.
+    """
     seconds, device = 60 * minutes, model.device
     prompt, answer = (
         estimate_prompt_tokens(known_model, seconds),
@@ -205,7 +230,7 @@ def measure_case(
         return estimate_pass_memory(known_model, seconds, read_shape(model), *how)
 
     release(device)
-    free = free_memory(device)
+    free = measure_free_memory(device)
     largest = list(settings.configurations.values())
     while free is not None and batch > 1 and MARGIN * max(memory(each).pass_bytes for each in largest) > free:
         batch -= 1  # the row says how many were left
@@ -221,7 +246,7 @@ def measure_case(
         release(device)
         if measured is not None:
             prefill_seconds, sparse, peak = measured
-            yield Result(
+            yield ModelTiming(
                 name, minutes, batch, differing, prompt, answer, context, prefill_seconds, **times, sparse=sparse,
                 estimated=memory(attention).total / 1e9, peak=peak,
             )  # fmt: skip
@@ -237,7 +262,12 @@ def measure_sparse(
     attention: SparseAttentionConfig,
     settings: Settings,
 ) -> tuple[float | None, float, float | None]:
-    """Seconds of the prefill, milliseconds of a sparse step, and GB of memory at most."""
+    """Return the seconds of the prefill, the milliseconds of a sparse step, and the peak of memory in GB.
+
+    Args:
+        prompt: positions of the prompt, of which `audio` are those of audio.
+        answer: tokens of the answer; steps are timed in its middle.
+    """
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -251,9 +281,12 @@ def measure_sparse(
 def prefill(
     model: PreTrainedModel, cache: PagedCache, batch: int, prompt: int, audio: int, settings: Settings
 ) -> float | None:
-    """Read a prompt with `audio` positions as a transcriber does; seconds, of one sequence.
+    """Read a prompt with `audio` positions as a transcriber does.
 
     Of a batch only the last chunk is read, after random keys and values: the one that takes the most memory.
+
+    Returns:
+        Seconds, for one sequence; None for a batch.
     """
     weight = model.get_input_embeddings().weight
     features = torch.randn(batch * audio, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -289,7 +322,12 @@ def fill(cache: PagedCache, tokens: int) -> None:
 
 @torch.no_grad()
 def measure_dense(model: PreTrainedModel, batch: int, context: int, settings: Settings, attention: str) -> float:
-    """Milliseconds of a step by an attention implementation, with no more room in the cache than the steps take."""
+    """Return the milliseconds of a dense step, in a cache with no more room than the steps take.
+
+    Args:
+        context: tokens in the cache.
+        attention: the name of the attention implementation.
+    """
     config = SparseAttentionConfig(budget=None, backend=next(iter(settings.configurations.values())).backend)
     cache = PagedCache(model.config, config, capacity=context + WARM_UP + settings.steps)
     tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)

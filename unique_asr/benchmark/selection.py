@@ -22,13 +22,22 @@ from unique_asr.attention.scores import SCORES
 
 
 class Probe:
-    """Stands in for the attention function, attends densely, and measures every `every`-th decode step."""
+    """An attention function that attends densely and measures what configurations would select.
+
+    Args:
+        configs: what is measured.
+        every: steps from one measured step to the next.
+        limit: steps that are measured.
+    """
 
     def __init__(self, configs: Sequence[SparseAttentionConfig], every: int = 1, limit: int = 32):
         self.configs = configs
         self.every, self.limit = every, limit
         self.steps = self.measured = 0
-        self.held: dict[SparseAttentionConfig | int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        # By configuration (by page size: the oracle) and layer.
+        self.mass_shares: dict[SparseAttentionConfig | int, dict[int, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self._statistics: dict[tuple, tuple[Tensor, ...]] = {}
         self._sequence: object = None
         self._first: int | None = None  # the index of the first layer
@@ -51,7 +60,7 @@ class Probe:
         return unique_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     def measure(self, layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        """One step of one layer: query [B, K, G, D], keys [B, K, N, D]."""
+        """Measure one step of one layer: query [B, K, G, D], keys [B, K, N, D]; `scaling` of the attention logits."""
         self.dim = keys.shape[-1]
         logits = torch.matmul(query.float(), keys.float().transpose(-1, -2)) * scaling
         mass = logits.softmax(dim=-1).mean(dim=2)  # [B, K, N], of the group
@@ -62,44 +71,45 @@ class Probe:
                 if config.page_size == size:
                     best = self.select(layer, query, keys, scaling, config, newest)
                     held = pages[..., :-1].gather(-1, best).sum(dim=-1) + pages[..., -1]
-                    self.held[config][layer].append(held.mean().item())
+                    self.mass_shares[config][layer].append(held.mean().item())
             oracle = (
                 pages[..., :-1].topk(max(c.budget for c in self.configs) // size - 1).values.sum(-1) + pages[..., -1]
             )
-            self.held[size][layer].append(oracle.mean().item())
+            self.mass_shares[size][layer].append(oracle.mean().item())
 
     def select(
         self, layer: int, query: Tensor, keys: Tensor, scaling: float, config: SparseAttentionConfig, newest: int
     ) -> Tensor:
-        """The complete pages that a decode step reads: [B, K, k - 1]."""
-        scores = self.scores(layer, query, keys, config, config.page_size, newest)
+        """Select the complete pages that a decode step reads: int64 [B, K, k - 1]."""
+        scores = self.score_pages(layer, query, keys, config, config.page_size, newest)
         bias = reference.page_bias(torch.ones(1, newest, dtype=torch.bool, device=keys.device), config, newest)
         scores = reference.combine_biased(scores, config.combine, scaling, bias)
-        supers = newest // config.fan
-        if config.fan > 1 and supers > config.super_count:
-            super_bias = reference.super_page_bias(bias, config.fan, supers)[..., :supers]
-            super_scores = self.scores(layer, query, keys, config, config.super_page_size, supers)
+        supers = newest // config.pages_per_super
+        if config.pages_per_super > 1 and supers > config.super_count:
+            super_bias = reference.super_page_bias(bias, config.pages_per_super, supers)[..., :supers]
+            super_scores = self.score_pages(layer, query, keys, config, config.super_page_size, supers)
             super_scores = reference.combine_biased(super_scores, config.combine, scaling, super_bias)
             best = reference.top_pages(super_scores, config.super_count)
-            scores = reference.keep_super_pages(scores, best, config.fan, supers)
+            scores = reference.keep_super_pages(scores, best, config.pages_per_super, supers)
         return reference.top_pages(scores, config.pages - 1)
 
-    def scores(
+    def score_pages(
         self, layer: int, query: Tensor, keys: Tensor, config: SparseAttentionConfig, size: int, pages: int
     ) -> Tensor:
+        """Score the first `pages` pages of `size` tokens: float32 [B, K, G, P]. Statistics are kept between steps."""
         score, key = SCORES[config.score], (layer, config.score, size, config.statistics_dtype)
-        done = self._statistics.get(key)
-        start = 0 if done is None or done[0].shape[2] > pages else done[0].shape[2]
+        kept = self._statistics.get(key)
+        start = 0 if kept is None or kept[0].shape[2] > pages else kept[0].shape[2]
         if start < pages:
             new = reference.page_statistics(keys[:, :, start * size : pages * size], size, score)
-            new = score.stored(new, config.statistics_dtype)
-            done = new if start == 0 else tuple(torch.cat(pair, dim=2) for pair in zip(done, new))
-            self._statistics[key] = done
-        return score.scores(query, done, config.scale)
+            new = score.encode(new, config.statistics_dtype)
+            kept = new if start == 0 else tuple(torch.cat(pair, dim=2) for pair in zip(kept, new))
+            self._statistics[key] = kept
+        return score.scores(query, kept, config.scale)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block models with UNIQUE attention are measured."""
+        """Measure models with UNIQUE attention within the block."""
         AttentionInterface.register(NAME, self)
         try:
             yield
@@ -107,15 +117,15 @@ class Probe:
             AttentionInterface.register(NAME, unique_attention_forward)
 
     def report(self) -> None:
-        """The table: shares of the mass in percent, the mean over layers and the worst layer."""
-        if not self.held:
+        """Print the table: shares of the mass in percent, the mean over layers and the worst layer."""
+        if not self.mass_shares:
             print("nothing measured: no decode step had a context longer than the budget")
             return
-        layers = len(next(iter(self.held.values())))
+        layers = len(next(iter(self.mass_shares.values())))
         print(f"{self.measured // layers} steps of {layers} layers; share of the true attention mass, percent")
         print(f"{'score':14s} {'statistics':10s} {'page':>4s} {'super':>8s} {'combine':8s} {'budget':>6s} "
               f"{'mean':>6s} {'worst layer':>11s} {'memory':>7s}")  # fmt: skip
-        for config, by_layer in self.held.items():
+        for config, by_layer in self.mass_shares.items():
             means = {layer: 100 * sum(values) / len(values) for layer, values in by_layer.items()}
             mean, worst = sum(means.values()) / len(means), min(means, key=means.get)
             if isinstance(config, int):
@@ -125,19 +135,24 @@ class Probe:
                 supers = f"{config.super_count} x {config.super_page_size}" if config.super_page_size else ""
                 head = (f"{config.score:14s} {config.statistics_dtype:10s} {config.page_size:4d} "
                         f"{supers:>8} {config.combine or 'max':8s} {config.budget:6d}")  # fmt: skip
-                memory = f"{100 * memory_share(config, self.dim):6.2f}%"
+                memory = f"{100 * compute_memory_share(config, self.dim):6.2f}%"
             print(f"{head} {mean:6.2f} {means[worst]:6.2f} ({worst:2d}) {memory}", flush=True)
 
 
-def memory_share(config: SparseAttentionConfig, head_dim: int) -> float:
-    """Bytes of the statistics over those of the keys and values, for keys in 16 bits."""
-    stored = SCORES[config.score].buffers(head_dim, torch.bfloat16, config.statistics_dtype)
+def compute_memory_share(config: SparseAttentionConfig, head_dim: int) -> float:
+    """Return the bytes of the statistics over those of the keys and values, for keys in 16 bits."""
+    stored = SCORES[config.score].buffer_layout(head_dim, torch.bfloat16, config.statistics_dtype)
     tokens = [config.page_size] + ([config.super_page_size] if config.super_page_size else [])
     return sum(width * dtype.itemsize for width, dtype in stored) * sum(1 / size for size in tokens) / (4 * head_dim)
 
 
-def configurations(table: dict[str, list], base: SparseAttentionConfig) -> list[SparseAttentionConfig]:
-    """Every combination of the listed fields; super-pages no larger than a page are left out."""
+def make_configurations(table: dict[str, list], base: SparseAttentionConfig) -> list[SparseAttentionConfig]:
+    """Return every combination of the listed fields; super-pages no larger than a page are left out.
+
+    Args:
+        table: fields of `SparseAttentionConfig`, each with the values to try.
+        base: the other fields.
+    """
     configs = []
     for values in itertools.product(*table.values()):
         fields = dict(zip(table, values))
@@ -150,7 +165,11 @@ def configurations(table: dict[str, list], base: SparseAttentionConfig) -> list[
 def benchmark_text(
     model: str, text: str, context: int, steps: int, probe: Probe, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """A causal language model reads `context` tokens of a text file, then the next ones one at a time."""
+    """Let a causal language model read `context` tokens of a text file, then the next `steps` one at a time.
+
+    Raises:
+        ValueError: the text is too short.
+    """
     from unique_asr.generation import load_text_model
 
     language_model, tokenizer = load_text_model(model, str(device), str(dtype).removeprefix("torch."))
@@ -167,7 +186,7 @@ def benchmark_text(
 
 
 def benchmark_speech(model: str, audio: Sequence[str], minutes: float, probe: Probe, device: str, dtype: str) -> None:
-    """A speech LLM transcribes the files in one pass, joined and repeated to a recording of so many minutes."""
+    """Let a speech LLM transcribe files in one pass, joined and repeated to a recording of `minutes`."""
     import numpy as np
 
     from unique_asr.audio import load_audio

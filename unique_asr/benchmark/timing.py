@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from unique_asr.attention.cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import pause_garbage_collection
 
 REPLAYS = 25
 GRAPH_SECONDS = 4e-3  # of work in a graph, at least: what starting it costs disappears
 
 
 def describe(device: torch.device) -> str:
-    """The device and the versions that a number belongs to."""
+    """Return one line about the device and the versions that a number belongs to."""
     parts = [f"torch {torch.__version__}", f"Python {sys.version.split()[0]}"]
     if device.type == "cuda":
         import triton
@@ -30,8 +30,13 @@ def describe(device: torch.device) -> str:
     return " | ".join(parts)
 
 
-def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Seconds a call, of calls that differ in the memory they read, in one captured graph."""
+def time_graph(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Return the seconds of one call, in one captured graph: the median over replays.
+
+    Args:
+        calls: differ in the memory that they read.
+        replays: of the graph that are timed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,7 +51,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS)
     torch.cuda.current_stream().wait_stream(stream)
     rounds = max(1, min(200 // len(calls), round(GRAPH_SECONDS / once)))
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with pause_garbage_collection(), torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
@@ -62,15 +67,15 @@ def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS)
     return statistics.median(times) / (rounds * len(calls))
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of copying 2 GB on the device."""
+def measure_copy_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second, read and written, of copying 2 GB on the device."""
     source = torch.empty(1 << 30, dtype=torch.int16, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_seconds([lambda: target.copy_(source)])
+    return 2 * source.nbytes / time_graph([lambda: target.copy_(source)])
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
-    """The result of a measurement, or None if it fails."""
+    """Return the result of a measurement; if it fails, print why and return None."""
     try:
         return measure()
     except Exception as error:

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
-from unique_asr.attention.decode_step import Chosen
+from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
-from unique_asr.attention.static_step import page_sizes
+from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding.engine import PENDING, Engine, Pending, PrefillProgress, Sequence
 from unique_asr.decoding.memory import estimate_memory, measure_cache, measure_free_memory, read_shape
 
@@ -107,16 +107,16 @@ class BatchEngine(Engine):
         self.model, self.prefill_chunk = language_model, prefill_chunk
         self.attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.device = language_model.get_input_embeddings().weight.device
-        self._paged = pages_every_layer(language_model.config)
+        self._paged = is_fully_paged(language_model.config)
         self.static = self._paged and self.device.type == "cuda" if static is None else static
         set_attention(language_model, NAME)
         self.sequences: list[BatchSequence] = []
         self._places: list[BatchSequence | None] = []  # the sequence in each row of the cache; None: it is free
         self._starts: list[int] = []  # slots of padding on the left of each place
         self._decode_step: DecodeStep | None = None  # for as many places, with the cache
-        self._ahead: Chosen | None = None  # a step that nobody has looked at yet
+        self._ahead: TokenTransfer | None = None  # a step that nobody has looked at yet
         self._shape = read_shape(language_model)
-        self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
+        self._unit = math.lcm(2, *self.attention.level_sizes)  # slots by which all rows may be moved
         self._spare_places = spare_places or (SPARE_PLACES_CAPTURED if self.static else SPARE_PLACES)
         self._limit: int | None = None  # sequences, the last time that memory had no room for all
         self.notice = ""
@@ -166,7 +166,7 @@ class BatchEngine(Engine):
             self._hand_out(joining, joined.tolist(), "prefill", reading)
         for sequence in running.values():
             sequence.length += 1
-            sequence.counters.add(self._decode_step.cache.counted(sequence.length, sequence.prompt))
+            sequence.counters.add(self._decode_step.cache.count_reads(sequence.length, sequence.prompt))
         of_places = chosen.tolist()  # of the places as they were before any sequence joined
         chosen = [[values[place] for place in running] for values in of_places]
         self._hand_out(running.values(), chosen, "decode", time.perf_counter() - begin - reading)
@@ -229,7 +229,7 @@ class BatchEngine(Engine):
         how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
         return estimate_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
-    def _begin(self, sequences: list[BatchSequence]) -> Chosen:
+    def _begin(self, sequences: list[BatchSequence]) -> TokenTransfer:
         """Read the prompts of sequences that have the cache to themselves."""
         longest = count_longest_prompt(sequences)
         self._places, self._ahead = list(sequences), None
@@ -243,15 +243,15 @@ class BatchEngine(Engine):
         step.cache.reset()
         step.reserve(longest + HEADROOM)
         step.choose(self._read(sequences, step.cache, step.starts, longest))
-        return step.chosen()
+        return step.fetch()
 
-    def _join(self, running: dict[int, BatchSequence], joining: list[BatchSequence]) -> Chosen:
+    def _join(self, running: dict[int, BatchSequence], joining: list[BatchSequence]) -> TokenTransfer:
         """Read new prompts beside the sequences that run, so that they end where these are."""
         by = self._shift(running, joining)
         free = self._resize(running, len(joining))
         step = self._decode_step
         step.reserve(step.cache.length + by)
-        step.cache.move(by)
+        step.cache.shift(by)
         length = step.cache.length
         # The pages of the new cache have to be pages of the old one.
         longest = count_longest_prompt(joining)
@@ -263,8 +263,8 @@ class BatchEngine(Engine):
         step.starts.copy_(self._tensor(self._starts))
         cache, places = PagedCache(self.model.config, self.attention, capacity=longest), self._tensor(free)
         logits = self._read(joining, cache, starts, longest)
-        step.cache.take(places, cache, starts)
-        return Chosen(step.choose_for(places, logits))
+        step.cache.copy_rows(places, cache, starts)
+        return TokenTransfer(step.choose_for(places, logits))
 
     def _shift(self, running: Iterable[int], joining: list[BatchSequence]) -> int:
         """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where all is empty."""
@@ -308,13 +308,13 @@ class BatchEngine(Engine):
             sequence.start()
         return logits
 
-    def _decode(self) -> Chosen:
+    def _decode(self) -> TokenTransfer:
         step = self._decode_step
         if self.static:
             step.run()
         else:
             step.choose(self._forward(step.cache, step.starts, step.cache.length, input_ids=step.token))
-        return step.chosen()
+        return step.fetch()
 
     def _forward(self, cache: PagedCache, starts: Tensor, start: int, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the last of the positions that begin at `start`."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import HEADROOM, pages_every_layer
-from unique_asr.attention.decode_step import Chosen
+from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
+from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding.engine import PrefillProgress, Sequence
 from unique_asr.decoding.memory import measure_cache
 
@@ -55,7 +56,7 @@ class GreedyDecoder(Sequence):
         self.capacity = capacity
         self.prefill_chunk = prefill_chunk
         device = language_model.get_input_embeddings().weight.device
-        paged = pages_every_layer(language_model.config)
+        paged = is_fully_paged(language_model.config)
         self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
         set_attention(language_model, NAME)
@@ -65,7 +66,7 @@ class GreedyDecoder(Sequence):
         self.log_probs: list[float] = []
         self.stop_reason: str | None = None
         self.engine_seconds: dict[str, float] = {}
-        self._chosen: Chosen | None = None  # a token that nobody has looked at yet
+        self._chosen: TokenTransfer | None = None  # a token that nobody has looked at yet
 
     @property
     def length(self) -> int:
@@ -112,7 +113,7 @@ class GreedyDecoder(Sequence):
             if progress is not None:
                 progress(min(total, start + size), total)
         self.step.choose(logits)
-        self._chosen = self.step.chosen()
+        self._chosen = self.step.fetch()
         self.log_probs = []
 
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
@@ -155,7 +156,7 @@ class GreedyDecoder(Sequence):
         else:
             position = self.step.position.fill_(self.length)
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))
-        self._chosen = self.step.chosen()
+        self._chosen = self.step.fetch()
 
     def _undo_step(self, token: int, counters: SparsityCounters) -> None:
         """Take back the step that wrote a token too many to the cache."""

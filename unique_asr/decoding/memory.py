@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
-from unique_asr.attention.huggingface import BATCHED_TOKENS
+from unique_asr.attention.dense import BATCHED_TOKENS
 from unique_asr.attention.reference import PARTIAL_SUM
 from unique_asr.attention.scores import SCORES
-from unique_asr.attention.static_step import page_sizes
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ def estimate_memory(
     heads = batch * shape.layers * shape.kv_heads
     statistics = 0
     if attention.budget is not None:
-        buffers = SCORES[attention.score].buffers(shape.head_dim, dtype, attention.statistics_dtype)
+        buffers = SCORES[attention.score].buffer_layout(shape.head_dim, dtype, attention.statistics_dtype)
         page = sum(width * each.itemsize for width, each in buffers)
-        statistics = sum(heads * (capacity // size) * page for size in page_sizes(attention))
+        statistics = sum(heads * (capacity // size) * page for size in attention.level_sizes)
     positions = min(prefill_chunk or tokens, tokens)
     feed_forward = batch * positions * (3 * shape.feed_forward + 6 * shape.hidden) * dtype.itemsize
     repeated = padding = 0

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import Recording, join, spread
 from unique_asr.evaluation.decodings import Decodings, identity
 from unique_asr.evaluation.harness import Hypothesis, Result, System, evaluate
-from unique_asr.evaluation.methods import METHODS, RivalConfig, Sliding
+from unique_asr.evaluation.methods import METHODS, Sliding, describe_method
 from unique_asr.evaluation.readers import read_recordings
 from unique_asr.evaluation.report import dense_of, write_results
 from unique_asr.evaluation.scoring import relative_difference
@@ -284,13 +284,13 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
     if config.ctc:
         yield systems.Deferred("ctc", lambda: systems.GreedyCTC(loaded())), made_of | {"system": "ctc"}
     for label, method in chosen.items():
-        options, attention, about = dict(decoding), method, {"system": type(method).__name__}
-        about["attention"] = {"budget": None} | asdict(method)
+        options, attention, (kind, settings) = dict(decoding), method, describe_method(method)
+        about = {"system": kind, "attention": {"budget": None} | settings}
         if isinstance(method, Sliding):
             options["sliding"], attention = method, SparseAttentionConfig(budget=None)
-        elif isinstance(method, RivalConfig):
-            about["attention"]["method_name"] = method.method.name
-            if method.method.name == "murmur":
+        elif method.selector is not None:
+            about["attention"]["method_name"] = method.selector.name
+            if method.selector.name == "murmur":
                 options["chunk_seconds"] = about["chunk_seconds"] = config.rivals.murmur_chunk_seconds
         if pretrained:
             kind = systems.PretrainedLLM
@@ -371,7 +371,7 @@ def attention_settings(
                 raise ValueError(
                     f"rivals.{score} has {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}"
                 )
-            config = RivalConfig(**chosen | {"score": "mean"}, method=METHODS[score](**options))
+            config = SparseAttentionConfig(**chosen | {"score": "mean"}, selector=METHODS[score](**options))
         else:
             config = SparseAttentionConfig(**chosen | ({"score": "unique"} if name == "dense" else {}))
         settings.setdefault(name, config)

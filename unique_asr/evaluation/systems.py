@@ -14,7 +14,7 @@ from unique_asr.decoding import engine as decoding
 from unique_asr.decoding.engine import PENDING, Engine, Pending
 from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import Hypothesis, System
-from unique_asr.evaluation.methods import Sliding, rivals_active
+from unique_asr.evaluation.methods import Sliding
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.transcript import Segment, TranscriptionInfo
 
@@ -64,9 +64,8 @@ class SpeechLLM:
             encoded, encode_seconds = self.encoder(recording)
             started = time.perf_counter()
             transcription = EncodedTranscription(self, encoded)
-            with rivals_active():
-                for _ in transcription.run():
-                    pass  # nothing is ever pending
+            for _ in transcription.run():
+                pass  # nothing is ever pending
             yield index, transcription.make_hypothesis(encode_seconds + time.perf_counter() - started)
 
 
@@ -148,11 +147,10 @@ class BatchedSpeechLLM(SpeechLLM):
                 yield from (self._transcribe(recording, engine) for recording in group)
 
         last = time.perf_counter()
-        with rivals_active():
-            for index, hypothesis in interleave(begin(), self.batch, engine.step):
-                now = time.perf_counter()
-                yield index, replace(hypothesis, seconds=hypothesis.seconds + now - last - encode_seconds)
-                last, encode_seconds = now, 0.0
+        for index, hypothesis in interleave(begin(), self.batch, engine.step):
+            now = time.perf_counter()
+            yield index, replace(hypothesis, seconds=hypothesis.seconds + now - last - encode_seconds)
+            last, encode_seconds = now, 0.0
 
     def _transcribe(self, recording: Recording, engine: Engine) -> Generator[Pending, None, Hypothesis]:
         """Yields where the engine has to make a step; the seconds of the hypothesis are those of encoding."""
@@ -199,9 +197,8 @@ class PretrainedLLM:
         """Yield (index, hypothesis) of one recording after the other."""
         for index, recording in enumerate(recordings):
             started = time.perf_counter()
-            with rivals_active():
-                segments, info = self.transcriber.transcribe(recording.audio(), prompt=self.prompt)
-                segments = list(segments)
+            segments, info = self.transcriber.transcribe(recording.audio(), prompt=self.prompt)
+            segments = list(segments)
             hypothesis = Hypothesis(
                 text=" ".join(segment.text.strip() for segment in segments),
                 stop_reason=info.stop_reason,

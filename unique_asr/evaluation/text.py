@@ -7,7 +7,6 @@ right answer and a wrong one, and measures how much likelier the right one is.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.application.overrides import whole_number
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.evaluation.decodings import Rows, digest, identity
-from unique_asr.evaluation.methods import RivalConfig, Sliding, rivals_active
+from unique_asr.evaluation.methods import Sliding, describe_method
 from unique_asr.evaluation.text_report import TextResult, write_text_results
 from unique_asr.evaluation.text_tasks import RUNS, LanguageModel
 from unique_asr.models import resolve_device, resolve_dtype
@@ -44,9 +43,10 @@ def evaluate_text(
     files = {name: None if options[name] is None else digest(options[name]) for name in ("file", "qa")}
     about = files | {"task": config.task, "model": identity(options.model), "dtype": str(dtype), "batch": batch}
     for name, attention in methods.items():
-        own = {"attention": asdict(attention), "class": type(attention).__name__}
-        if isinstance(attention, RivalConfig):
-            own["method"] = attention.method.name
+        kind, fields = describe_method(attention)
+        own = {"attention": fields, "class": kind}
+        if attention.selector is not None:
+            own["method"] = attention.selector.name
         rows = Rows(folder / "decodings", about | own, config.resume)
         for task, length, samples in work.sets():
             missing = [key for key in samples if rows.get(key) is None]
@@ -56,7 +56,7 @@ def evaluate_text(
                 continue
             for first in range(0, len(missing), batch):
                 keys = missing[first : first + batch]
-                with torch.no_grad(), rivals_active():
+                with torch.no_grad():
                     for key, value in zip(keys, work.run([samples[key]() for key in keys], attention), strict=True):
                         rows.put(key, value)
             values = [rows.get(key) for key in samples]

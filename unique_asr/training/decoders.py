@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unique_asr.attention.cuda_graph import garbage_kept
+from unique_asr.attention.cuda_graph import pause_garbage_collection
 from unique_asr.attention.soft_mask import TrainingAttention
 
 
@@ -58,7 +58,7 @@ class GraphedDecoder:
         kind = tuple(embeds.shape), len(inputs), config
         if kind not in self.graphs:
             samples = (torch.randn_like(embeds, requires_grad=True), *(each.clone() for each in more))
-            with garbage_kept():
+            with pause_garbage_collection():
                 self.graphs[kind] = torch.cuda.make_graphed_callables(
                     PlainDecoder(self.decoder),
                     samples,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
-from unique_asr.attention.huggingface import set_attention, text_decoder
+from unique_asr.attention.huggingface import find_text_decoder, set_attention
 from unique_asr.data import Recording
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.scoring import Score
@@ -91,7 +91,7 @@ def validate_pretrained(
 ) -> dict[str, float]:
     """The same as `validate` for a known model: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
     known_model, dense = find(model), SparseAttentionConfig(budget=None)
-    stops, former = stop_ids(model, processor.tokenizer), text_decoder(model).config._attn_implementation
+    stops, former = stop_ids(model, processor.tokenizer), find_text_decoder(model).config._attn_implementation
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
     training = set_training(model, False)
     with cast_weights(model, dtype):

@@ -9,31 +9,31 @@ from typing import ClassVar
 
 import torch
 
-from unique_asr.attention.cache import grown
-from unique_asr.evaluation.methods.base import Method
+from unique_asr.attention.buffers import grow_buffer
+from unique_asr.attention.selector import TokenSelector
 
 LOGITS = 1 << 24  # attention weights computed at once in the prefill, and on CUDA 4 times as many
 
 
 @dataclass
-class H2O(Method):
+class H2O(TokenSelector):
     """read = latest (recent * budget) tokens + those with most attention, sum over past queries of softmax(q K^T)."""
 
     name: ClassVar[str] = "h2o"
-    watches: ClassVar[bool] = True
-    kept: ClassVar[tuple[str, ...]] = ("masses",)
+    watches_attention: ClassVar[bool] = True
+    buffer_names: ClassVar[tuple[str, ...]] = ("masses",)
     recent: float = 0.5  # share of the budget for the latest tokens; the paper's choice
 
-    def reset(self, keys):
+    def begin_sequence(self, keys):
         if getattr(self, "masses", None) is None or self.masses.shape[:3] != keys.shape[:3]:
             # float32 [B, K, N, 2]: attention that each token has got, -inf once it is evicted. A step at slot t reads
             # the one of t % 2 and writes the other.
             self.masses = torch.zeros(*keys.shape[:3], 2, device=keys.device)
 
-    def grow(self, keys):
-        self.masses = grown(self.masses, self.masses.shape[2], keys.shape[2])
+    def resize(self, keys):
+        self.masses = grow_buffer(self.masses, self.masses.shape[2], keys.shape[2])
 
-    def prompt(self, query, keys, position, scaling):
+    def read_prompt(self, query, keys, position, scaling):
         new, total = query.shape[3], keys.shape[2]
         before = torch.tensor([total - new], device=keys.device)
         place, padding = torch.arange(total, device=keys.device), (position < 0).unsqueeze(2)  # [B, 1, 1, N]
@@ -50,22 +50,22 @@ class H2O(Method):
             mass += logits.softmax(dim=-1).masked_fill(~asked, 0).sum(dim=(2, 3))
         self._keep(mass, before + new)
 
-    def choose(self, query, keys, position, last):
+    def select(self, query, keys, position, last):
         mass = self._mass(last, keys.shape[2])
         slot = torch.arange(keys.shape[2], device=keys.device)
-        mass = mass.masked_fill(slot > last - max(1, int(self.recent * self.config.budget)), torch.inf)
-        best = mass.masked_fill(position < 0, -torch.inf).topk(min(self.config.budget, keys.shape[2]), dim=-1)
+        mass = mass.masked_fill(slot > last - max(1, int(self.recent * self.budget)), torch.inf)
+        best = mass.masked_fill(position < 0, -torch.inf).topk(min(self.budget, keys.shape[2]), dim=-1)
         return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, best.indices, best.values > -torch.inf)
 
-    def attended(self, weights, read, last):
+    def observe_attention(self, weights, read, last):
         mass = self._mass(last, weights.shape[-1]) + weights.sum(dim=2)
         self._keep(mass.masked_fill(~read, -torch.inf), last + 1)
 
     def _mass(self, slot, total):
-        """[B, K, total] before the token of `slot` (int64 [1]) is read; the tokens from it on have got nothing yet."""
+        """Return the attention [B, K, total] that tokens got before `slot` (int64 [1]); later tokens have got none."""
         mass = self.masses.index_select(3, slot % 2)[:, :, :total, 0]
         return mass.masked_fill(torch.arange(total, device=slot.device) >= slot, 0)
 
     def _keep(self, mass, slot):
-        """What there is when the token of `slot` comes."""
+        """Write the attention [B, K, n] that tokens have got when the token of `slot` comes."""
         self.masses[:, :, : mass.shape[2]].index_copy_(3, slot % 2, mass.unsqueeze(3))

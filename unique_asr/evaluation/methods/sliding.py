@@ -17,7 +17,11 @@ from unique_asr.transcript import Segment
 
 @dataclass(frozen=True)
 class Sliding:
-    """Windows of `seconds`, each of which keeps the words in the middle, `overlap` seconds from either end."""
+    """Windows of `seconds`, each of which keeps the words in the middle, `overlap` seconds from either end.
+
+    Raises:
+        ValueError: the overlap at both ends fills a window.
+    """
 
     seconds: float = 30.0
     overlap: float = 5.0
@@ -54,7 +58,7 @@ class Sliding:
                 if segment is PENDING:
                     yield PENDING
                     continue
-                segment = shifted(segment, first_frame * encoded.frame_seconds)
+                segment = shift_segment(segment, first_frame * encoded.frame_seconds)
                 words = [word for word in segment.words if middle[0] <= (word.start + word.end) / 2 < middle[1]]
                 if words:
                     text = " ".join(word.text for word in words)
@@ -72,6 +76,7 @@ class Sliding:
         report.coverage = covered / max(encoded.duration, 1e-9)
 
 
-def shifted(segment: Segment, seconds: float) -> Segment:
+def shift_segment(segment: Segment, seconds: float) -> Segment:
+    """Return the segment with `seconds` added to all of its times."""
     words = [replace(word, start=word.start + seconds, end=word.end + seconds) for word in segment.words]
     return replace(segment, start=segment.start + seconds, end=segment.end + seconds, words=words)

@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unique_asr.evaluation.methods.base import Method
+from unique_asr.attention.selector import TokenSelector
 
 
 @dataclass
-class StreamingLLM(Method):
+class StreamingLLM(TokenSelector):
     """read = first `sink` tokens + the latest (budget - sink) tokens."""
 
     name: ClassVar[str] = "streaming_llm"
     sink: int = 4  # tokens; the paper's choice
 
-    def begin(self, config):
-        super().begin(config)
-        if config.budget is not None and config.budget <= self.sink:
-            raise ValueError(f"attention.budget is {config.budget}: StreamingLLM needs more than its {self.sink} sinks")
+    def configure(self, budget, page_size, sink_pages):
+        super().configure(budget, page_size, sink_pages)
+        if budget is not None and budget <= self.sink:
+            raise ValueError(f"attention.budget is {budget}: StreamingLLM needs more than its {self.sink} sinks")
 
-    def choose(self, query, keys, position, last):
+    def select(self, query, keys, position, last):
         newest = last + position[..., :1]  # position of the newest token
-        return (position < self.sink) | (position > newest - (self.config.budget - self.sink))
+        return (position < self.sink) | (position > newest - (self.budget - self.sink))

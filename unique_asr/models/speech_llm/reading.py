@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from unique_asr.attention.cuda_graph import captured
+from unique_asr.attention.cuda_graph import capture_graph
 
 if TYPE_CHECKING:
     from unique_asr.models.speech_llm.listener import Listener
@@ -122,7 +122,7 @@ class Reading:
             return
         if self._graph is None:
             changed = self.position, self.count, self.token, self.refused, self.ended, self.latest, self.left
-            self._graph = captured(self._step, [*changed, self.unseen, self.path.best])
+            self._graph = capture_graph(self._step, [*changed, self.unseen, self.path.best])
         self._graph.replay()
 
     def heard(self, windows: int, count: int) -> Heard:

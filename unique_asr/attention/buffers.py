@@ -1,0 +1,36 @@
+"""Buffers that follow the slots of a cache: [B, K, slots, width], or [B, K, slots / S, width] with an entry a page."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unique_asr.attention.scores import LARGEST
+
+
+def grow_buffer(buffer: Tensor, used: int, size: int) -> Tensor:
+    """Copy a buffer into a larger one.
+
+    Args:
+        buffer: [B, K, n, width].
+        used: entries of dimension 2 to keep, from the first on.
+        size: entries of the new buffer.
+
+    Returns:
+        [B, K, size, width], zero beyond `used`.
+    """
+    new = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[-1])
+    new[:, :, :used] = buffer[:, :, :used]
+    return new
+
+
+def shift_entries(buffer: Tensor, by: int, used: int) -> None:
+    """Move the first `used` entries of dimension 2 by `by` places, in place; entries before the first are dropped."""
+    kept = slice(max(0, -by), used)
+    if kept.start < used:
+        buffer[:, :, kept.start + by : used + by] = buffer[:, :, kept].clone()
+
+
+def view_as_bytes(statistic: Tensor) -> Tensor:
+    """View 8-bit statistics as bytes, for operations that PyTorch has for few dtypes; return others unchanged."""
+    return statistic.view(torch.uint8) if statistic.dtype in LARGEST else statistic
