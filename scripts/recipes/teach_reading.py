@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from unique_asr.attention.soft_mask import training_attention
-from unique_asr.models import PRETRAINED, SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
+from unique_asr.models import SHIPPED_MODELS, SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.speech_llm.compose import compose
 from unique_asr.models.speech_llm.ctc import ctc_text
 from unique_asr.models.speech_llm.packing import INDEX, bits_of, rounded, save_packed_changes, save_packed_model
@@ -209,7 +209,7 @@ def main() -> None:
     texts = read_texts(arguments.texts, arguments.whisper, model.listener, {})
     make = partial(Rows, texts, heard, processor)
     batches = Batches(make, arguments.tokens, arguments.lengths, arguments.seed)
-    source = PRETRAINED / arguments.model if arguments.model == "default" else Path(arguments.model or "")
+    source = SHIPPED_MODELS["default"].folder if arguments.model == "default" else Path(arguments.model or "")
 
     def save(trained: list[str]) -> None:
         if arguments.model and (source / INDEX).is_file():  # packing it all again would round it all again

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from unique_asr.models import PRETRAINED, SpeechLLMProcessor
+from unique_asr.models import SHIPPED_MODELS, SpeechLLMProcessor
 from unique_asr.training.texts import Texts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "recipes"))
@@ -85,7 +85,7 @@ def test_recordings_alternate_between_sources_and_keep_lines_together() -> None:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Of a file of ten lines; the listener's tokens are those of the LLM."""
-    processor = SpeechLLMProcessor.from_pretrained(PRETRAINED / "default")
+    processor = SpeechLLMProcessor.from_pretrained(SHIPPED_MODELS["default"].folder)
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("".join(f"line {word} of the text is read aloud\n" for word in "abcdefghij"))
 

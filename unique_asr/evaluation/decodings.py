@@ -20,6 +20,7 @@ from typing import Any
 
 from unique_asr.data import Recording
 from unique_asr.evaluation.harness import Hypothesis
+from unique_asr.models.sources import locate_model
 from unique_asr.transcript import Segment, Word
 
 
@@ -102,9 +103,7 @@ def recording_key(recording: Recording) -> str:
 
 def identity(model: str | Path) -> str | list[str]:
     """What a model is: the contents of its weights if it is a folder or a file, else its name."""
-    from unique_asr.models import PRETRAINED
-
-    folder = PRETRAINED / model if (PRETRAINED / model).is_dir() else Path(model)
+    folder = Path(locate_model(model)[0])
     if folder.is_file():
         return digest(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []

@@ -24,8 +24,8 @@ from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.parallel import ParallelTranscriber
 from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber, Progress, State
 from unique_asr.longform.segmentation import SegmentationConfig
-from unique_asr.models import load
 from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
+from unique_asr.models.speech_llm import load
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished, text_settings
 
 Audio = str | PathLike[str] | np.ndarray  # a file, or float32 samples at 16 kHz

@@ -6,15 +6,11 @@ What the CTC head has heard, its spikes, keeps the decoder from ending early and
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from unique_asr.attention.cuda_graph import captured
-
-if TYPE_CHECKING:
-    from unique_asr.models.speech_llm.listener import Listener
 
 ALTERNATIVES = 8  # tokens that an expected embedding is over
 UNHEARD = 6  # spikes of the CTC head that may lie between two tokens, and after the last one
@@ -62,11 +58,12 @@ class Heard:
 class Reading:
     """One reading of W windows. Each step has the same shapes and reads nothing on the host, as a CUDA graph needs it.
 
-    spikes: whether it is told of the CTC head's. capture: run the step in a CUDA graph.
+    listener: the `Listener` whose decoder reads. spikes: whether the reading is told of the CTC head's spikes.
+    capture: run the step in a CUDA graph.
     """
 
     def __init__(
-        self, listener: Listener, windows: int, frames: int, limit: int, spikes: bool, capture: bool = False
+        self, listener: nn.Module, windows: int, frames: int, limit: int, spikes: bool, capture: bool = False
     ) -> None:
         decoder = listener.decoder
         weight = decoder.embed_positions.weight
