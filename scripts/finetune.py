@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.data import join, read_manifest, spread
+from unique_asr.data import join, read_manifest, take_evenly
 from unique_asr.generation import load_text_model
 from unique_asr.models import ModelError, load, resolve_device
 from unique_asr.models import pretrained as adapters
@@ -189,7 +189,7 @@ def validation(
     """Word error rates on recordings of `validation`."""
     options = config.validation
     rows = read_manifest(options.manifest, source=options.source)
-    recordings = spread(join(rows, seconds=options.seconds), options.limit)
+    recordings = take_evenly(join(rows, seconds=options.seconds), options.limit)
 
     def measure(stage: StageConfig) -> dict[str, float]:
         attention = stage.training_attention()

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.evaluation.cli import main
-from unique_asr.evaluation.ruler import make_item
+from unique_asr.evaluation.ruler import make_sample
 
 TEXT = "The mill stood by the river. Nobody came there after the war. It was a quiet and forgotten place. " * 40
 
@@ -57,8 +57,8 @@ def test_perplexity_is_that_of_one_forward_pass(folder, tmp_path, capsys):
         stretch = ids[start : start + 160]
         with torch.no_grad():
             logits = model(stretch[None]).logits[0, 147:159]
-        losses.append(torch.nn.functional.cross_entropy(logits, stretch[148:]).item())
-    expected = torch.tensor(losses).mean().exp().item()
+        losses.append(torch.nn.functional.cross_entropy(logits, stretch[148:]).sample())
+    expected = torch.tensor(losses).mean().exp().sample()
     for system in ("dense", "unique-256", "streaming_llm-256", "h2o-256"):
         assert results[system]["value"] == pytest.approx(expected, rel=1e-4), "a budget that holds everything is dense"
     for system in ("unique-64", "streaming_llm-64", "h2o-64"):
@@ -93,13 +93,13 @@ def test_counting_is_the_loss_of_the_answers_in_one_forward_pass(folder, tmp_pat
 
     margins = []
     for seed in range(3):
-        item = make_item("frequent_words", 900, lambda text: ids(text).shape[1], seed)
-        prompt, losses = ids(item.prompt + item.begin), []
-        for words in (item.answers, item.others):
+        sample = make_sample("frequent_words", 900, lambda text: ids(text).shape[1], seed)
+        prompt, losses = ids(sample.prompt + sample.begin), []
+        for words in (sample.answers, sample.others):
             answer = ids(" " + ", ".join(words))
             with torch.no_grad():
                 logits = model(torch.cat([prompt, answer], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits, answer[0]).item())
+            losses.append(torch.nn.functional.cross_entropy(logits, answer[0]).sample())
         margins.append(losses[1] - losses[0])
     expected = sum(margins) / 3
     assert {row["task"] for row in results.values()} == {"frequent_words"}

@@ -19,9 +19,10 @@ from filelock import FileLock
 
 from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.data import Recording
-from unique_asr.evaluation.decodings import recording_key
-from unique_asr.evaluation.harness import Hypothesis, System
+from unique_asr.evaluation.decodings import make_recording_key
+from unique_asr.evaluation.harness import System
 from unique_asr.evaluation.methods import rivals_active
+from unique_asr.evaluation.results import Hypothesis
 from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
 from unique_asr.models.speech_llm.listener import CAPTURED
 from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetched
@@ -121,7 +122,7 @@ class Encoder:
                 torch.cuda.current_stream(self.model.device).synchronize()
 
     def _file(self, recording: Recording) -> Path:
-        return self.folder / f"{recording_key(recording)}.pt"
+        return self.folder / f"{make_recording_key(recording)}.pt"
 
     def _has(self, recording: Recording) -> bool:
         if recording not in self._encoded and self.folder is not None and self._file(recording).is_file():

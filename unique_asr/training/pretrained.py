@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unique_asr.generation import stop_ids
-from unique_asr.models.pretrained import Utterance, find
+from unique_asr.models.pretrained import ParsedUtterance, find
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig, Perturbation
@@ -92,7 +92,7 @@ class PretrainedSpeech:
         utterances, at = [], 0
         for (_, utterance, _), (gap, length, whole) in zip(item.pieces, timeline(item), strict=True):
             start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
-            utterances.append(Utterance(utterance.cased or utterance.text, start, end))
+            utterances.append(ParsedUtterance(utterance.cased or utterance.text, start, end))
             at += whole
         text = self.known_model.opening + self.known_model.parser.write(utterances)
         return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]

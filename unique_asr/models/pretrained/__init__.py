@@ -14,7 +14,7 @@ from typing import Any
 
 from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, DecoderShape, KnownModel
-from unique_asr.models.pretrained.formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
+from unique_asr.models.pretrained.formats import BracketParser, JsonParser, ParsedUtterance, Parser, PlainParser
 from unique_asr.models.pretrained.loading import find, load
 from unique_asr.models.pretrained.lora import load_lora, merge_lora
 from unique_asr.models.pretrained.memory import Memory, estimate
@@ -27,9 +27,9 @@ __all__ = [
     "JsonParser",
     "KnownModel",
     "Memory",
+    "ParsedUtterance",
     "Parser",
     "PlainParser",
-    "Utterance",
     "check_hotwords",
     "check_language",
     "estimate",

@@ -131,7 +131,7 @@ KNOWN_MODELS = {
         # The card: 30 minutes for transcription, 32 K tokens. Audio is padded to whole windows of 30 s.
         KnownModel(
             "voxtral", "VoxtralForConditionalGeneration",
-            "Apache-2.0", 12.5, 1800, voxtral, encoding.Rows(), PlainParser,
+            "Apache-2.0", 12.5, 1800, voxtral, encoding.WindowRows(), PlainParser,
             (
                 DecoderShape("mistralai/Voxtral-Mini-3B-2507", 4.7, 30, 32, 8, 128, 3072, 8192),
                 DecoderShape("mistralai/Voxtral-Small-24B-2507", 24.3, 40, 32, 8, 128, 5120, 32768),
@@ -152,13 +152,13 @@ KNOWN_MODELS = {
         # Its processor cuts at 655 s, which leave no room for the text in 8 K tokens.
         KnownModel(
             "glmasr", "GlmAsrForConditionalGeneration",
-            "MIT", 12.5, 480, transcription, encoding.Rows(), PlainParser,
+            "MIT", 12.5, 480, transcription, encoding.WindowRows(), PlainParser,
             (DecoderShape("zai-org/GLM-ASR-Nano-2512", 2.1, 28, 16, 4, 128, 2048, 6144),), 8192,
         ),
         # Its processor cuts at 600 s.
         KnownModel(
             "audioflamingo3", "AudioFlamingo3ForConditionalGeneration",
-            "NVIDIA OneWay Noncommercial", 25.0, 600, transcription, encoding.Rows(), PlainParser,
+            "NVIDIA OneWay Noncommercial", 25.0, 600, transcription, encoding.WindowRows(), PlainParser,
             (DecoderShape("nvidia/audio-flamingo-3-hf", 8.3, 28, 28, 4, 128, 3584, 18944),), 32768,
         ),
         # The card gives no limit; this one is a guess.

@@ -34,7 +34,7 @@ class AudioEncoding:
         return config.audio_token_id
 
 
-class Rows(AudioEncoding):
+class WindowRows(AudioEncoding):
     """A row of the inputs is a window of its own, as in Whisper's encoder."""
 
     def pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
@@ -44,7 +44,7 @@ class Rows(AudioEncoding):
         return [{name: value[part] if len(value) == rows else value for name, value in whole.items()} for part in parts]
 
 
-class MossRows(Rows):
+class MossRows(WindowRows):
     names = ("input_features", "input_features_mask", "padding_mask")
 
 
@@ -64,7 +64,7 @@ class Qwen3Windows(AudioEncoding):
         return [{"input_features": features[..., part], "input_features_mask": mask[:, part]} for part in parts]
 
 
-class Qwen2AudioRows(Rows):
+class Qwen2AudioRows(WindowRows):
     """Its encoder has no get_audio_features: this is what its forward does with the inputs."""
 
     names = ("input_features", "feature_attention_mask")

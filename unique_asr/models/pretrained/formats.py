@@ -17,7 +17,7 @@ CHARACTER_TOKENS = 8  # tokens after which a broken character is given out as it
 
 
 @dataclass
-class Utterance:
+class ParsedUtterance:
     """A piece of a transcript; seconds from the beginning of the pass, None where the model gives none."""
 
     text: str  # empty for sounds that are not speech
@@ -61,22 +61,22 @@ class Parser(ABC):
     def __init__(self) -> None:
         self.tail = ""  # text not given out yet
 
-    def push(self, text: str) -> list[Utterance]:
+    def push(self, text: str) -> list[ParsedUtterance]:
         """The utterances that this text completes."""
         self.tail += text
         return [utterance for utterance in self._read() if utterance is not None]
 
-    def close(self) -> list[Utterance]:
+    def close(self) -> list[ParsedUtterance]:
         """The utterances left at the end of a whole answer; after a cut, leave them."""
         return []
 
     @staticmethod
     @abstractmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         """The answer that is read as these utterances."""
 
     @abstractmethod
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         """Take complete utterances off the beginning of `tail`."""
 
 
@@ -90,7 +90,7 @@ class BracketParser(Parser):
     _MARK = re.compile(r"\[\s*(?:(?P<time>\d+(?:[:.]\d+)*)|S(?P<speaker>\d+))\s*\]")
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         return "".join(f"[{each.start:.2f}][{each.speaker or 'S01'}]{each.text}[{each.end:.2f}]" for each in utterances)
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class BracketParser(Parser):
         self._last_end = 0.0
         self._text = ""
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         while mark := self._MARK.search(self.tail):
             self._text += self.tail[: mark.start()]
             self.tail = self.tail[mark.end() :]
@@ -115,14 +115,14 @@ class BracketParser(Parser):
                     yield self._take(None)
                 self._speaker = f"S{int(mark['speaker']):02}"
 
-    def close(self) -> list[Utterance]:
+    def close(self) -> list[ParsedUtterance]:
         self._text += self.tail
         self.tail = ""
         return [self._take(None)] if self._text.strip() else []
 
-    def _take(self, end: float | None) -> Utterance:
+    def _take(self, end: float | None) -> ParsedUtterance:
         start = self._last_end if self._start is None else self._start
-        utterance = Utterance(" ".join(self._text.split()), start, end if end is None else max(start, end))
+        utterance = ParsedUtterance(" ".join(self._text.split()), start, end if end is None else max(start, end))
         utterance.speaker = self._speaker
         self._last_end = start if utterance.end is None else utterance.end
         self._start, self._speaker, self._text = None, None, ""
@@ -142,7 +142,7 @@ class JsonParser(Parser):
     _SOUND = re.compile(r"\[[^\[\]]*\]")
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         fields = [
             {
                 "Start": round(each.start, 2),
@@ -154,7 +154,7 @@ class JsonParser(Parser):
         ]
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         while begin := self._BEGIN.search(self.tail):
             following = self._BEGIN.search(self.tail, begin.end())
             limit = following.start() if following else len(self.tail)
@@ -169,7 +169,7 @@ class JsonParser(Parser):
                     return
                 self.tail = self.tail[limit:]
 
-    def _utterance(self, text: str) -> Utterance | None:
+    def _utterance(self, text: str) -> ParsedUtterance | None:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError:
@@ -184,7 +184,7 @@ class JsonParser(Parser):
         if not isinstance(fields.get("Content"), str):
             return None
         text = " ".join(fields["Content"].split())
-        utterance = Utterance("" if self._SOUND.fullmatch(text) else text)
+        utterance = ParsedUtterance("" if self._SOUND.fullmatch(text) else text)
         try:
             times = [None if fields.get(name) is None else parse_time(fields[name]) for name in ("Start", "End")]
         except ValueError:
@@ -210,7 +210,7 @@ class PlainParser(Parser):
     _LONGEST_FRAME = 60  # characters
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         return " ".join(each.text for each in utterances)
 
     def __init__(self) -> None:
@@ -218,13 +218,13 @@ class PlainParser(Parser):
         self._begun = False
         self._quote = ""  # the one that opens the whole answer
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         if not self._begun and not self._begin(final=False):
             return
         while sentence := self._SENTENCE.search(self.tail):
             yield self._take(sentence.end())
 
-    def close(self) -> list[Utterance]:
+    def close(self) -> list[ParsedUtterance]:
         if not self._begun:
             self._begin(final=True)
         if self._quote:
@@ -250,9 +250,9 @@ class PlainParser(Parser):
         self._begun = True
         return True
 
-    def _take(self, end: int) -> Utterance:
+    def _take(self, end: int) -> ParsedUtterance:
         text, self.tail = self.tail[:end], self.tail[end:]
-        return Utterance(" ".join(text.split()))
+        return ParsedUtterance(" ".join(text.split()))
 
 
 def parse_time(value: str | float) -> float:
