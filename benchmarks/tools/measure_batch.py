@@ -18,7 +18,7 @@ import numpy as np
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
 from unique_asr.evaluation.scoring import count_word_errors
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Transcript
 
@@ -28,7 +28,7 @@ def time_transcripts(
 ) -> tuple[list[Transcript], float]:
     """Transcribe clips, `batch` at a time, and measure the seconds."""
     begin = time.perf_counter()
-    transcripts = dict(side_by_side(transcriber, clips, batch))
+    transcripts = dict(transcribe_side_by_side(transcriber, clips, batch))
     return [transcripts[index] for index in range(len(clips))], time.perf_counter() - begin
 
 

@@ -14,7 +14,7 @@ import torch
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
 from unique_asr.evaluation.cli import main
 from unique_asr.evaluation.decodings import Decodings, make_recording_key
 from unique_asr.evaluation.harness import evaluate
@@ -72,8 +72,8 @@ def test_a_batch_writes_what_single_recordings_do(speech_llm, recordings):
 
 def test_a_recording_begins_where_another_has_ended(speech_llm, monkeypatch):
     recordings = join(read_manifest(MANIFEST), seconds=4)[:5]
-    beside, heard, step = [], [], BatchDecoder.step
-    monkeypatch.setattr(BatchDecoder, "step", lambda rows: (beside.append(len(rows.rows)), step(rows))[1])
+    beside, heard, step = [], [], BatchEngine.step
+    monkeypatch.setattr(BatchEngine, "step", lambda engine: (beside.append(len(engine.sequences)), step(engine))[1])
     encoder = Encoder(*speech_llm, keep=False)
     together = encoder.together
     monkeypatch.setattr(encoder, "together", lambda group: (heard.append(len(group)), together(group))[1])

@@ -49,7 +49,8 @@ def test_memory_is_as_estimated(name, minutes):
     transcriber = PretrainedTranscriber((model, processor), budget=512)
     tokens = pass_tokens(known_model, 60 * minutes)
     features = [embeds_of(known_model, model, 60 * minutes)[0]]  # as they come from the encoder, kept beside the prompt
-    transcriber.prefill(torch.cat(features)[None].clone(), tokens)
+    transcriber.decoder.reserve(tokens)
+    transcriber.decoder.prefill(torch.cat(features)[None].clone())
     list(transcriber.decoder.tokens(32))
     expected = estimate(known_model, 60 * minutes, shape_of(model), transcriber.attention, tokens=tokens).total
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.1)
@@ -63,7 +64,8 @@ def test_captured_steps_of_a_whole_speech_llm(name):
     for capture in (True, False):
         transcriber = PretrainedTranscriber((model, processor), budget=512)
         transcriber.decoder.step.capture = capture
-        transcriber.prefill(embeds, 4096)
+        transcriber.decoder.reserve(4096)
+        transcriber.decoder.prefill(embeds)
         written.append(list(transcriber.decoder.tokens(16)))
         assert transcriber.decoder.counters.sparse_steps == 15
     assert written[0] == written[1]

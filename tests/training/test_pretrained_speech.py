@@ -14,13 +14,14 @@ import speech_models
 import transformers
 
 from unique_asr.application.cli import saved_attention
-from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, merge_lora
+from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.trainer import Trainer
+from unique_asr.transcribers import make_transcriber
 
 KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]
 WORDS = {

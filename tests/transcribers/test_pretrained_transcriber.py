@@ -11,14 +11,15 @@ import transformers
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
 from unique_asr.audio import spooled
+from unique_asr.decoding.engine import PENDING
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import PENDING
 from unique_asr.longform.timestamped import PassConfig, Speech
 from unique_asr.models.languages import LANGUAGES
-from unique_asr.models.pretrained import KNOWN_MODELS, check_language, make_transcriber
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.models.pretrained import KNOWN_MODELS
+from unique_asr.transcribers import check_language, make_transcriber
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
-from unique_asr.transcribers.speech_llm import PipelineError
 from unique_asr.transcript import Unfinished
 
 RATE = 16000
@@ -31,7 +32,8 @@ class Script:
     def __init__(self, tokenizer, answers, reasons=()):
         self.tokenizer, self.answers, self.reasons = tokenizer, list(answers), list(reasons)
         self.counters, self.step, self.cache = SparsityCounters(), self, self
-        self.capacity, self.length, self.log_probs, self.stop_reason, self.held = 1 << 30, 0, [], None, 0
+        self.capacity, self.length, self.log_probs, self.stop_reason = 1 << 30, 0, [], None
+        self.cache_bytes, self.engine_seconds = 0, {}
         self.prompts = []
 
     def reserve(self, tokens):
@@ -51,24 +53,26 @@ class Script:
         self.stop_reason = self.reasons.pop(0) if self.reasons else "end"
 
 
-class ScriptedRows:
-    """Stands in for a `BatchDecoder`, each row with its own answers; a token comes at every other step."""
+class ScriptedEngine:
+    """Stands in for a `BatchEngine`, each sequence with its own answers; a token comes at every other step."""
 
     def __init__(self, tokenizer, answers):
         self.tokenizer, self.answers = tokenizer, [list(each) for each in answers]
 
-    def row(self):
-        return ScriptedRow(self.tokenizer, self.answers.pop(0))
+    def new_sequence(self):
+        return ScriptedSequence(self.tokenizer, self.answers.pop(0))
 
     def step(self):
         pass
 
-    def remove(self, row):
+    def remove(self, sequence):
         pass
 
 
-class ScriptedRow(Script):
-    seconds = {"prefill": 1.0, "decode": 2.0}
+class ScriptedSequence(Script):
+    def __init__(self, tokenizer, answers):
+        super().__init__(tokenizer, answers)
+        self.engine_seconds = {"prefill": 1.0, "decode": 2.0}
 
     def tokens(self, budget, stop_ids):
         for token in super().tokens(budget, stop_ids):
@@ -211,8 +215,8 @@ def test_recordings_side_by_side_with_loops_and_passes(models):
     answers = [["One.", "Two."], [loops, "Three.", "Four."], ["Five."]]
     audios = [speech(18), speech(9), speech(5)]
     transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
-    transcriber.batch_decoder = lambda: ScriptedRows(processor.tokenizer, answers)
-    results = dict(side_by_side(transcriber, audios, 3))
+    transcriber.make_engine = lambda: ScriptedEngine(processor.tokenizer, answers)
+    results = dict(transcribe_side_by_side(transcriber, audios, 3))
     assert [results[index].text for index in range(3)] == ["One. Two.", "Three. Four.", "Five."]
     assert [results[index].info.passes for index in range(3)] == [2, 3, 1]
     assert "shorter passes" in results[1].info.warnings[0]
@@ -336,12 +340,12 @@ def test_a_pass_beside_others_counts_their_cache_as_room(models, monkeypatch):
     model, processor = models["qwen3_asr"]
     transcriber = PretrainedTranscriber((model, processor), attention="dense")
     _, info = transcriber.transcribe(speech(5))
-    row = transcriber.batch_decoder().row()
+    sequence = transcriber.make_engine().new_sequence()
     monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
-        transcriber._check_memory(1000, 5, info, row)
-    monkeypatch.setattr(type(row), "held", 1 << 40)
-    transcriber._check_memory(1000, 5, info, row)
+        transcriber._check_memory(1000, 5, info, sequence)
+    monkeypatch.setattr(type(sequence), "cache_bytes", 1 << 40)
+    transcriber._check_memory(1000, 5, info, sequence)
 
 
 def test_silence_has_no_text(models):

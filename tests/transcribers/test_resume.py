@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated_speech import ScriptedDecoder, said, timeline
-from test_passes import Recording, sentences
-from test_speech_llm_transcriber import noise
+from simulated_speech import ScriptedDecoder, SimulatedRecording, noise, said, sentences, timeline
 
 from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber
-from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 from unique_asr.writers import SegmentLog
 
@@ -35,7 +34,7 @@ def test_half_of_a_file_is_corrupt(tiny, tmp_path):
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_every_pass_can_be_resumed(offset):
     """A decoder that ends early, loops and leaves speech out: text, times, warnings and counts are the same."""
-    recording = Recording(timeline(sentences(40)), max_pass_seconds=60.0)
+    recording = SimulatedRecording(timeline(sentences(40)), max_pass_seconds=60.0)
 
     def write(start, end):
         text = said(recording.words, start, end)

@@ -106,11 +106,11 @@ def decoding_memory(
     )
 
 
-def held(cache: PagedCache) -> int:
-    """What a cache has allocated."""
+def cache_bytes(cache: PagedCache) -> int:
+    """Return the bytes that a cache has allocated: keys, values, and statistics of pages and super-pages."""
     layers = [layer for layer in cache.paged_layers if layer.is_initialized]
-    buffers = (each for layer in layers for each in (layer.keys, layer.values, *layer.statistics))
-    return sum(each.nbytes for each in buffers)
+    statistics = sum(each.nbytes for layer in layers for level in layer.levels for each in level.statistics)
+    return statistics + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def free_memory(device: torch.device) -> int | None:

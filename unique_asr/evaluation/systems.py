@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.data import Recording
+from unique_asr.decoding.engine import PENDING, open_sequences
 from unique_asr.evaluation.decodings import make_recording_key
 from unique_asr.evaluation.harness import System
 from unique_asr.evaluation.methods import rivals_active
@@ -29,7 +30,7 @@ from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, pre
 
 if TYPE_CHECKING:
     from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-    from unique_asr.decoding.batch import BatchDecoder
+    from unique_asr.decoding.batch import BatchEngine
     from unique_asr.evaluation.methods import Sliding
     from unique_asr.longform.passes import LongformReport, LongformTranscriber
     from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -218,7 +219,7 @@ class PretrainedLLM:
             self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or adapters.find(model[0]).pass_seconds)
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from unique_asr.models.pretrained import make_transcriber
+        from unique_asr.transcribers import make_transcriber
 
         options = {"max_pass_seconds": self.max_pass_seconds, "prefill_chunk": self.prefill_chunk}
         transcriber = make_transcriber(self.model, attention=self.attention, **options)
@@ -255,13 +256,15 @@ class BatchedSpeechLLM(SpeechLLM):
         self.batch = batch
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from unique_asr.decoding.batch import BatchDecoder
+        from unique_asr.decoding.batch import BatchEngine
         from unique_asr.transcribers.batch import interleave
 
         transcriber = self.transcriber()
         model = self.encoder.model
         # Rivals and dense attention read the whole cache for every place, and the longest recordings go on for long.
-        decoder = BatchDecoder(model.language_model, resolve_combine(self.attention, model), self.prefill_chunk, thin=2)
+        decoder = BatchEngine(
+            model.language_model, resolve_combine(self.attention, model), self.prefill_chunk, spare_places=2
+        )
         heard = 0.0  # seconds of hearing since the last hypothesis, which the recordings count themselves
 
         def begun() -> Iterator[Generator[None, None, Hypothesis]]:
@@ -280,22 +283,22 @@ class BatchedSpeechLLM(SpeechLLM):
                 last, heard = now, 0.0
 
     def _transcribed(
-        self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchDecoder
+        self, recording: Recording, transcriber: LongformTranscriber, decoder: BatchEngine
     ) -> Generator[None, None, Hypothesis]:
         """Yields where the batch has to make a step; the seconds are those of encoding."""
         from unique_asr.longform.passes import LongformReport
 
         encoded, encode_seconds = self.encoder(recording)
-        row, report, segments = decoder.row(), LongformReport(), []
+        row, report, segments = decoder.new_sequence(), LongformReport(), []
         try:
             for segment in self.segments(transcriber, encoded, row, report):
-                if segment is None:
-                    yield
+                if segment is PENDING:
+                    yield PENDING
                 else:
                     segments.append(segment)
         finally:
             decoder.remove(row)
-        return _hypothesis(segments, report, row.counters, encode_seconds, row.seconds["decode"])
+        return _hypothesis(segments, report, row.counters, encode_seconds, row.engine_seconds["decode"])
 
 
 class ParallelSpeechLLM(SpeechLLM):
@@ -306,23 +309,23 @@ class ParallelSpeechLLM(SpeechLLM):
         self.passes = passes
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
-        from unique_asr.decoding.batch import BatchDecoder
+        from unique_asr.decoding.batch import BatchEngine
         from unique_asr.longform.parallel import ParallelTranscriber
         from unique_asr.longform.passes import LongformReport
 
         transcriber, model = self.transcriber(ParallelTranscriber), self.encoder.model
-        batch = BatchDecoder(model.language_model, resolve_combine(self.attention, model), self.prefill_chunk)
+        batch = BatchEngine(model.language_model, resolve_combine(self.attention, model), self.prefill_chunk)
         for index, recording in enumerate(recordings):
             encoded, encode_seconds = self.encoder(recording)
             started, report, segments = time.perf_counter(), LongformReport(), []
-            with rivals_active(), batch.rows_of(self.passes) as rows:
+            with rivals_active(), open_sequences(batch, self.passes) as rows:
                 for segment in transcriber.transcribe(encoded, rows, report):
-                    if segment is None:
-                        rows.step()
+                    if segment is PENDING:
+                        batch.step()
                     else:
                         segments.append(segment)
             seconds = encode_seconds + time.perf_counter() - started
-            yield index, _hypothesis(segments, report, rows.counters, seconds, rows.seconds["decode"])
+            yield index, _hypothesis(segments, report, rows.counters, seconds, rows.engine_seconds["decode"])
 
 
 class Deferred:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
+from unique_asr.decoding.engine import PENDING
 from unique_asr.evaluation.ruler import RulerSample, Sources, format_answers, make_sample, split_sentences
 from unique_asr.generation import load_text_model, load_text_tokenizer
-from unique_asr.longform.passes import PENDING
 from unique_asr.transcribers.batch import interleave
 
 PREFILL_CHUNK = 2048  # tokens that are read at once before the answer
@@ -63,7 +63,7 @@ class RulerRun:
         self.sources = Sources(split_sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
         self.tasks = [task for task in options.tasks if task != "qa" or questions]
         self._samples: dict[tuple[str, int, int], RulerSample] = {}  # every method gets the same
-        self._last: tuple[SparseAttentionConfig, BatchDecoder] | None = None
+        self._last: tuple[SparseAttentionConfig, BatchEngine] | None = None
 
     def list_samples(self) -> Iterator[tuple[str, int, dict[str, Callable[[], RulerSample]]]]:
         """List every task at every length.
@@ -111,18 +111,18 @@ class RulerRun:
         answers = dict(interleave((self._answer(sample, decoder) for sample in samples), len(samples), decoder.step))
         return [answers[index] for index in range(len(samples))]
 
-    def _answer(self, sample: RulerSample, decoder: BatchDecoder) -> Generator[None, None, dict[str, Any]]:
+    def _answer(self, sample: RulerSample, decoder: BatchEngine) -> Generator[None, None, dict[str, Any]]:
         """Answer one sample; yields where the batch has to make a step."""
         model = self.language_model.model
         ids = self._tokenize(sample).to(model.device)
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        row, tokens = decoder.row(), []
+        row, tokens = decoder.new_sequence(), []
         try:
             row.prefill(model.get_input_embeddings()(ids))
             for token in row.tokens(sample.answer_tokens, ends):
-                if token == PENDING:
-                    yield
+                if token is PENDING:
+                    yield PENDING
                 else:
                     tokens.append(token)
         finally:
@@ -136,10 +136,10 @@ class RulerRun:
             "pages_total": row.counters.pages_total,
         }
 
-    def _get_decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
+    def _get_decoder(self, attention: SparseAttentionConfig) -> BatchEngine:
         """Return the last decoder if it is for the same method, so that its memory and CUDA graphs are kept."""
         if self._last is None or self._last[0] is not attention:
-            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK)
+            self._last = attention, BatchEngine(self.language_model.model, attention, PREFILL_CHUNK)
         return self._last[1]
 
 

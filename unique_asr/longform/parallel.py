@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from unique_asr.decoding.engine import PENDING, Sequence
 from unique_asr.longform.alignment import SpeechFrames
-from unique_asr.longform.passes import Decoder, LongformReport, LongformTranscriber, Place, State, Work
+from unique_asr.longform.passes import Group, LongformReport, LongformTranscriber, Place, State, Work
 from unique_asr.transcript import Word
 
 
@@ -20,16 +21,16 @@ class Section:
 
     def __init__(self, place: Place, work: Work) -> None:
         self.place, self.work = place, work
-        self.decoder: Decoder | None = work.decoder  # None: it is not needed any more
+        self.sequence: Sequence | None = work.sequence  # None: it is not needed any more
         self.start = self.reached = work.tracker.frames.seconds(place.start)
-        self.passes: Iterator[list[Word]] = iter(())
+        self.passes: Iterator[Group] = iter(())
         self.groups: deque[list[Word]] = deque()  # that nobody took yet
         self.announced = False  # whether `on_pass` knows that its text is next
 
     def advance(self) -> bool:
         """Take what the passes write, until a token is pending. Whether they are done."""
         for words in self.passes:
-            if not words:
+            if words is PENDING:
                 return False
             self.groups.append(words)
         return True
@@ -41,10 +42,10 @@ class ParallelTranscriber(LongformTranscriber):
     It can be gone on with from the beginning of the first section whose text is not complete.
     """
 
-    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[list[Word]]:
+    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[Group]:
         tracker = work.tracker
         planned = self._planned(tracker.frames, self._restored(state, work))
-        free, running = list(work.decoder), deque[Section]()
+        free, running = list(work.sequence), deque[Section]()
 
         def begin(place: Place, stop: int) -> Section:
             def heard(stage: str, done: float, total: float) -> None:
@@ -55,7 +56,7 @@ class ParallelTranscriber(LongformTranscriber):
 
             own = replace(
                 work,
-                decoder=free.pop(),
+                sequence=free.pop(),
                 tracker=tracker.beginning(place.start),
                 report=LongformReport(),
                 progress=heard if work.progress else None,
@@ -71,10 +72,10 @@ class ParallelTranscriber(LongformTranscriber):
                 return
             ended = False
             for section in running:
-                if section.decoder is not None and section.advance():
-                    section.decoder.reset()  # a batch would go on with a pass that was broken off
-                    free.append(section.decoder)
-                    section.decoder, ended = None, True
+                if section.sequence is not None and section.advance():
+                    section.sequence.reset()  # a batch would go on with a pass that was broken off
+                    free.append(section.sequence)
+                    section.sequence, ended = None, True
             while running:
                 first = running[0]
                 if on_pass and not first.announced:
@@ -82,13 +83,13 @@ class ParallelTranscriber(LongformTranscriber):
                     first.announced = True
                 while first.groups:
                     yield first.groups.popleft()
-                if first.decoder is not None:
+                if first.sequence is not None:
                     break
                 running.popleft()
                 work.report.add(first.work.report)
                 tracker.follow(first.work.tracker)
             if running and not ended:
-                yield []
+                yield PENDING
 
     def _planned(self, frames: SpeechFrames, place: Place) -> Iterator[tuple[Place, int]]:
         """Where each pass from a place on begins and ends."""

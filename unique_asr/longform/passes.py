@@ -8,17 +8,18 @@ place that no pass gets over is skipped, and reported.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unique_asr.decoding.engine import PENDING, Pending, Sequence
 from unique_asr.longform.alignment import AlignmentConfig, SpeechFrames
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.segmentation import DraftWord, SegmentationConfig, Segmenter, WordStream
@@ -26,7 +27,7 @@ from unique_asr.longform.tracking import TextTracker
 from unique_asr.transcript import Segment, Word
 
 Progress = Callable[[str, float, float], None]  # stage, done, total
-PENDING = -1  # what a decoder gives in the place of a token that is not there yet: others decode beside it
+Group = list[Word] | Pending  # the words of a segment; PENDING where the next token is
 State = dict[str, Any]  # what a pass inherits from those before it: enough to go on with it later; for JSON
 
 
@@ -51,21 +52,6 @@ class LongformConfig:
     max_align_words: int = 40  # text without a sentence's end is aligned in pieces of as many words
     min_coverage: float = 0.95  # less is worth a warning
     search_spikes: int = 240  # how far ahead a text is looked for that does not fit nearby
-
-
-class Decoder(Protocol):
-    """What writes the text: `unique_asr.decoding.greedy.GreedyDecoder`, or a script in a test."""
-
-    log_probs: list[float]  # of the tokens since the last prefill
-
-    def reset(self) -> None:
-        """Forget the sequence."""
-
-    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
-        """Append inputs_embeds [1, N, hidden] to the sequence."""
-
-    def tokens(self, max_new_tokens: int, stop_ids: set[int]) -> Iterator[int]:
-        """The tokens that follow, up to a stop id; PENDING where one is not there yet."""
 
 
 @dataclass
@@ -122,7 +108,7 @@ class Work:
     """What passes over a recording, or over a section of it, work with."""
 
     encoded: Any
-    decoder: Any  # a Decoder; for the whole of a recording whose passes run side by side a sequence of them
+    sequence: Any  # a Sequence, which writes the text; of a recording whose passes run side by side, a list of them
     tracker: TextTracker  # where their text is placed
     report: LongformReport
     progress: Progress | None
@@ -203,13 +189,13 @@ class LongformTranscriber:
     def transcribe(
         self,
         encoded: Any,
-        decoder: Decoder,
+        sequence: Sequence,
         report: LongformReport,
         progress: Progress | None = None,
         state: State | None = None,
         on_pass: Callable[[State], None] | None = None,
-    ) -> Iterator[Segment | None]:
-        """Segments as they are complete, and None where the decoder's next token is pending; `report` is filled in.
+    ) -> Iterator[Segment | Pending]:
+        """Segments as they are complete, and PENDING where the next token is; `report` is filled in.
 
         on_pass: called with a state when a pass begins. Given such a state, transcription goes on with that pass, and
         its segments are those that it would have given.
@@ -220,9 +206,9 @@ class LongformTranscriber:
         if len(spikes) == 0:
             report.stop_reason, report.coverage = "silence", 1.0
             return
-        for words in self._passes(Work(encoded, decoder, tracker, report, progress), state, on_pass):
-            if not words:
-                yield None
+        for words in self._passes(Work(encoded, sequence, tracker, report, progress), state, on_pass):
+            if words is PENDING:
+                yield PENDING
                 continue
             start, end = words[0].start, words[-1].end
             confidence = float(np.mean([word.confidence for word in words]))
@@ -251,8 +237,8 @@ class LongformTranscriber:
     def _clock(self, seconds: float) -> str:
         return clock(seconds + self.offset)
 
-    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[list[Word]]:
-        """Groups of words, one a segment, of the whole recording; an empty one where a token is pending."""
+    def _passes(self, work: Work, state: State | None, on_pass: Callable[[State], None] | None) -> Iterator[Group]:
+        """Groups of words, one a segment, of the whole recording."""
         place = self._restored(state, work)
         yield from self._passes_over(work, place, len(work.tracker.frames), on_pass)
 
@@ -275,7 +261,7 @@ class LongformTranscriber:
 
     def _passes_over(
         self, work: Work, place: Place, stop: int, on_pass: Callable[[State], None] | None = None
-    ) -> Iterator[list[Word]]:
+    ) -> Iterator[Group]:
         """The same from a place to the frame `stop`."""
         tracker, report, frames, config = work.tracker, work.report, work.tracker.frames, self.config
         start, limit, retried = place.start, place.limit, place.retried
@@ -316,20 +302,17 @@ class LongformTranscriber:
                 report.skip(frames.seconds(start), frames.seconds(end))
                 start = end
 
-    def _pass(self, work: Work, start: int, end: int) -> Iterator[list[Word]]:
-        """Groups of words, one a segment, of the frames [start, end); an empty one where a token is pending.
-
-        Returns why the pass stopped.
-        """
-        decoder, tracker, report, progress = work.decoder, work.tracker, work.report, work.progress
+    def _pass(self, work: Work, start: int, end: int) -> Generator[Group, None, str]:
+        """Groups of words, one a segment, of the frames [start, end). Returns why the pass stopped."""
+        sequence, tracker, report, progress = work.sequence, work.tracker, work.report, work.progress
         frames = tracker.frames
         tracker.begin(start, end)
         budget = self.token_budget(frames.count(start, end), (end - start) * frames.frame_seconds)
         with report.timed("prefill"):
             span = work.encoded.slice(start, end)
             embeds = self.prompt_embeds(span)
-            decoder.reset()
-            decoder.prefill(embeds, partial(progress, "prefill") if progress else None)
+            sequence.reset()
+            sequence.prefill(embeds, partial(progress, "prefill") if progress else None)
             if embeds.is_cuda:
                 torch.cuda.current_stream(embeds.device).synchronize()
         words, loops, segmenter = WordStream(self.processor.tokenizer), LoopDetector(), Segmenter(self.segmentation)
@@ -338,7 +321,7 @@ class LongformTranscriber:
         if reads is not None:
             before = len(self.processor.prompt(self.prompt)[0])
             seconds = (np.append(span.frames.cpu().numpy(), end - start) + start) * frames.frame_seconds
-            reads.begin_pass(before, seconds, frames.duration, decoder.cache, self.offset)
+            reads.begin_pass(before, seconds, frames.duration, sequence.cache, self.offset)
 
         def cut(placed: list[tuple[DraftWord, Word]]) -> Iterator[list[Word]]:
             for draft, word in placed:
@@ -355,19 +338,19 @@ class LongformTranscriber:
             yield from cut(placed)
 
         reason, written = "end", 0
-        tokens = decoder.tokens(budget, self.stop_ids)
+        tokens = sequence.tokens(budget, self.stop_ids)
         while True:
             with report.timed("decode"):
                 token = next(tokens, None)
-            if token == PENDING:
-                yield []
+            if token is PENDING:
+                yield PENDING
                 continue
             if token is None or token in self.stop_ids:
                 reason = "length" if written >= budget else "end"
                 break
             if reads is not None:
                 reads.step(written)
-            pending += words.push(token, decoder.log_probs[written])
+            pending += words.push(token, sequence.log_probs[written])
             written += 1
             if repeated := loops.push(token):
                 yield from place(pending)

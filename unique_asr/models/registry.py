@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, KnownModel
 from unique_asr.models.pretrained.loading import load as load_known_model
-from unique_asr.models.sources import SHIPPED_MODELS, read_model_type
+from unique_asr.models.sources import SHIPPED_MODELS, list_shipped_languages, read_model_type
 from unique_asr.models.speech_llm.configuration import SpeechLLMConfig
 from unique_asr.models.speech_llm.loading import load as load_speech_llm
 
@@ -24,9 +24,7 @@ class ModelEntry:
     @property
     def languages(self) -> tuple[str, ...]:
         """Codes of the languages that the model can be told."""
-        if self.kind == "shipped":
-            return SHIPPED_MODELS[self.name].languages
-        return self.known_model.languages if self.known_model else ()
+        return self.known_model.languages if self.known_model else list_shipped_languages(self.name)
 
     @property
     def takes_hotwords(self) -> bool:

@@ -21,6 +21,11 @@ class ShippedModel:
 SHIPPED_MODELS = {"default": ShippedModel(Path(__file__).parents[1] / "pretrained" / "default", languages=("en",))}
 
 
+def list_shipped_languages(name: str) -> tuple[str, ...]:
+    """List the codes of the languages of a shipped model; none for any other name."""
+    return SHIPPED_MODELS[name].languages if name in SHIPPED_MODELS else ()
+
+
 def locate_model(name_or_path: str | PathLike[str]) -> tuple[str, dict[str, str]]:
     """Find what `from_pretrained` has to be given for a model.
 

@@ -1,1 +1,60 @@
-"""A model and its settings: recordings in, segments out."""
+"""A model and its settings: recordings in, segments out. `make_transcriber` makes one for any model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from unique_asr.models import identify_model
+from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.pretrained import find
+
+if TYPE_CHECKING:
+    from unique_asr.transcribers.base import Transcriber
+
+
+def make_transcriber(model: str | PathLike[str] | tuple[Any, Any] = "default", **settings: Any) -> Transcriber:
+    """Load a model and return its transcriber: `PretrainedTranscriber` for a known model, else `SpeechLLMTranscriber`.
+
+    Args:
+        model: `default`, a folder, a hub id, or a (model, processor) pair.
+        settings: of the transcriber. `parallel_passes` is for `SpeechLLMTranscriber` alone and dropped for a known
+            model, which gets passes as long as it can, one after the other.
+
+    Raises:
+        ValueError: if the model or a setting cannot be used, in one line.
+    """
+    if find(model) is None:
+        from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
+
+        return SpeechLLMTranscriber(model, **settings)
+    from unique_asr.transcribers.pretrained import PretrainedTranscriber
+
+    settings.pop("parallel_passes", None)
+    return PretrainedTranscriber(model, **settings)
+
+
+def check_language(language: str | None, model: str | PathLike[str]) -> str | None:
+    """Return the code of a language, None for none, without loading the model.
+
+    Raises:
+        ValueError: if the model cannot be told the language.
+    """
+    if not language:
+        return None
+    entry = identify_model(model)
+    if entry.kind == "missing":
+        return language  # loading it says that there is no such model
+    return resolve_language(language, entry.languages, entry.name)
+
+
+def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | None:
+    """Return hotwords as a transcript's settings keep them, None for none, without loading the model.
+
+    Raises:
+        ValueError: if the model cannot be told any.
+    """
+    if not hotwords:
+        return None
+    entry = identify_model(model)
+    return resolve_hotwords(hotwords, entry.takes_hotwords or entry.kind == "missing", entry.name)

@@ -20,7 +20,7 @@ from unique_asr.longform.timestamped import PassConfig
 from unique_asr.models.pretrained import KNOWN_MODELS, estimate, find, load, load_lora
 from unique_asr.models.pretrained.memory import shape_of
 from unique_asr.models.sources import locate_model
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
 NEW_TOKENS = 20
@@ -69,8 +69,9 @@ def decode(model, processor, samples, budget, chunk=17, windows=1):
     passes = PassConfig(encode_windows=windows)
     transcriber = PretrainedTranscriber((model, processor), attention=attention, prefill_chunk=chunk, passes=passes)
     embeds = transcriber.prompt_embeds(samples)
-    transcriber.prefill(embeds, capacity=1024)
     decoder = transcriber.decoder
+    decoder.reserve(1024)
+    decoder.prefill(embeds)
     return list(decoder.tokens(NEW_TOKENS)), decoder.counters, embeds.shape[1]
 
 
@@ -192,8 +193,8 @@ def test_recordings_side_by_side_are_those_of_one_by_one(speech_model, monkeypat
     passes = PassConfig(max_pass_seconds=1.5, retry_seconds=1.5)
     transcriber = PretrainedTranscriber((model, processor), attention="dense", passes=passes)
     audios = [recording(seconds, seed) for seed, seconds in enumerate((1.2, 2.6, 1.6))]
-    expected, results = (dict(side_by_side(transcriber, audios, size)) for size in (1, 2))
-    assert (transcriber.batch_decoder() is None) == (name == "phi4_multimodal")
+    expected, results = (dict(transcribe_side_by_side(transcriber, audios, size)) for size in (1, 2))
+    assert (transcriber.make_engine() is None) == (name == "phi4_multimodal")
     for index, transcript in results.items():
         alone = expected[index]
         assert transcript.segments == [

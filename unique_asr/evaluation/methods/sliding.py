@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.passes import LongformReport, LongformTranscriber
 from unique_asr.transcript import Segment
 
@@ -27,8 +28,8 @@ class Sliding:
 
     def transcribe(
         self, transcriber: LongformTranscriber, encoded: Any, decoder: Any, report: LongformReport
-    ) -> Iterator[Segment | None]:
-        """Segments of the whole recording, None where a token is pending; the report is summed over the windows."""
+    ) -> Iterator[Segment | Pending]:
+        """Segments of the whole recording, PENDING where a token is pending; the report is summed over the windows."""
         step = self.seconds - 2 * self.overlap
         covered, start, index = 0.0, 0.0, 0
         while start < encoded.duration or index == 0:
@@ -41,8 +42,8 @@ class Sliding:
             part = encoded.slice(first_frame, None if last else round(end / encoded.frame_seconds))
             inner = LongformReport()
             for segment in transcriber.transcribe(part, decoder, inner):
-                if segment is None:
-                    yield None
+                if segment is PENDING:
+                    yield PENDING
                     continue
                 segment = shifted(segment, first_frame * encoded.frame_seconds)
                 words = [word for word in segment.words if middle[0] <= (word.start + word.end) / 2 < middle[1]]
