@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from unique_asr.attention.soft_mask import training_attention
 from unique_asr.models import SHIPPED_MODELS, SpeechLLMForConditionalGeneration, SpeechLLMProcessor, load
 from unique_asr.models.speech_llm.compose import compose
-from unique_asr.models.speech_llm.ctc import ctc_text
-from unique_asr.models.speech_llm.packing import INDEX, bits_of, rounded, save_packed_changes, save_packed_model
+from unique_asr.models.speech_llm.ctc import normalize_ctc_text
+from unique_asr.models.speech_llm.packing import INDEX, find_bits, round_to_bits, save_packed_changes, save_packed_model
 from unique_asr.training.corpus import LOWER_CASE, Source, Utterance
 from unique_asr.training.graphs import Decoder, GraphedDecoder
 from unique_asr.training.listening import read_heard
@@ -123,9 +123,11 @@ class Rows:
 
     def _finish(self, parts: list[Utterance]) -> Row:
         lower = self.random.random() < LOWER_SHARE
-        before, after = self.processor.prompt(LOWER_CASE if lower else None)
+        before, after = self.processor.tokenize_prompt(LOWER_CASE if lower else None)
         text = " ".join(part.text for part in parts)
-        answer = self.processor.tokenizer(ctc_text(text) if lower else text, add_special_tokens=False)["input_ids"]
+        answer = self.processor.tokenizer(normalize_ctc_text(text) if lower else text, add_special_tokens=False)[
+            "input_ids"
+        ]
         answer.append(self.processor.end_token_id)
         slips = SLIPS if self.random.random() < SLIPS_SHARE else 0.0
         written = [
@@ -274,7 +276,7 @@ def teach(
             group["lr"] = rate
         batch = batch.to(table.device)
         with torch.no_grad():
-            positions = model.listener.expected(batch.weights.to(table.dtype), batch.candidates, table)
+            positions = model.listener.embed_expected(batch.weights.to(table.dtype), batch.candidates, table)
             embeds = table[batch.ids].flatten(0, 1).index_copy(0, batch.heard, positions).unflatten(0, batch.ids.shape)
         masked = batch.ids.shape[1] > attention.config.sparse.budget and chance.random() < arguments.masked
         attention.config = masks[done >= 0.5] if masked else replace(attention.config, mode="dense")
@@ -288,7 +290,7 @@ def teach(
         if done > 1 - arguments.rounded:
             for parameter, name in names.items():
                 if parameter.ndim == 2:
-                    parameter.data.copy_(rounded(masters.weights[parameter], bits_of(name, BITS)))
+                    parameter.data.copy_(round_to_bits(masters.weights[parameter], find_bits(name, BITS)))
         total, lines = total + loss.detach(), lines + 1
         del states, loss  # and their gradient nodes, which belong to this stream: a later capture could not use them
         elapsed = time.monotonic() - begin

@@ -15,7 +15,7 @@ import transformers
 
 from unique_asr.application.cli import saved_attention
 from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
@@ -64,7 +64,7 @@ def test_the_loss_is_the_models_own(make_material, name):
     ((item,),) = material.drawn
     (samples,), (answer,) = material._heard([item])
     with torch.no_grad():
-        prompt = prompt_embeds(material.known_model, material.model, material.processor, samples)
+        prompt = embed_prompt(material.known_model, material.model, material.processor, samples)
         said = material.model.get_input_embeddings()(torch.tensor([answer]))
         logits = material.model(inputs_embeds=torch.cat([prompt, said], 1), use_cache=False).logits[0]
     expected = torch.nn.functional.cross_entropy(logits[prompt.shape[1] - 1 : -1], torch.tensor(answer))

@@ -169,7 +169,7 @@ class LongformTranscriber:
         table = self.model.language_model.get_input_embeddings()
         before, after = (
             table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
-            for ids in self.processor.prompt(self.prompt)
+            for ids in self.processor.tokenize_prompt(self.prompt)
         )
         return torch.cat([before, encoded.embeds.to(before), after])[None]
 
@@ -182,7 +182,7 @@ class LongformTranscriber:
         frames = SpeechFrames(encoded, self.model.config.blank_id)
         length = self._pass_frames(frames, self.max_pass_seconds)
         positions = encoded.frames.cpu().numpy()
-        prompt = sum(len(ids) for ids in self.processor.prompt(self.prompt))
+        prompt = sum(len(ids) for ids in self.processor.tokenize_prompt(self.prompt))
         budget = self.token_budget(_most_within(frames.spikes, length), length * frames.frame_seconds)
         return prompt + _most_within(positions, length) + budget
 
@@ -319,7 +319,7 @@ class LongformTranscriber:
         pending: list[DraftWord] = []
         reads = self.reads
         if reads is not None:
-            before = len(self.processor.prompt(self.prompt)[0])
+            before = len(self.processor.tokenize_prompt(self.prompt)[0])
             seconds = (np.append(span.frames.cpu().numpy(), end - start) + start) * frames.frame_seconds
             reads.begin_pass(before, seconds, frames.duration, sequence.cache, self.offset)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unique_asr.audio import load_audio
 from unique_asr.evaluation.readers import HUB_NAME, read_hub
-from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.ctc import normalize_ctc_text
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 
 LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
@@ -85,7 +85,7 @@ class Item:
     def text(self) -> str:
         if self.cased:
             return " ".join(utterance.cased or "" for _, utterance, _ in self.pieces)
-        return ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
+        return normalize_ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
 
     @property
     def prompt(self) -> str | None:

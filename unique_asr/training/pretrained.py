@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unique_asr.generation import stop_ids
 from unique_asr.models.pretrained import ParsedUtterance, find
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig, Perturbation
 from unique_asr.training.batches import Batch, timeline, waveforms
@@ -58,7 +58,7 @@ class PretrainedSpeech:
         self.drawn.append(items)
         heard, answers = self._heard(items)
         with torch.set_grad_enabled(self._audio_trains()):
-            prompts = [prompt_embeds(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
+            prompts = [embed_prompt(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
         none, seconds = torch.zeros(0, dtype=torch.long), sum(map(len, heard)) / SAMPLE_RATE
         batch = Batch({}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds)
         loss, tokens = language_model_loss(

@@ -62,7 +62,7 @@ class Speech:
             loss = loss + stage.ctc_weight * measures["ctc"]
         if stage.llm_weight:
             with torch.set_grad_enabled(frames_train):
-                positions = self.model.window_positions(frames, batch.spans)
+                positions = self.model.make_positions(frames, batch.spans)
             del frames
             embeds = self.model.embed_positions(positions)
             recording = torch.repeat_interleave(batch.windows)
@@ -110,7 +110,7 @@ class Speech:
             for which, dtype in ((0, torch.long), (1, torch.float32))
         )
         table = self.model.get_input_embeddings().weight
-        expected = self.model.listener.expected(
+        expected = self.model.listener.embed_expected(
             send(weights, table.device).to(table.dtype), send(candidates, table.device), table
         )
         return list(expected.split(counts))

@@ -30,7 +30,7 @@ from unique_asr.longform.timestamped import Pass, PassConfig, Recording
 from unique_asr.models.languages import resolve_hotwords, resolve_language
 from unique_asr.models.pretrained import find, load
 from unique_asr.models.pretrained.memory import estimate, text_tokens
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.transcribers.base import Audio, PipelineError, Samples, Transcriber, open_audio
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
@@ -209,7 +209,7 @@ class PretrainedTranscriber(Transcriber):
     ) -> Tensor:
         """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
         told = prompt, language, keywords, self.passes.encode_windows, progress
-        return prompt_embeds(self.known_model, self.model, self.processor, samples, *told)
+        return embed_prompt(self.known_model, self.model, self.processor, samples, *told)
 
     def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, sequence: Sequence) -> None:
         if sequence is self.decoder and tokens <= sequence.cache.capacity:
