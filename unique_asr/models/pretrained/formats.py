@@ -1,7 +1,7 @@
-"""What speech LLMs write, read as it is written: pieces of text in, complete utterances out; and written, to train on.
+"""Reading the answers of speech LLMs while they are written, and writing such answers, to train on.
 
-A parser is fed the text of each token and gives out an utterance as soon as it is complete, so that whatever follows (a
-cut, a loop, a malformed tail) cannot take it back. What is not complete stays in `tail`.
+A parser gets the text of each token and returns an utterance as soon as it is complete, so that nothing that follows (a
+cut, a loop, a malformed end) can undo it. What is not complete stays in `tail`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHARACTER_TOKENS = 8  # tokens after which a broken character is given out as it is
+CHARACTER_TOKENS = 8  # tokens after which an incomplete character is returned as it is
 
 
 @dataclass
 class ParsedUtterance:
-    """A piece of a transcript; seconds from the beginning of the pass, None where the model gives none."""
+    """A piece of a transcript. Times are seconds from the beginning of the pass, None where the model gives none."""
 
     text: str  # empty for sounds that are not speech
     start: float | None = None
@@ -27,14 +27,15 @@ class ParsedUtterance:
 
 
 class TextStream:
-    """The text of each token, decoded with what is before it; a character of several tokens comes with its last."""
+    """Decodes tokens one by one, each with those before it; a character of several tokens comes with its last one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = self._read = 0  # ids[context:read] are shown, as context for the ids after them
+        self._context = self._read = 0  # ids[context:read] are returned, and context of the ids after them
 
     def push(self, token: int) -> str:
+        """Add a token id and return the text that it completes."""
         self._ids.append(token)
         shown, text = self._decode(self._read), self._decode(len(self._ids))
         if text.endswith("\ufffd") and len(self._ids) - self._read < CHARACTER_TOKENS:
@@ -43,7 +44,7 @@ class TextStream:
         return text[len(shown) :]
 
     def flush(self) -> str:
-        """What is left of a character at the end of the text."""
+        """Return what is left of an incomplete character at the end."""
         shown, text = self._decode(self._read), self._decode(len(self._ids))
         self._context = self._read = len(self._ids)
         return text[len(shown) :]
@@ -54,26 +55,26 @@ class TextStream:
 
 
 class Parser(ABC):
-    """Reads one answer of a model."""
+    """A reader of one answer of a model."""
 
     timed = True  # whether utterances have times
 
     def __init__(self) -> None:
-        self.tail = ""  # text not given out yet
+        self.tail = ""  # text of no complete utterance yet
 
     def push(self, text: str) -> list[ParsedUtterance]:
-        """The utterances that this text completes."""
+        """Add text and return the utterances that it completes."""
         self.tail += text
         return [utterance for utterance in self._read() if utterance is not None]
 
     def close(self) -> list[ParsedUtterance]:
-        """The utterances left at the end of a whole answer; after a cut, leave them."""
+        """Return the utterances that are left at the end of a whole answer. After a cut answer, do not call it."""
         return []
 
     @staticmethod
     @abstractmethod
     def write(utterances: Sequence[ParsedUtterance]) -> str:
-        """The answer that is read as these utterances."""
+        """Write the answer that is read as these utterances."""
 
     @abstractmethod
     def _read(self) -> Iterator[ParsedUtterance | None]:
@@ -84,7 +85,7 @@ class BracketParser(Parser):
     """`[0.00][S01]Hello there.[7.56][7.60][S02]...` of MOSS-Transcribe-Diarize.
 
     Brackets around anything but a time or a speaker are text. An utterance without a start begins where the one before
-    it ends; one without an end is given out without.
+    it ends; one without an end keeps none.
     """
 
     _MARK = re.compile(r"\[\s*(?:(?P<time>\d+(?:[:.]\d+)*)|S(?P<speaker>\d+))\s*\]")
@@ -132,8 +133,8 @@ class BracketParser(Parser):
 class JsonParser(Parser):
     """`[{"Start":0.0,"End":7.56,"Speaker":0,"Content":"Hello there."}, ...` of VibeVoice-ASR.
 
-    Each object is read by itself. In a malformed one, with quotes in its text for instance, the fields are looked for;
-    if that fails too it is left out, and reading goes on with the next. `[Silence]` and the like are empty utterances.
+    Each object is read by itself. In a malformed one, with quotes in its text for instance, the fields are searched; if
+    that fails too it is left out, and reading goes on with the next one. `[Silence]` and the like are empty utterances.
     """
 
     _BEGIN = re.compile(r'\{\s*"(?:Start|End|Speaker|Content)"')
@@ -198,7 +199,7 @@ class JsonParser(Parser):
 
 
 class PlainParser(Parser):
-    """Text without times, a sentence at a time; what frames it (`language English<asr_text>`, quotes) is taken off."""
+    """Text without times, a sentence at a time; a frame (`language English<asr_text>`, quotes) is removed."""
 
     timed = False
     _SENTENCE = re.compile(r"[.?!…]+[\"'”’)]*\s+|[。？！]+")
@@ -234,7 +235,7 @@ class PlainParser(Parser):
         return utterances
 
     def _begin(self, final: bool) -> bool:
-        """Take the frame off; False if more text is needed to tell."""
+        """Remove the frame; False if more text is needed to tell."""
         frame = self._FRAME.match(self.tail)
         if frame is None:
             text = self.tail.lstrip().lower()
@@ -256,5 +257,5 @@ class PlainParser(Parser):
 
 
 def parse_time(value: str | float) -> float:
-    """Seconds of 7.56, "7.56", "1:23" or "01:02:03"."""
+    """Read seconds from 7.56, "7.56", "1:23" or "01:02:03". Raises ValueError for anything else."""
     return sum(float(part) * 60**power for power, part in enumerate(reversed(str(value).strip().split(":"))))
