@@ -199,7 +199,7 @@ class SpeechLLM:
 
 
 class PretrainedLLM:
-    """A speech LLM of transformers that has an adapter (`unique_asr.models.pretrained`), in passes as users run it."""
+    """A known speech LLM (`unique_asr.models.pretrained`), in passes as users run it."""
 
     def __init__(
         self,
@@ -211,12 +211,12 @@ class PretrainedLLM:
         prefill_chunk: int = 2048,
         chunk_seconds: float | None = None,
     ) -> None:
-        from unique_asr.models import pretrained as adapters
+        from unique_asr.models.pretrained import find
 
         self.name, self.model, self.attention, self.prompt = name, model, attention, prompt
         self.max_pass_seconds, self.prefill_chunk = max_pass_seconds, prefill_chunk
         if chunk_seconds is not None:
-            self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or adapters.find(model[0]).pass_seconds)
+            self.max_pass_seconds = min(chunk_seconds, max_pass_seconds or find(model[0]).pass_seconds)
 
     def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
         from unique_asr.transcribers import make_transcriber

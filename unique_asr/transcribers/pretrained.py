@@ -60,7 +60,7 @@ class PretrainedTranscriber(Transcriber):
     ) -> None:
         known_model = find(model)
         if known_model is None:
-            raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
+            raise PipelineError(f"model={model}: is no known speech LLM; see conf/model/")
         self.known_model, self.languages, self.passes = known_model, known_model.languages, passes or PassConfig()
         if max_pass_seconds is None:
             max_pass_seconds = self.passes.max_pass_seconds
