@@ -175,7 +175,7 @@ def test_lora_that_came_with_a_model_is_merged(make_material, tmp_path, monkeypa
         torch.testing.assert_close(model(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("unique_asr.models.pretrained.AutoProcessor.from_pretrained", lambda *_: None)
+    monkeypatch.setattr("unique_asr.models.pretrained.loading.AutoProcessor.from_pretrained", lambda *_: None)
     loaded, _ = load(tmp_path, "cpu")  # without a folder of LoRA weights
     with torch.no_grad():
         torch.testing.assert_close(loaded(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
