@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from unique_asr.longform.passes import LongformReport, LongformTranscriber
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
 from unique_asr.models.speech_llm.ctc import normalize_ctc_text
 from unique_asr.models.speech_llm.modeling import EncodedAudio
 
@@ -175,9 +176,9 @@ class SimulatedRecording:
             return script(start, end, text) if script else text
 
         self.decoder = ScriptedDecoder(self.processor, write)
-        transcriber = LongformTranscriber(self.model, self.processor, config, segmentation=segmentation)
-        capacity = transcriber.capacity(self.encoded)
-        self.segments = list(transcriber.transcribe(self.encoded, self.decoder, self.report))
+        runner = PassRunner(self.model, self.processor, config, segmentation=segmentation)
+        _, capacity = runner.count_positions(self.encoded)
+        self.segments = list(runner.run(self.encoded, self.decoder, self.report))
         assert capacity >= max((end - start for start, end in self.decoder.passes), default=0) / 0.32
         times = [time for segment in self.segments for word in segment.words for time in (word.start, word.end)]
         assert times == sorted(times)

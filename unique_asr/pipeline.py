@@ -8,11 +8,10 @@ from typing import Any
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import Progress
 from unique_asr.transcribers import check_hotwords, check_language, make_transcriber
 from unique_asr.transcribers.base import Audio, PipelineError, open_audio
 from unique_asr.transcribers.batch import BatchProgress, OnSegment, transcribe_side_by_side
-from unique_asr.transcript import Segment, Transcript, TranscriptionInfo
+from unique_asr.transcript import Progress, Segment, Transcript, TranscriptionInfo
 
 
 def transcribe(

@@ -19,7 +19,7 @@ from simulated_speech import noise
 from unique_asr.application import cli
 from unique_asr.application.display import Bars
 from unique_asr.decoding.engine import PENDING
-from unique_asr.longform.passes import LongformConfig
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.writers import SegmentLog, read_transcript
 
@@ -284,7 +284,7 @@ def transcribe(tiny, talks):
     for path, seconds in zip("abc", (7, 5, 9), strict=True):
         Path(f"{path}.opus").unlink()
         write_noise(f"{path}.wav", seconds)
-    longform = LongformConfig(retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+    longform = LongformConfig(retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
     def load(model, **settings):
         transcriber = SpeechLLMTranscriber(tiny, longform=longform, **settings)

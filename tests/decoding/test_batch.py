@@ -11,7 +11,7 @@ from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.decoding import batch
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
-from unique_asr.decoding.memory import decoding_memory
+from unique_asr.decoding.memory import estimate_memory
 
 
 def test_only_models_with_full_attention_in_every_layer_have_static_steps():
@@ -128,9 +128,9 @@ def count_prompts_read(engine, monkeypatch):
 def test_what_does_not_fit_beside_the_others_waits(llama, monkeypatch):
     prompts, counts = make_prompts(40, 7, 23, 64, 33), (9, 30, 12, 5, 20)
     engine = BatchEngine(llama, SparseAttentionConfig(budget=None), prefill_chunk=16)
-    two = decoding_memory(engine._shape, 64, 64 + HEADROOM, 64, engine.attention, torch.float32, 16, 2).pass_bytes
+    two = estimate_memory(engine._shape, 64, 64 + HEADROOM, 64, engine.attention, torch.float32, 16, 2).pass_bytes
     # The cache that is there makes room for the next one.
-    monkeypatch.setattr(batch, "free_memory", lambda device: two - engine.cache_bytes)
+    monkeypatch.setattr(batch, "measure_free_memory", lambda device: two - engine.cache_bytes)
     sizes = count_prompts_read(engine, monkeypatch)
     results = decode_together(engine, prompts, counts, 4)
     assert [tokens for tokens, _ in results] == [
@@ -139,11 +139,11 @@ def test_what_does_not_fit_beside_the_others_waits(llama, monkeypatch):
     assert max(sizes) == 2
     assert engine.notice.startswith("4 recordings side by side need 0.0 GB and 0.0 GB are free on cpu: 2 at a time")
 
-    monkeypatch.setattr(batch, "free_memory", lambda device: 0)
+    monkeypatch.setattr(batch, "measure_free_memory", lambda device: 0)
     del sizes[:]
     decode_together(engine, prompts, counts, 4)
     assert set(sizes) == {1}
-    monkeypatch.setattr(batch, "free_memory", lambda device: None)  # a system that does not tell
+    monkeypatch.setattr(batch, "measure_free_memory", lambda device: None)  # a system that does not tell
     del sizes[:]
     decode_together(engine, prompts, counts, 4)
     assert sizes[0] == 4
@@ -159,10 +159,10 @@ def test_the_estimate_for_a_wave_is_what_its_cache_takes(llama, budget):
         begun.append((sequence, sequence.tokens(1200)))
         next(begun[-1][1])
     options = engine.attention, torch.float32, 16, 3
-    assert engine._bytes_alone(engine.sequences) == decoding_memory(engine._shape, 40, 1240, 40, *options).pass_bytes
+    assert engine._bytes_alone(engine.sequences) == estimate_memory(engine._shape, 40, 1240, 40, *options).pass_bytes
     assert engine.cache_bytes == 0
     engine.step()
-    begins = decoding_memory(engine._shape, 40, 40 + HEADROOM, 40, *options)
+    begins = estimate_memory(engine._shape, 40, 40 + HEADROOM, 40, *options)
     assert engine.cache_bytes == begins.cache + begins.statistics
     assert begun[0][0].cache_bytes == engine.cache_bytes
 

@@ -21,7 +21,8 @@ from unique_asr.evaluation.methods import (
     rivals_active,
 )
 from unique_asr.evaluation.methods.base import rival_attention_forward
-from unique_asr.longform.passes import LongformReport, LongformTranscriber
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
 
 DIM, PROMPT, NEEDLE, BUDGET = 16, 512, 200, 64
 SCALING = DIM**-0.5
@@ -310,7 +311,9 @@ def test_sliding_windows_are_stitched_in_time():
     sliding = Sliding(seconds=20.0, overlap=4.0)
     report = LongformReport()
     decoder = ScriptedDecoder(processor, lambda start, end: said(words, start, end))
-    segments = list(sliding.transcribe(LongformTranscriber(model, processor), encoded, decoder, report))
+    runner = PassRunner(model, processor)
+    windows = sliding.transcribe(lambda part, own: runner.run(part, decoder, own), encoded, report)
+    segments = list(windows)
     heard = " ".join(segment.text for segment in segments).split()
     assert heard == text.split(), "no word twice, and none left out"
     times = [word.start for segment in segments for word in segment.words]

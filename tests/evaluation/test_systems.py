@@ -17,12 +17,12 @@ from unique_asr.data import join, read_manifest
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.evaluation.cli import main
 from unique_asr.evaluation.decodings import Decodings, make_recording_key
+from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import evaluate
 from unique_asr.evaluation.method_grid import expand_attention
 from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
 from unique_asr.evaluation.systems import (
     BatchedSpeechLLM,
-    Encoder,
     GreedyCTC,
     ParallelSpeechLLM,
     PretrainedLLM,

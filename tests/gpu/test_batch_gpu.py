@@ -18,7 +18,7 @@ from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
-from unique_asr.longform.passes import LongformConfig
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.opus"

@@ -9,14 +9,16 @@ from simulated_speech import ScriptedDecoder, SimulatedRecording, describe, nois
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.decoding.engine import PENDING
-from unique_asr.longform.parallel import ParallelTranscriber
-from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.parallel import ParallelPassRunner
+from unique_asr.longform.passes import PassRunner
 from unique_asr.transcribers.base import PipelineError
 from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 
-CONFIG = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+CONFIG = LongformConfig(max_pass_seconds=3.0, retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
 
 class HesitantDecoder(ScriptedDecoder):
@@ -42,8 +44,8 @@ def transcribe(recording, decoders, script=None, state=None, on_pass=None, progr
 
     report = LongformReport()
     sequences = [HesitantDecoder(recording.processor, write, seed) for seed in range(decoders)]
-    transcriber = ParallelTranscriber(recording.model, recording.processor)
-    found = list(transcriber.transcribe(recording.encoded, sequences, report, progress, state, on_pass))
+    runner = ParallelPassRunner(recording.model, recording.processor)
+    found = list(runner.run(recording.encoded, sequences, report, progress, state, on_pass))
     segments = [segment for segment in found if segment is not PENDING]
     times = [time for segment in segments for word in segment.words for time in (word.start, word.end)]
     assert times == sorted(times)
@@ -146,12 +148,12 @@ def test_either_way_goes_on_with_what_the_other_left(recording):
     states = []
     transcribe(recording, 3, on_pass=states.append)
     decoder = ScriptedDecoder(recording.processor, lambda start, end: said(recording.words, start, end))
-    transcriber = LongformTranscriber(recording.model, recording.processor)
-    rest = transcriber.transcribe(recording.encoded, decoder, LongformReport(), None, states[3])
+    runner = PassRunner(recording.model, recording.processor)
+    rest = runner.run(recording.encoded, decoder, LongformReport(), None, states[3])
     assert whole[: states[3]["report"]["segments"]] + list(rest) == whole
 
     states = []
-    segments = transcriber.transcribe(recording.encoded, decoder, LongformReport(), None, None, states.append)
+    segments = runner.run(recording.encoded, decoder, LongformReport(), None, None, states.append)
     assert list(segments) == whole
     rest, *_ = transcribe(recording, 3, state=states[3])
     assert whole[: states[3]["report"]["segments"]] + rest == whole
@@ -194,7 +196,7 @@ def test_random_weights(tiny, attention):
 
 def test_a_recording_of_one_pass_and_recordings_transcribe_side_by_side_go_as_before(tiny, monkeypatch):
     monkeypatch.setattr(
-        "unique_asr.transcribers.speech_llm.ParallelTranscriber", lambda *_: pytest.fail("passes side by side")
+        "unique_asr.transcribers.speech_llm.ParallelPassRunner", lambda *_: pytest.fail("passes side by side")
     )
     transcriber = SpeechLLMTranscriber(tiny, longform=CONFIG)
     segments, info = transcriber.transcribe(noise(2))

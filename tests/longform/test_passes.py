@@ -5,7 +5,10 @@ import random
 import pytest
 from simulated_speech import VOCABULARY, ScriptedDecoder, SimulatedRecording, said, sentences, timeline
 
-from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber, LoopDetector, clock
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport, format_clock
+from unique_asr.longform.loops import LoopDetector
+from unique_asr.longform.passes import PassRunner
 from unique_asr.longform.segmentation import SegmentationConfig
 
 
@@ -26,8 +29,8 @@ def test_one_pass_of_a_faithful_decoder():
 def test_segments_come_while_the_text_is_written():
     recording = SimulatedRecording(timeline(sentences(12)))
     decoder = ScriptedDecoder(recording.processor, lambda start, end: recording.text)
-    transcriber = LongformTranscriber(recording.model, recording.processor)
-    segments = transcriber.transcribe(recording.encoded, decoder, LongformReport())
+    runner = PassRunner(recording.model, recording.processor)
+    segments = runner.run(recording.encoded, decoder, LongformReport())
     next(segments)
     assert len(decoder.log_probs) < 30
 
@@ -225,4 +228,4 @@ def test_loop_detector(period, copies, expected):
 
 
 def test_clock():
-    assert [clock(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+    assert [format_clock(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

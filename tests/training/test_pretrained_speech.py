@@ -236,8 +236,8 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import finetune
 
-    monkeypatch.setattr("unique_asr.training.validation.text_tokens", lambda *_: 8)
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.training.validation.limit_text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.limit_text_tokens", lambda *_: 8)
     model, processor = speech_models.make(name)
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")

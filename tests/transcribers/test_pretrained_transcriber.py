@@ -12,8 +12,9 @@ import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
 from unique_asr.audio import spooled
 from unique_asr.decoding.engine import PENDING
+from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.timestamped import PassConfig, Speech
+from unique_asr.longform.speech_activity import SpeechActivity
 from unique_asr.models.languages import LANGUAGES
 from unique_asr.models.pretrained import KNOWN_MODELS
 from unique_asr.transcribers import check_language, make_transcriber
@@ -23,7 +24,7 @@ from unique_asr.transcribers.pretrained import PretrainedTranscriber
 from unique_asr.transcript import Unfinished
 
 RATE = 16000
-QUICK = PassConfig(rest_seconds=2.0, retry_seconds=6.0, cut_seconds=3.0)
+QUICK = TimestampedConfig(rest_seconds=2.0, retry_seconds=6.0, cut_seconds=3.0)
 
 
 class Script:
@@ -100,8 +101,8 @@ def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=No
     transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=limit, passes=QUICK)
     transcriber.decoder = Script(processor.tokenizer, answers, reasons)
     asked = []
-    request = transcriber.prompt_embeds
-    transcriber.prompt_embeds = lambda samples, prompt, *more: (
+    request = transcriber.embed_prompt
+    transcriber.embed_prompt = lambda samples, prompt, *more: (
         asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, *more)
     )
     segments, info = transcriber.transcribe(samples, prompt=prompt)
@@ -289,7 +290,7 @@ def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch)
         assert "\n" not in str(error.value)
     if taken:
         asked = []
-        monkeypatch.setattr(transcriber, "prompt_embeds", lambda *arguments: asked.append(arguments[2]))
+        monkeypatch.setattr(transcriber, "embed_prompt", lambda *arguments: asked.append(arguments[2]))
         segments, info = transcriber.transcribe(speech(1), language="English")
         assert info.settings["language"] == "en"
         with pytest.raises(AttributeError):  # for want of embeddings
@@ -341,7 +342,7 @@ def test_a_pass_beside_others_counts_their_cache_as_room(models, monkeypatch):
     transcriber = PretrainedTranscriber((model, processor), attention="dense")
     _, info = transcriber.transcribe(speech(5))
     sequence = transcriber.make_engine().new_sequence()
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.measure_free_memory", lambda device: 1000)
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
         transcriber._check_memory(1000, 5, info, sequence)
     monkeypatch.setattr(type(sequence), "cache_bytes", 1 << 40)
@@ -355,7 +356,7 @@ def test_silence_has_no_text(models):
 
 
 def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.measure_free_memory", lambda device: 1000)
     model, processor = models["qwen3_asr"]
     segments, _ = PretrainedTranscriber((model, processor)).transcribe(speech(5))
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
@@ -367,7 +368,7 @@ def test_a_long_recording_does_not_fill_the_memory():
     second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     tracemalloc.start()
     samples = spooled(second * (index % 2) for index in range(600))
-    speech = Speech(samples)
+    speech = SpeechActivity(samples)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (len(samples), speech.duration) == (600 * 16000, 600)
@@ -377,9 +378,9 @@ def test_a_long_recording_does_not_fill_the_memory():
 
 
 def test_speech_is_found_by_loudness():
-    found = Speech(speech(10, pauses=[(2, 4), (7, 7.5)]))
+    found = SpeechActivity(speech(10, pauses=[(2, 4), (7, 7.5)]))
     assert found.total == pytest.approx(7.5, abs=0.1)
-    assert found.between(1, 5) == pytest.approx(2, abs=0.1)
-    assert 2 < found.quietest(0, 6) < 4
+    assert found.count_seconds(1, 5) == pytest.approx(2, abs=0.1)
+    assert 2 < found.find_pause(0, 6) < 4
     assert found.spread(0, 10)(0.5) == pytest.approx(5.75, abs=0.1)
-    assert Speech(np.zeros(100, np.float32)).total == 0
+    assert SpeechActivity(np.zeros(100, np.float32)).total == 0

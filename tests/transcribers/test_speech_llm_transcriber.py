@@ -34,7 +34,7 @@ def scripted(monkeypatch):
             super().__init__(processor, lambda start, end: said(words, start, end))
 
     monkeypatch.setattr(speech_llm, "GreedyDecoder", Decoder)
-    monkeypatch.setattr(speech_llm, "check_memory", lambda *arguments: None)
+    monkeypatch.setattr(SpeechLLMTranscriber, "_check_memory", lambda *arguments: None)
     return model, processor
 
 
@@ -168,7 +168,7 @@ def test_audio_without_samples(tiny):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(speech_llm, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(speech_llm, "measure_free_memory", lambda device: 1000)
     segments, _ = transcribe(noise(3), model=tiny)
     with pytest.raises(PipelineError, match="max_pass_seconds"):
         next(segments)

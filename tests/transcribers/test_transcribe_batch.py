@@ -9,7 +9,7 @@ from simulated_speech import describe, noise
 
 import unique_asr
 from unique_asr.decoding.batch import BatchEngine
-from unique_asr.longform.passes import LongformConfig
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.pipeline import transcribe_batch
 from unique_asr.transcribers import speech_llm
 from unique_asr.transcribers.base import Transcriber
@@ -22,7 +22,7 @@ DATA = Path(__file__).parents[1] / "data"
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_transcripts_are_those_of_one_by_one(tiny, size):
     """Several passes a recording, of which some are tried again: every recording goes its own way."""
-    config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+    config = LongformConfig(max_pass_seconds=3.0, retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
     audios = [noise(seconds) for seconds in (7, 2, 5, 9, 3)]
     transcriber = SpeechLLMTranscriber(tiny, longform=config, parallel_passes=1)
     expected = dict(transcribe_side_by_side(transcriber, audios, 1))
@@ -109,7 +109,7 @@ def test_the_language_is_that_of_the_model(tiny):
 
 
 def test_a_recording_that_does_not_fit_alone_is_refused_by_name(tiny, monkeypatch):
-    monkeypatch.setattr(speech_llm, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(speech_llm, "measure_free_memory", lambda device: 1000)
     results = dict(transcribe_batch([DATA / "nomads.opus", noise(2)], tiny, batch=2))
     for transcript in results.values():
         assert transcript.info.stop_reason == "error"

@@ -22,7 +22,7 @@ from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.attention.static_step import page_sizes
 from unique_asr.decoding.engine import PENDING, Engine, Pending, PrefillProgress, Sequence
-from unique_asr.decoding.memory import cache_bytes, decoding_memory, free_memory, shape_of
+from unique_asr.decoding.memory import estimate_memory, measure_cache, measure_free_memory, read_shape
 
 RUNNING_PER_WAITING = 4  # captured steps are held up to read prompts once one sequence waits for so many that run
 SPARE_PLACES = 2  # the batch gets narrower once it has so many places for each sequence that runs;
@@ -115,7 +115,7 @@ class BatchEngine(Engine):
         self._starts: list[int] = []  # slots of padding on the left of each place
         self._decode_step: DecodeStep | None = None  # for as many places, with the cache
         self._ahead: Chosen | None = None  # a step that nobody has looked at yet
-        self._shape = shape_of(language_model)
+        self._shape = read_shape(language_model)
         self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
         self._spare_places = spare_places or (SPARE_PLACES_CAPTURED if self.static else SPARE_PLACES)
         self._limit: int | None = None  # sequences, the last time that memory had no room for all
@@ -131,7 +131,7 @@ class BatchEngine(Engine):
 
     @property
     def cache_bytes(self) -> int:
-        return cache_bytes(self._decode_step.cache) if self._decode_step is not None else 0
+        return measure_cache(self._decode_step.cache) if self._decode_step is not None else 0
 
     def step(self) -> None:
         """Write a token of every sequence that runs, and begin those that wait as far as memory has room for them.
@@ -207,7 +207,7 @@ class BatchEngine(Engine):
 
     def _free_bytes(self) -> int | None:
         """Free memory with that of the cache; None where the system does not tell."""
-        free = free_memory(self.device)
+        free = measure_free_memory(self.device)
         return None if free is None else free + self.cache_bytes
 
     def _bytes_alone(self, sequences: list[BatchSequence]) -> int:
@@ -227,7 +227,7 @@ class BatchEngine(Engine):
     def _estimate_bytes(self, prompts: list[BatchSequence], places: int, tokens: int) -> int:
         prompt = longest_prompt(prompts)
         how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
-        return decoding_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
+        return estimate_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
     def _begin(self, sequences: list[BatchSequence]) -> Chosen:
         """Read the prompts of sequences that have the cache to themselves."""

@@ -18,7 +18,7 @@ from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.engine import PrefillProgress, Sequence
-from unique_asr.decoding.memory import cache_bytes
+from unique_asr.decoding.memory import measure_cache
 
 
 class GreedyDecoder(Sequence):
@@ -73,7 +73,7 @@ class GreedyDecoder(Sequence):
 
     @property
     def cache_bytes(self) -> int:
-        return cache_bytes(self.cache)
+        return measure_cache(self.cache)
 
     def reset(self) -> None:
         """Drop prompt and text; memory, captured graphs and counters are kept."""

@@ -16,6 +16,7 @@ from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.evaluation import systems
 from unique_asr.evaluation.decodings import identify_weights
+from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import System
 from unique_asr.evaluation.method_grid import build_methods
 from unique_asr.evaluation.methods import RivalConfig, Sliding
@@ -62,7 +63,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, Provenance]]:
         if known:
             return pair
         folder = None if config.encoded is None else Path(config.encoded)
-        return systems.Encoder(*pair, keep=len(methods) + config.ctc > 1, folder=folder)
+        return Encoder(*pair, keep=len(methods) + config.ctc > 1, folder=folder)
 
     dtype = models.resolve_dtype(config.dtype, models.resolve_device(config.device))
     decoding = OmegaConf.to_container(config.decoding)

@@ -85,7 +85,7 @@ class WordStream:
         return self._complete(keep=1)
 
     @property
-    def held_tokens(self) -> int:
+    def open_tokens(self) -> int:
         """Tokens of the words that are not given out yet."""
         return sum(len(word.log_probs) for word in self._words)
 

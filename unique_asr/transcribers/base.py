@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, Self
 
@@ -15,9 +16,9 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.audio import SAMPLE_RATE, AudioFile, check_vad, speech_blocks
 from unique_asr.decoding.engine import Engine, Pending, Sequence
+from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import Progress
-from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished, text_settings
+from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished, text_settings
 
 Audio = str | PathLike[str] | np.ndarray  # a file, or float32 samples [N] at 16 kHz
 
@@ -117,16 +118,18 @@ class Transcriber(ABC):
         self,
         encoded: Any,
         *,
+        name: str = "<encoded>",
         prompt: str | None = None,
         progress: Progress | None = None,
         sequence: Sequence | None = None,
-        **options: Any,
+        report: LongformReport | None = None,
     ) -> tuple[Iterator[Segment | Pending], TranscriptionInfo]:
         """Transcribe a recording that the model's encoder has heard already; see `transcribe`.
 
         Args:
-            encoded: what the model's `encode` gives, or a slice of it; times count from its beginning.
-            options: of the subclass.
+            encoded: what the model's `encode` returns, or a slice of it; times count from its beginning.
+            name: what errors call the recording.
+            report: filled in with what the info does not tell: passes that broke off, and the longest pass.
 
         Raises:
             PipelineError: if models of this kind encode each pass by itself.
@@ -148,26 +151,36 @@ class Transcriber(ABC):
     def _prepare_decoding(self) -> None:
         """Make what decodes with `self.attention`, and drop what decoded with another."""
 
-    def _describe(self, source: AudioFile | Samples, language_model: Any, **told: str | None) -> TranscriptionInfo:
+    def _describe(
+        self, audio: str, duration: float | None, language_model: Any, part: AudioPart, **told: str | None
+    ) -> TranscriptionInfo:
         """What is known of a transcription before it begins; `told`: prompt, language and hotwords."""
         weight = language_model.get_input_embeddings().weight
         return TranscriptionInfo(
-            audio=source.name,
-            duration=source.duration or 0.0,
+            audio=audio,
+            duration=duration or 0.0,
             model=self.name,
             device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."),
             attention=self.attention.to_dict(),
-            settings=text_settings(
-                max_pass_seconds=self.max_pass_seconds,
-                start=source.start,
-                end=source.end,
-                channel=source.channel,
-                vad=source.vad,
-                **told,
-            ),
+            settings=text_settings(max_pass_seconds=self.max_pass_seconds, **asdict(part), **told),
             timings={"load": self.load_seconds},
         )
+
+
+@dataclass(frozen=True)
+class AudioPart:
+    """The part of a file that is transcribed; see `AudioFile`."""
+
+    start: float = 0.0  # s
+    end: float | None = None  # s
+    channel: int | None = None
+    vad: bool = False
+
+    @classmethod
+    def of(cls, source: AudioFile | Samples) -> AudioPart:
+        """Return the part that an opened source gives."""
+        return cls(source.start, source.end, source.channel, source.vad)
 
 
 class Samples:

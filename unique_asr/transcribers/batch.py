@@ -12,9 +12,8 @@ from typing import TypeVar
 import torch
 
 from unique_asr.decoding.engine import PENDING, Engine, Pending
-from unique_asr.longform.passes import Progress
 from unique_asr.transcribers.base import Audio, PipelineError, Transcriber, open_audio
-from unique_asr.transcript import Segment, Transcript, TranscriptionInfo
+from unique_asr.transcript import Progress, Segment, Transcript, TranscriptionInfo
 
 BatchProgress = Callable[[int, str, float, float], None]  # index of the recording, stage, done, total
 OnSegment = Callable[[int, Segment], None]  # index of the recording, and what was just decoded of it

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,17 +22,17 @@ from unique_asr.audio import AudioFile, spooled
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING, Pending, Sequence
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.decoding.memory import free_memory, shape_of
+from unique_asr.decoding.memory import measure_free_memory, read_shape
 from unique_asr.generation import stop_ids
+from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import Progress
-from unique_asr.longform.timestamped import Pass, PassConfig, Recording
+from unique_asr.longform.timestamped import PassRequest, TimestampedRecording
 from unique_asr.models.languages import resolve_hotwords, resolve_language
 from unique_asr.models.pretrained import find, load
-from unique_asr.models.pretrained.memory import estimate, text_tokens
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, limit_text_tokens
 from unique_asr.models.pretrained.prompting import embed_prompt
-from unique_asr.transcribers.base import Audio, PipelineError, Samples, Transcriber, open_audio
-from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
+from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
+from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished
 
 
 class PretrainedTranscriber(Transcriber):
@@ -55,13 +55,17 @@ class PretrainedTranscriber(Transcriber):
         dtype: str = "auto",
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
-        passes: PassConfig | None = None,
+        passes: TimestampedConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
         known_model = find(model)
         if known_model is None:
             raise PipelineError(f"model={model}: is no known speech LLM; see conf/model/")
-        self.known_model, self.languages, self.passes = known_model, known_model.languages, passes or PassConfig()
+        self.known_model, self.languages, self.passes = (
+            known_model,
+            known_model.languages,
+            passes or TimestampedConfig(),
+        )
         if max_pass_seconds is None:
             max_pass_seconds = self.passes.max_pass_seconds
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
@@ -93,7 +97,8 @@ class PretrainedTranscriber(Transcriber):
         source = open_audio(audio)
         language = resolve_language(language, self.languages, self.name)
         hotwords = resolve_hotwords(hotwords, self.known_model.hotwords is not None, self.name)
-        info = self._describe(source, self.model, prompt=prompt, language=language, hotwords=hotwords)
+        told = {"prompt": prompt, "language": language, "hotwords": hotwords}
+        info = self._describe(source.name, source.duration, self.model, AudioPart.of(source), **told)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         keywords: list[str] = []
         if hotwords and self.known_model.hotwords == "keywords":
@@ -114,7 +119,7 @@ class PretrainedTranscriber(Transcriber):
         source: Any,
         prompt: str | None,
         language: str | None,
-        keywords: list[str] | tuple[str, ...],
+        keywords: Collection[str],
         info: TranscriptionInfo,
         progress: Progress | None,
         unfinished: Unfinished | None,
@@ -125,19 +130,20 @@ class PretrainedTranscriber(Transcriber):
         info.warnings += source.warnings
         info.dropped = source.dropped
         tokenizer, sequence = self.processor.tokenizer, sequence or self.decoder
-        recording = Recording(samples, self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished)
-        earlier = SparsityCounters(**recording.place.sparsity)
+        how = self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished
+        recording = TimestampedRecording(samples, *how)
+        earlier = SparsityCounters(**recording.earlier_sparsity)
         before = sequence.counters.copy()
 
-        def sparsity() -> SparsityCounters:
-            counted = sequence.counters.since(before)
-            counted.add(earlier)
-            return counted
+        def count_sparsity() -> SparsityCounters:
+            counters = sequence.counters.since(before)
+            counters.add(earlier)
+            return counters
 
         try:
-            while recording.unheard:
+            while recording.has_speech_left:
                 if on_pass is not None:
-                    on_pass(recording.state(vars(sparsity())))
+                    on_pass(recording.make_state(vars(count_sparsity())))
                 yield from self._decode(recording, sequence, language, keywords, info, progress)
             if progress:
                 progress("decode", info.duration, info.duration)
@@ -147,33 +153,33 @@ class PretrainedTranscriber(Transcriber):
             ) from error
         finally:
             info.stop_reason = info.stop_reason or "interrupted"
-            info.sparsity = sparsity().to_dict()
+            info.sparsity = count_sparsity().to_dict()
             for stage, seconds in sequence.engine_seconds.items():
                 info.timings[stage] += seconds
 
     def _decode(
         self,
-        recording: Recording,
+        recording: TimestampedRecording,
         sequence: Sequence,
         language: str | None,
-        keywords: list[str] | tuple[str, ...],
+        keywords: Collection[str],
         info: TranscriptionInfo,
         progress: Progress | None,
     ) -> Iterator[Segment | Pending]:
         """Segments of the next pass."""
-        asked = recording.begin()
-        with clocked(info, "encode"):
+        request = recording.begin()
+        with measure(info, "encode"):
             report = partial(progress, "encode") if progress else None
-            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report, keywords)
-        budget = self._token_budget(embeds.shape[1], asked, info, sequence)
+            embeds = self.embed_prompt(request.samples, request.prompt, language, report, keywords)
+        limit = self._limit_tokens(embeds.shape[1], request, info, sequence)
         report = partial(progress, "prefill") if progress else None
-        with clocked(info, "prefill"):
-            sequence.reserve(embeds.shape[1] + budget)
+        with measure(info, "prefill"):
+            sequence.reserve(embeds.shape[1] + limit)
             sequence.reset()
             sequence.prefill(embeds, report)
-        tokens = sequence.tokens(budget, self.stop_ids)
+        tokens = sequence.tokens(limit, self.stop_ids)
         while not recording.looped:
-            with clocked(info, "decode"):
+            with measure(info, "decode"):
                 token = next(tokens, None)
             if token is None:
                 break
@@ -186,38 +192,39 @@ class PretrainedTranscriber(Transcriber):
         tokens.close()
         yield from recording.end("loop" if recording.looped else sequence.stop_reason)
 
-    def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo, sequence: Sequence) -> int:
+    def _limit_tokens(self, prompt: int, request: PassRequest, info: TranscriptionInfo, sequence: Sequence) -> int:
         """The most tokens of the answer, or an error if a prompt of so many positions leaves no room for one."""
-        seconds, room = asked.end - asked.start, self.known_model.context - prompt
+        seconds, room = request.end - request.start, self.known_model.context - prompt
         if room <= 0:
             raise PipelineError(
                 f"{info.audio}: {seconds / 60:.0f} minutes are {prompt} positions and {self.name} knows "
                 f"{self.known_model.context}; lower max_pass_seconds"
             )
-        budget = min(text_tokens(self.known_model, seconds), room)
-        self._check_memory(prompt + budget, seconds, info, sequence)
-        return budget
+        limit = min(limit_text_tokens(self.known_model, seconds), room)
+        self._check_memory(prompt + limit, seconds, info, sequence)
+        return limit
 
     @torch.no_grad()
-    def prompt_embeds(
+    def embed_prompt(
         self,
         samples: np.ndarray,
         prompt: str | None = None,
         language: str | None = None,
         progress: Any = None,
-        keywords: list[str] | tuple[str, ...] = (),
+        keywords: Collection[str] = (),
     ) -> Tensor:
-        """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
+        """Return the request for samples [S] at 16 kHz as vectors [1, N, hidden], encoded piece by piece."""
         told = prompt, language, keywords, self.passes.encode_windows, progress
         return embed_prompt(self.known_model, self.model, self.processor, samples, *told)
 
     def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, sequence: Sequence) -> None:
         if sequence is self.decoder and tokens <= sequence.cache.capacity:
             return
-        shape, known_model = shape_of(self.model), self.known_model
+        shape, known_model = read_shape(self.model), self.known_model
         how = self.attention, self.model.dtype, self.prefill_chunk
-        needed = estimate(known_model, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
-        free = free_memory(self.model.device)
+        device = self.model.device.type
+        needed = estimate_pass_memory(known_model, seconds, shape, *how, tokens, device=device).pass_bytes
+        free = measure_free_memory(self.model.device)
         room = None if free is None else free + sequence.cache_bytes  # the pass before leaves its place to the next
         if room is not None and needed > room:
             fits = int(seconds * room / needed * 0.9)
@@ -228,7 +235,7 @@ class PretrainedTranscriber(Transcriber):
 
 
 @contextmanager
-def clocked(info: TranscriptionInfo, stage: str) -> Iterator[None]:
+def measure(info: TranscriptionInfo, stage: str) -> Iterator[None]:
     """Add the seconds of a block to a stage of the timings."""
     begin = time.perf_counter()
     yield

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -16,17 +17,19 @@ from unique_asr.audio import AudioFile
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING, Pending, Sequence, SequenceGroup, open_sequences
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.decoding.memory import free_memory
+from unique_asr.decoding.memory import estimate_memory, measure_free_memory, read_shape
 from unique_asr.longform.alignment import AlignmentConfig
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.parallel import ParallelTranscriber
-from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber, Progress, State
+from unique_asr.longform.parallel import ParallelPassRunner
+from unique_asr.longform.passes import PassRunner, State
 from unique_asr.longform.segmentation import SegmentationConfig
 from unique_asr.models.languages import resolve_hotwords, resolve_language
 from unique_asr.models.sources import list_shipped_languages
-from unique_asr.models.speech_llm import load
-from unique_asr.transcribers.base import Audio, PipelineError, Samples, Transcriber, open_audio
-from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
+from unique_asr.models.speech_llm import EncodedAudio, load
+from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
+from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished
 
 
 class SpeechLLMTranscriber(Transcriber):
@@ -38,6 +41,9 @@ class SpeechLLMTranscriber(Transcriber):
         parallel_passes: passes over one recording that are decoded side by side; with 1, each begins where the text of
             the one before it ended.
         longform, alignment, segmentation: finer settings.
+
+    Raises:
+        ValueError: if a setting or the model cannot be used, in one line.
     """
 
     records_reads = True
@@ -66,12 +72,12 @@ class SpeechLLMTranscriber(Transcriber):
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
         self.alignment, self.segmentation = alignment, segmentation
+        self._prepare_decoding()
+
+    def _prepare_decoding(self) -> None:
         self._decoder: GreedyDecoder | None = None  # the last one, with its memory and CUDA graphs
         self._keeps_selection = False  # of its steps
         self._engine: BatchEngine | None = None  # the last one for passes side by side
-
-    def _prepare_decoding(self) -> None:
-        self._decoder = self._engine = None
 
     def make_engine(self) -> BatchEngine:
         """Return an engine that decodes recordings, or passes over one, side by side."""
@@ -93,50 +99,78 @@ class SpeechLLMTranscriber(Transcriber):
         source = open_audio(audio)
         language = resolve_language(language, self.languages, self.name)
         resolve_hotwords(hotwords, False, self.name)
-        info = self._describe(source, self.model.language_model, prompt=prompt, language=language)
-        return self._segments(source, prompt, info, progress, unfinished, on_pass, sequence, reads), info
+        part, told = AudioPart.of(source), {"prompt": prompt, "language": language}
+        info = self._describe(source.name, source.duration, self.model.language_model, part, **told)
+        encode = partial(self._encode, source, info, progress)
+        settings = prompt, source.start, reads
+        return self._transcribe(encode, info, settings, LongformReport(), progress, unfinished, on_pass, sequence), info
 
-    def _segments(
+    def transcribe_encoded(
         self,
-        source: AudioFile | Samples,
-        prompt: str | None,
+        encoded: EncodedAudio,
+        *,
+        name: str = "<encoded>",
+        prompt: str | None = None,
+        progress: Progress | None = None,
+        sequence: Sequence | None = None,
+        report: LongformReport | None = None,
+    ) -> tuple[Iterator[Segment | Pending], TranscriptionInfo]:
+        info = self._describe(name, encoded.duration, self.model.language_model, AudioPart(), prompt=prompt)
+        report = LongformReport() if report is None else report
+        settings = prompt, 0.0, None
+        return self._transcribe(lambda: encoded, info, settings, report, progress, None, None, sequence), info
+
+    def _encode(self, source: AudioFile | Samples, info: TranscriptionInfo, progress: Progress | None) -> EncodedAudio:
+        def report(seconds: float) -> None:
+            progress("encode", seconds, max(source.duration or 0.0, seconds))
+
+        begin = time.perf_counter()
+        try:
+            encoded = self.model.encode(source.blocks(), self.processor, report if progress else None)
+        except ValueError as error:
+            message = str(error)
+            raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
+        info.timings["encode"] = time.perf_counter() - begin
+        info.duration, info.dropped = encoded.duration, source.dropped
+        info.warnings += source.warnings
+        return encoded
+
+    def _transcribe(
+        self,
+        encode: Callable[[], EncodedAudio],
         info: TranscriptionInfo,
+        settings: tuple[str | None, float, PageReads | None],
+        report: LongformReport,
         progress: Progress | None,
         unfinished: Unfinished | None,
         on_pass: Callable[[State], None] | None,
         sequence: Sequence | None,
-        reads: PageReads | None,
     ) -> Iterator[Segment | Pending]:
-        report = LongformReport()
+        """Segments of a recording; `settings` are those of a `PassRunner`: prompt, offset, reads."""
         state = unfinished.state if unfinished else None
         earlier = SparsityCounters(**(state["sparsity"] if state else {}))
-        settings = self.longform, self.alignment, self.segmentation, prompt, source.start, reads
+        keeps_selection = settings[-1] is not None
         try:
-            begin = time.perf_counter()
-            encoded = self._encode(source, progress)
-            info.timings["encode"] = time.perf_counter() - begin
-            info.duration = encoded.duration
-            info.warnings += source.warnings
-            info.dropped = source.dropped
-            transcriber = LongformTranscriber(self.model, self.processor, *settings)
-            alone = sequence is None and reads is None and self.parallel_passes > 1
-            if parallel := alone and encoded.duration > transcriber.max_pass_seconds:
-                transcriber = ParallelTranscriber(self.model, self.processor, *settings)
-            how = info, sequence, parallel, reads is not None
-            with self._open_writer(transcriber.capacity(encoded), *how) as writer:
+            encoded = encode()
+            how = self.model, self.processor, self.longform, self.alignment, self.segmentation, *settings
+            runner = PassRunner(*how)
+            alone = sequence is None and not keeps_selection and self.parallel_passes > 1
+            if parallel := alone and encoded.duration > runner.max_pass_seconds:
+                runner = ParallelPassRunner(*how)
+            positions = runner.count_positions(encoded)
+            with self._open_writer(positions, info, sequence, parallel, keeps_selection) as writer:
                 before = writer.counters.copy()
 
-                def sparsity() -> SparsityCounters:
-                    counted = writer.counters.since(before)
-                    counted.add(earlier)
-                    return counted
+                def count_sparsity() -> SparsityCounters:
+                    counters = writer.counters.since(before)
+                    counters.add(earlier)
+                    return counters
 
-                def pass_begins(state: State) -> None:
-                    on_pass({**state, "sparsity": vars(sparsity())})
+                def report_pass(state: State) -> None:
+                    on_pass({**state, "sparsity": vars(count_sparsity())})
 
-                how = report, progress, state, pass_begins if on_pass else None
                 try:
-                    for segment in transcriber.transcribe(encoded, writer, *how):
+                    for segment in runner.run(encoded, writer, report, progress, state, on_pass and report_pass):
                         if segment is PENDING and parallel:
                             writer.engine.step()
                         else:
@@ -145,7 +179,7 @@ class SpeechLLMTranscriber(Transcriber):
                 finally:
                     info.stop_reason = info.stop_reason or "interrupted"
                     info.coverage, info.passes = report.coverage, report.passes
-                    info.sparsity = sparsity().to_dict()
+                    info.sparsity = count_sparsity().to_dict()
                     info.timings |= report.timings
                     for stage, seconds in writer.engine_seconds.items():
                         info.timings[stage] += seconds
@@ -158,64 +192,59 @@ class SpeechLLMTranscriber(Transcriber):
                 "prefill_chunk, or use device=cpu"
             ) from error
 
-    def _encode(self, source: AudioFile | Samples, progress: Progress | None) -> Any:
-        def report(seconds: float) -> None:
-            progress("encode", seconds, max(source.duration or 0.0, seconds))
-
-        try:
-            return self.model.encode(source.blocks(), self.processor, report if progress else None)
-        except ValueError as error:
-            message = str(error)
-            raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
-
     @contextmanager
     def _open_writer(
-        self, capacity: int, info: TranscriptionInfo, sequence: Sequence | None, parallel: bool, keeps_selection: bool
+        self,
+        positions: tuple[int, int],
+        info: TranscriptionInfo,
+        sequence: Sequence | None,
+        parallel: bool,
+        keeps_selection: bool,
     ) -> Iterator[Sequence | SequenceGroup]:
-        """What decodes passes of `capacity` tokens: the sequence that was given, a group of them, or one alone.
+        """What decodes passes of so many positions: the sequence that was given, a group of them, or one alone.
 
         The last two are kept, with their memory, for the next recording, and made anew while another one has them.
         """
         if sequence is not None:
-            check_memory(self.model.language_model, capacity, info, sequence.cache_bytes)
+            self._check_memory(positions, info, sequence.cache_bytes)
             yield sequence
         elif parallel:
             engine, self._engine = self._engine or self.make_engine(), None
             try:
-                check_memory(self.model.language_model, capacity, info, engine.cache_bytes)
+                self._check_memory(positions, info, engine.cache_bytes)
                 with open_sequences(engine, self.parallel_passes) as group:
                     yield group
             finally:
                 self._engine = engine
         else:
             decoder, self._decoder = self._decoder, None
+            _, capacity = positions
             if decoder is None or self._keeps_selection != keeps_selection:
-                check_memory(self.model.language_model, capacity, info)
+                self._check_memory(positions, info)
                 decoder = GreedyDecoder(self.model.language_model, self.attention, capacity, self.prefill_chunk)
                 self._keeps_selection = keeps_selection
                 if keeps_selection:
                     for layer in decoder.cache.paged_layers:
                         layer.keeps_selection = True
-            decoder.capacity = max(decoder.capacity, capacity)
+            decoder.capacity = max(decoder.capacity, capacity)  # its memory grows as it fills
             try:
                 yield decoder
             finally:
                 self._decoder = decoder
 
+    def _check_memory(self, positions: tuple[int, int], info: TranscriptionInfo, freed: int = 0) -> None:
+        """Raise PipelineError if a pass cannot fit into the free memory of the device.
 
-def check_memory(language_model: Any, capacity: int, info: TranscriptionInfo, freed: int = 0) -> None:
-    """Raise PipelineError if the KV cache of `capacity` tokens cannot fit into the free memory of the device.
-
-    freed: bytes of a cache whose place it takes.
-    """
-    config = language_model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weight = language_model.get_input_embeddings().weight
-    needed = 2 * config.num_hidden_layers * heads * width * weight.element_size() * capacity
-    free = free_memory(weight.device)
-    if free is not None and needed > free + freed:
-        raise PipelineError(
-            f"{info.audio}: a KV cache of {needed / 1e9:.1f} GB for {capacity} tokens does not fit into the "
-            f"{free / 1e9:.1f} GB that are free on {weight.device}; lower max_pass_seconds or use another device"
-        )
+        positions: of its prompt, and with its text.
+        freed: bytes of a cache whose place it takes.
+        """
+        model, (prompt, tokens) = self.model.language_model, positions
+        weight = model.get_input_embeddings().weight
+        how = self.attention, weight.dtype, self.prefill_chunk
+        needed = estimate_memory(read_shape(model), prompt, tokens, prompt, *how, device=weight.device.type).pass_bytes
+        free = measure_free_memory(weight.device)
+        if free is not None and needed > free + freed:
+            raise PipelineError(
+                f"{info.audio}: a pass of {tokens} tokens takes {needed / 1e9:.1f} GB, which does not fit into the "
+                f"{free / 1e9:.1f} GB that are free on {weight.device}; lower max_pass_seconds or use another device"
+            )

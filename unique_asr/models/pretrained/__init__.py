@@ -3,15 +3,14 @@
     segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
 
 `prompting.py` builds a model's request, `encoding.py` encodes its audio a bounded piece at a time, `formats.py` reads
-its answer while it is written, `memory.py` estimates what a pass takes, and `loading.py` loads it, with `lora.py` for
-weights that are kept apart. `python -m unique_asr.models.pretrained` prints the catalogue.
+its answer while it is written, `pass_memory.py` estimates what a pass takes, and `loading.py` loads it, with `lora.py`
+for weights that are kept apart. `python -m unique_asr.models.pretrained` prints the catalogue.
 """
 
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, DecoderShape, KnownModel
 from unique_asr.models.pretrained.formats import BracketParser, JsonParser, ParsedUtterance, Parser, PlainParser
 from unique_asr.models.pretrained.loading import find, load
 from unique_asr.models.pretrained.lora import load_lora, merge_lora
-from unique_asr.models.pretrained.memory import Memory, estimate
 
 __all__ = [
     "KNOWN_MODELS",
@@ -19,11 +18,9 @@ __all__ = [
     "DecoderShape",
     "JsonParser",
     "KnownModel",
-    "Memory",
     "ParsedUtterance",
     "Parser",
     "PlainParser",
-    "estimate",
     "find",
     "load",
     "load_lora",

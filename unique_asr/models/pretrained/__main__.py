@@ -1,6 +1,7 @@
 """The known speech LLMs as a Markdown table: python -m unique_asr.models.pretrained"""
 
-from unique_asr.models.pretrained import KNOWN_MODELS, estimate
+from unique_asr.models.pretrained import KNOWN_MODELS
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory
 
 COLUMNS = (
     "model", "licence", "one pass", "audio tokens/s", "gives", "GB for 10 minutes", "GB for an hour, or a whole pass",
@@ -16,10 +17,10 @@ def print_table() -> None:
         length = f"{limit / 60:.0f} min" if limit >= 60 else f"{limit:.0f} s"
         gives = "times, speakers" if known_model.parser.timed else "text"
         for checkpoint in known_model.checkpoints:
-            memory = [estimate(known_model, min(seconds, limit), checkpoint).total / 1e9 for seconds in (600, 3600)]
+            estimates = (estimate_pass_memory(known_model, min(seconds, limit), checkpoint) for seconds in (600, 3600))
             cells = (
                 f"`{checkpoint.hub_id}`", known_model.licence, length, f"{known_model.tokens_a_second:g}", gives,
-                *(f"{gigabytes:.1f}" for gigabytes in memory),
+                *(f"{memory.total / 1e9:.1f}" for memory in estimates),
             )  # fmt: skip
             print(f"| {' | '.join(cells)} |")
 
