@@ -68,12 +68,12 @@ def byte_tokenizer():
 def speech_llm(byte_tokenizer):
     """Makes a tiny speech LLM of random weights, encoder included, and its processor; Whisper-like, windows of 6 s."""
     from unique_asr.models import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from unique_asr.models.speech_llm.ctc import ctc_vocabulary
+    from unique_asr.models.speech_llm.ctc import choose_ctc_vocabulary
 
     def make(encoder=None, feature_extractor=None, **options):
         torch.manual_seed(0)
         tokenizer = byte_tokenizer()
-        ctc_tokens = ctc_vocabulary(tokenizer)
+        ctc_tokens = choose_ctc_vocabulary(tokenizer)
         text = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,

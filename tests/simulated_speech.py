@@ -11,7 +11,7 @@ import torch
 
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.passes import PassRunner
-from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.ctc import normalize_ctc_text
 from unique_asr.models.speech_llm.modeling import EncodedAudio
 
 FRAME_SECONDS = 0.08
@@ -48,15 +48,15 @@ class Processor:
     def __init__(self) -> None:
         self.tokenizer = Tokenizer()
 
-    def ctc_ids(self, text: str) -> tuple[list[int], list[int]]:
+    def tokenize_ctc(self, text: str) -> tuple[list[int], list[int]]:
         ids, words = [], []
         for index, word in enumerate(text.split()):
-            tokens = self.tokenizer.encode(" " + ctc_text(word)) if ctc_text(word) else []
+            tokens = self.tokenizer.encode(" " + normalize_ctc_text(word)) if normalize_ctc_text(word) else []
             ids += tokens
             words += [index] * len(tokens)
         return ids, words
 
-    def prompt(self, prompt=None) -> tuple[list[int], list[int]]:
+    def tokenize_prompt(self, prompt=None) -> tuple[list[int], list[int]]:
         return [0, 0], [0]
 
 
@@ -70,7 +70,9 @@ class Model:
         self.table = torch.nn.Embedding(self.symbols, HIDDEN)
         self.language_model = SimpleNamespace(get_input_embeddings=lambda: self.table)
 
-    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    def compute_ctc_log_probs(
+        self, encoded: EncodedAudio, token_ids: torch.Tensor, start: int, end: int
+    ) -> torch.Tensor:
         return encoded.ctc[start:end, token_ids]
 
 
@@ -92,7 +94,7 @@ def encode(model: Model, processor: Processor, words, duration: float | None = N
     logits = rng.normal(0, 1, (frames, model.symbols)).astype(np.float32)
     logits[:, model.config.blank_id] = 16
     for word, start, end in words:
-        ids, _ = processor.ctc_ids(word)
+        ids, _ = processor.tokenize_ctc(word)
         for place, index in enumerate(ids):
             at = start + (end - start) * (place + 0.5) / len(ids)
             frame = min(int(at / FRAME_SECONDS), frames - 1)

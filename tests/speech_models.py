@@ -1,4 +1,4 @@
-"""Every speech LLM that has an adapter: tiny, of random weights, but of transformers' real classes and processors."""
+"""Every known speech LLM: tiny, of random weights, but of transformers' real classes and processors."""
 
 from __future__ import annotations
 

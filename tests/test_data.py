@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from unique_asr.data import SAMPLE_RATE, ManifestError, Span, join, read_audio, read_manifest, spread
+from unique_asr.data import SAMPLE_RATE, ManifestError, Span, join, read_audio, read_manifest, take_evenly
 
 
 def write_manifest(path, rows):
@@ -177,6 +177,6 @@ def test_stereo_becomes_mono(tmp_path):
     np.testing.assert_array_equal(read_audio(tmp_path / "x.wav"), np.full(800, 0.125, dtype=np.float32))
 
 
-def test_spread():
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert spread([1, 2], None) == spread([1, 2], 5) == [1, 2]
+def test_items_taken_evenly():
+    assert take_evenly(range(10), 4) == [0, 2, 5, 7]
+    assert take_evenly([1, 2], None) == take_evenly([1, 2], 5) == [1, 2]

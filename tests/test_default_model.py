@@ -134,4 +134,4 @@ def test_save_and_reload(default, tmp_path):
     audio = load_audio(DATA / "nomads.opus")
     expected, encoded = (m.encode([audio], p) for m, p in ((model, processor), (again, processor_again)))
     torch.testing.assert_close(encoded.embeds, expected.embeds)
-    assert processor_again.ctc_ids("Voyaging") == processor.ctc_ids("Voyaging")
+    assert processor_again.tokenize_ctc("Voyaging") == processor.tokenize_ctc("Voyaging")

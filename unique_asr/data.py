@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-SAMPLE_RATE = 16000  # samples a second of everything that `audio()` and `blocks()` yield
+SAMPLE_RATE = 16000  # Hz, of everything that `audio()` and `blocks()` give
 
 Within = Literal["recording", "speaker", "source", "all"]
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Utterance:
     """A transcribed stretch of a recording."""
 
     start: float  # seconds
-    end: float
+    end: float  # seconds
     text: str
 
 
@@ -49,23 +49,24 @@ class Span:
 
     @property
     def duration(self) -> float:
+        """Seconds."""
         return self.end - self.start
 
     def audio(self) -> np.ndarray:
-        """float32 mono samples at 16 kHz. Only the stretch is decoded: libsndfile seeks to its first sample."""
+        """Decode the samples [n], float32 mono at 16 kHz; see `read_audio`."""
         return read_audio(self.path, self.start, self.end)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Spans of audio played one after another, and what is said in them, with times in the result."""
+    """Spans of audio played one after another, and what is said in them, with times counted from the beginning."""
 
     id: str
     spans: tuple[Span, ...]
     utterances: tuple[Utterance, ...]
     speaker: str = ""
     source: str = ""
-    entities: tuple[str, ...] | None = None  # names and numbers as the text has them; None: nobody listed them
+    entities: tuple[str, ...] | None = None  # names and numbers as the text has them; None: they are not listed
 
     @property
     def duration(self) -> float:
@@ -74,14 +75,15 @@ class Recording:
 
     @property
     def text(self) -> str:
+        """The texts of all utterances, joined by spaces."""
         return " ".join(utterance.text for utterance in self.utterances if utterance.text)
 
     def audio(self) -> np.ndarray:
-        """All samples [duration * 16000], float32 mono, decoded now."""
+        """Decode all samples [duration * 16000], float32 mono at 16 kHz."""
         return np.concatenate([span.audio() for span in self.spans])
 
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
-        """The samples in blocks of at most `seconds`, so that memory does not grow with the recording."""
+        """Decode the samples in blocks [n] of at most `seconds`, so that memory does not grow with the recording."""
         for span in self.spans:
             steps = max(1, int(np.ceil(span.duration / seconds)))
             for step in range(steps):
@@ -90,10 +92,17 @@ class Recording:
 
 
 def read_audio(path: Path | str, start: float = 0.0, end: float | None = None) -> np.ndarray:
-    """Samples [n] of an audio file from `start` to `end` seconds, float32 mono at 16 kHz.
+    """Decode the samples [n] of an audio file, float32 mono at 16 kHz.
 
-    Files at 16 kHz that libsndfile reads (wav, flac, mp3, ogg, opus) are decoded from `start` on, everything else as a
-    whole through `unique_asr.audio`.
+    Files at 16 kHz that libsndfile reads (wav, flac, mp3, ogg, opus) are decoded from `start` on, all others as a
+    whole, by `unique_asr.audio`.
+
+    Args:
+        path: the file.
+        start, end: seconds; None: to the end of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     import soundfile
 
@@ -119,10 +128,15 @@ def read_audio(path: Path | str, start: float = 0.0, end: float | None = None) -
 def read_manifest(
     path: Path | str, source: str | Sequence[str] | None = None, select: str | None = None
 ) -> list[Recording]:
-    """The recordings of a JSONL manifest, in its order.
+    """Read the recordings of a JSON lines manifest, in its order.
 
-    source: keep the rows of this source, or of these.
-    select: keep the recordings whose id (the file name without suffix) matches this glob, such as "lj-*".
+    Args:
+        path: the manifest.
+        source: keep the rows of this source, or of these.
+        select: keep the recordings whose id (the file name without suffix) matches this glob, such as "lj-*".
+
+    Raises:
+        ManifestError: there is no such file, a row cannot be read, or no recording is left.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,7 +150,7 @@ def read_manifest(
             try:
                 row = json.loads(line)
                 seen.add(row.get("source", ""))
-                recording = _recording(row, path.parent)
+                recording = _read_row(row, path.parent)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ManifestError(f"{path}, line {number}: not a manifest row ({error!r})") from None
             if sources and recording.source not in sources:
@@ -151,11 +165,18 @@ def read_manifest(
 
 
 def join(recordings: Sequence[Recording], seconds: float, within: Within = "recording") -> list[Recording]:
-    """Consecutive utterances joined to recordings of at most `seconds`; one longer utterance stays alone.
+    """Join consecutive utterances to recordings of at most `seconds`; a longer utterance stays alone.
 
-    Takes the recordings of a manifest. Two utterances of one row keep the pause between them, those of two rows are
-    played without one. `within` says which border a joined recording may not cross: "recording" joins the utterances
-    of one file only, "speaker" goes on with the next chapter of the speaker, "source" and "all" with the next speaker.
+    Two utterances of one row of a manifest keep the pause between them, those of two rows are played without one.
+
+    Args:
+        recordings: of a manifest.
+        seconds: length of a joined recording, at most.
+        within: which border a joined recording may not cross. `recording` joins the utterances of one file only,
+            `speaker` goes on with the next file of the speaker, `source` and `all` with the next speaker.
+
+    Raises:
+        ValueError: `within` is none of these.
     """
     joined: list[Recording] = []
     pieces: list[tuple[Recording, Span, Utterance]] = []
@@ -163,14 +184,14 @@ def join(recordings: Sequence[Recording], seconds: float, within: Within = "reco
 
     def flush() -> None:
         if pieces:
-            joined.append(_joined(pieces))
+            joined.append(_join_pieces(pieces))
             pieces.clear()
 
-    for recording in _grouped(recordings, within):
-        if _group(recording, within) != group:
+    for recording in _sort_by_group(recordings, within):
+        if _find_group(recording, within) != group:
             flush()
-            group = _group(recording, within)
-        for span, utterance in _pieces(recording):
+            group = _find_group(recording, within)
+        for span, utterance in _list_pieces(recording):
             follows = bool(pieces) and pieces[-1][0] is recording and _continues(pieces[-1][1], span)
             added = span.end - pieces[-1][1].end if follows else span.duration
             if pieces and length + added > seconds + 1e-6:
@@ -181,14 +202,14 @@ def join(recordings: Sequence[Recording], seconds: float, within: Within = "reco
     return joined
 
 
-def spread(items: Sequence[T], count: int | None) -> list[T]:
-    """`count` of the items, evenly spaced over them; all of them if there are fewer or `count` is None."""
+def take_evenly(items: Sequence[T], count: int | None) -> list[T]:
+    """Take `count` items, evenly spaced over all of them; all if there are fewer or `count` is None."""
     if count is None or count >= len(items):
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def _recording(row: dict, folder: Path) -> Recording:
+def _read_row(row: dict, folder: Path) -> Recording:
     path = folder / row["audio_filepath"]
     offset, duration = float(row.get("offset") or 0.0), float(row["duration"])
     text = row.get("text") or ""
@@ -204,7 +225,7 @@ def _recording(row: dict, folder: Path) -> Recording:
     )
 
 
-def _group(recording: Recording, within: Within) -> tuple:
+def _find_group(recording: Recording, within: Within) -> tuple:
     keys = {
         "recording": (recording.source, recording.speaker, recording.spans[0].path),
         "speaker": (recording.source, recording.speaker),
@@ -216,29 +237,31 @@ def _group(recording: Recording, within: Within) -> tuple:
     return keys[within]
 
 
-def _grouped(recordings: Sequence[Recording], within: Within) -> Iterable[Recording]:
-    """The recordings with those of a source, of a speaker and of a file side by side, else in their order."""
+def _sort_by_group(recordings: Sequence[Recording], within: Within) -> Iterable[Recording]:
+    """Put the recordings of a source, of a speaker and of a file side by side, else keep their order."""
     ranks: dict[tuple, int] = {}
     for recording in recordings:
         for level in ("source", "speaker", "recording"):
-            ranks.setdefault(_group(recording, level), len(ranks))
-    return sorted(recordings, key=lambda r: [ranks[_group(r, level)] for level in ("source", "speaker", "recording")])
+            ranks.setdefault(_find_group(recording, level), len(ranks))
+    return sorted(
+        recordings, key=lambda r: [ranks[_find_group(r, level)] for level in ("source", "speaker", "recording")]
+    )
 
 
-def _pieces(recording: Recording) -> Iterator[tuple[Span, Utterance]]:
-    """Each utterance of a recording read from a manifest, with the span of the file that holds it."""
+def _list_pieces(recording: Recording) -> Iterator[tuple[Span, Utterance]]:
+    """List the utterances of a recording of a manifest, each with its span of the file."""
     (span,) = recording.spans
     for utterance in recording.utterances:
         yield Span(span.path, span.start + utterance.start, span.start + utterance.end), utterance
 
 
 def _continues(previous: Span, span: Span) -> bool:
-    """Whether a span of the same manifest row follows the previous one, so that the two can be read as one."""
+    """Tell whether a span of the same row follows the previous one, so that the two can be read as one."""
     return previous.start <= span.start and previous.end <= span.end
 
 
-def _joined(pieces: Sequence[tuple[Recording, Span, Utterance]]) -> Recording:
-    """One recording of the pieces; pieces that follow each other in a manifest row become one span."""
+def _join_pieces(pieces: Sequence[tuple[Recording, Span, Utterance]]) -> Recording:
+    """Make one recording of pieces; pieces that follow each other in a row become one span."""
     spans: list[Span] = []
     utterances: list[Utterance] = []
     before = 0.0  # seconds of the spans before the last one
@@ -260,12 +283,12 @@ def _joined(pieces: Sequence[tuple[Recording, Span, Utterance]]) -> Recording:
         utterances=tuple(utterances),
         speaker=",".join(dict.fromkeys(recording.speaker for recording, _, _ in pieces)),
         source=first.source,
-        entities=_entities(list(dict.fromkeys(recording for recording, _, _ in pieces))),
+        entities=_join_entities(list(dict.fromkeys(recording for recording, _, _ in pieces))),
     )
 
 
-def _entities(recordings: Sequence[Recording]) -> tuple[str, ...] | None:
-    """Those of all the recordings, if every one has a list."""
+def _join_entities(recordings: Sequence[Recording]) -> tuple[str, ...] | None:
+    """Join the entities of all recordings; None unless every one has a list."""
     if any(recording.entities is None for recording in recordings):
         return None
     return tuple(dict.fromkeys(entity for recording in recordings for entity in recording.entities))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.models import ModelError, loading, resolve_device, resolve_dtype
+from unique_asr.models import ModelError, convert_load_errors, resolve_device, resolve_dtype
 from unique_asr.models.pretrained.formats import TextStream
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")  # rotary embeddings that change with the length of what is read at once
@@ -200,7 +200,7 @@ def load_text_model(
     chosen = resolve_device(device)
     tokenizer = load_text_tokenizer(name_or_path, option)
     source, options = _text_source(name_or_path, option)
-    with loading(name_or_path, "text LLM", option=option):
+    with convert_load_errors(name_or_path, "text LLM", option=option):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, chosen), **options)
     return model.to(chosen).eval(), tokenizer
 
@@ -212,7 +212,7 @@ def load_text_tokenizer(name_or_path: str | PathLike[str], option: str = "model"
         ModelError: if it cannot be loaded, or transformers reads that of a .gguf file wrongly.
     """
     source, options = _text_source(name_or_path, option)
-    with loading(name_or_path, "text LLM", option=option):
+    with convert_load_errors(name_or_path, "text LLM", option=option):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     gemma = "Gemma" in type(tokenizer).__name__
     if options and gemma and tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:

@@ -19,39 +19,40 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-BASE = {"tau": 0.5, "queries": "decoded", "hard_last": 0.0}  # of the measured experiment; ablations vary them
+BASE = {"tau": 0.5, "queries": "decoded", "hard_last": 0.0}  # settings of the experiment; ablations vary them
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
-SAMPLES = 2000  # of the bootstrap
+SAMPLES = 2000  # draws of the bootstrap
 
 
 @dataclass
-class Measured:
-    """One system on one set. errors, words: of each recording, by its name; none for perplexities."""
+class Measurement:
+    """One system on one set."""
 
     value: float  # word error rate in percent, or perplexity
-    passes: int | None = None
+    passes: int | None = None  # over all recordings
     pages: float = 1.0  # share of the pages read
-    errors: dict[str, int] = field(default_factory=dict)
-    words: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)  # by recording; none for perplexities
+    words: dict[str, int] = field(default_factory=dict)  # of the references, by recording
 
 
 @dataclass
-class Run:
-    """measured: by set and budget, None being dense. loss: of the last quarter of the steps."""
+class EvaluatedRun:
+    """A training run and what was measured of its model."""
 
     arm: str
     seed: int
-    measured: dict[tuple[str, int | None], Measured]
-    budget: int = 0  # that it was trained with
-    loss: float | None = None
+    measured: dict[tuple[str, int | None], Measurement]  # by set and budget; None: dense attention
+    budget: int = 0  # tokens that it was trained with
+    loss: float | None = None  # mean of the last quarter of the steps, in nats
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--into", type=Path)
     arguments = parser.parse_args()
-    tables = "\n".join(section for folder in arguments.folders for section in sections(read_runs(folder)))
+    tables = "\n".join(section for folder in arguments.folders for section in render_sections(read_runs(folder)))
     if not arguments.into:
         print(tables)
         return
@@ -62,8 +63,8 @@ def main() -> None:
     arguments.into.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """Those that were evaluated, in the order of their arms. Raises SystemExit if there is none."""
+def read_runs(folder: Path) -> list[EvaluatedRun]:
+    """Read the runs of a folder that were evaluated, in the order of their arms. Exits if there is none."""
     runs = []
     for path in sorted(folder.glob("*/config.yaml")):
         config, measured = OmegaConf.load(path), {}
@@ -72,16 +73,16 @@ def read_runs(folder: Path) -> list[Run]:
                 name = row["set"] if "set" in row else f"{row['task']} {row['length']}"
                 measured[name, row["budget"]] = read_result(results.parent, row)
         if measured:
-            loss = last_loss(path.with_name("metrics.jsonl"))
-            runs.append(Run(arm_of(config), int(config.seed), measured, int(config.training.budget), loss))
+            loss = read_last_loss(path.with_name("metrics.jsonl"))
+            runs.append(EvaluatedRun(name_arm(config), int(config.seed), measured, int(config.training.budget), loss))
     if not runs:
         raise SystemExit(f"{folder}: no run with config.yaml and */results.json")
     order = {"start": 0, "dense": 1, "hard": 2, "soft": 3}
     return sorted(runs, key=lambda run: (order.get(run.arm, 4), run.arm, run.seed))
 
 
-def arm_of(config: OmegaConf) -> str:
-    """`start` where nothing was learned; of soft masks, what differs from the base."""
+def name_arm(config: OmegaConf) -> str:
+    """Name the arm of a run: `start` if nothing was learned, else its mode, with what differs from `BASE` if soft."""
     if not any(rate for stage in config.stages for rate in stage.train.values()):
         return "start"
     training = config.training
@@ -89,69 +90,79 @@ def arm_of(config: OmegaConf) -> str:
     return ", ".join([training.mode, *differing]) if training.mode == "soft" else training.mode
 
 
-def last_loss(path: Path) -> float | None:
-    """Of the last quarter of the steps; of runs of the same seed the same batches."""
+def read_last_loss(path: Path) -> float | None:
+    """Read the mean loss of the last quarter of the steps, whose batches are the same in runs of one seed."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     losses = [line["loss"] for line in lines if "loss" in line]
     return float(np.mean(losses[-max(len(losses) // 4, 1) :])) if losses else None
 
 
-def read_result(folder: Path, row: dict) -> Measured:
+def read_result(folder: Path, row: dict) -> Measurement:
+    """Read a row of results.json, with the errors of each recording if the file of its rows is whole."""
     if "task" in row:
-        return Measured(row["value"], pages=row["share_of_pages_read"])
+        return Measurement(row["value"], pages=row["share_of_pages_read"])
     stem = f"{row['system']}@{row['set'].replace(' ', '')}" if row["set"] else row["system"]
     path = folder / f"{stem}.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     if len(lines) < row["recordings"]:  # the mean is known, its recordings are not
-        return Measured(100 * row["wer"], row["passes"], row["share_of_pages_read"])
-    words = {line["audio_filepath"]: word_count(line["text"]) for line in lines}
+        return Measurement(100 * row["wer"], row["passes"], row["share_of_pages_read"])
+    words = {line["audio_filepath"]: count_words(line["text"]) for line in lines}
     errors = {line["audio_filepath"]: round(line["wer"] * words[line["audio_filepath"]]) for line in lines}
-    return Measured(100 * row["wer"], row["passes"], row["share_of_pages_read"], errors, words)
+    return Measurement(100 * row["wer"], row["passes"], row["share_of_pages_read"], errors, words)
 
 
 _counts: dict[str, int] = {}
 
 
-def word_count(text: str) -> int:
-    """Of a reference, as word error rates count."""
-    from unique_asr.evaluation.scoring import english_normalizer
+def count_words(text: str) -> int:
+    """Count the words of a reference as word error rates do."""
+    from unique_asr.evaluation.scoring import load_english_normalizer
 
     if text not in _counts:
-        _counts[text] = max(len(english_normalizer()(text).split()), 1)
+        _counts[text] = max(len(load_english_normalizer()(text).split()), 1)
     return _counts[text]
 
 
-def sections(runs: Sequence[Run]) -> Iterable[str]:
-    arms: dict[str, list[Run]] = defaultdict(list)
+def render_sections(runs: Sequence[EvaluatedRun]) -> Iterable[str]:
+    """Write all tables in Markdown: losses, then for each set error rates, passes and differences."""
+    arms: dict[str, list[EvaluatedRun]] = defaultdict(list)
     for run in runs:
         arms[run.arm].append(run)
-    yield from losses(arms)
-    for name in sorted({name for run in runs for name, _ in run.measured}, key=_minutes, reverse=True):
+    yield from render_losses(arms)
+    for name in sorted({name for run in runs for name, _ in run.measured}, key=_read_minutes, reverse=True):
         found = {budget for run in runs for each, budget in run.measured if each == name}
         budgets = sorted(found, key=lambda budget: -(budget or 1 << 30))
         speech = any(m.words for run in runs for (each, _), m in run.measured.items() if each == name)
         what = f"Word error rates in %, {name}" if speech else f"{name[0].upper()}{name[1:]} tokens"
         yield f"**{what}**: mean ± standard deviation over seeds (of so many, where not all were evaluated)\n"
-        yield table("trained with", arms, name, budgets, lambda m: m.value)
+        yield render_table("trained with", arms, name, budgets, lambda m: m.value)
         if speech:
             count = max(len(m.words) for run in runs for (each, _), m in run.measured.items() if each == name)
             yield f"Passes for {count} recordings, mean over seeds:\n"
-            yield table("trained with", arms, name, budgets, lambda m: m.passes, digits=0)
-            yield from comparisons(arms, name, budgets)
+            yield render_table("trained with", arms, name, budgets, lambda m: m.passes, digits=0)
+            yield from render_comparisons(arms, name, budgets)
 
 
-def losses(arms: dict[str, list[Run]]) -> Iterable[str]:
+def render_losses(arms: dict[str, list[EvaluatedRun]]) -> Iterable[str]:
+    """Write the table of training losses, if any run has one."""
     found = {arm: [run.loss for run in runs if run.loss is not None] for arm, runs in arms.items() if arm != "start"}
-    lines = [f"| {arm} | {len(each)} | {mean_and_spread(each, 4)} |" for arm, each in found.items() if each]
+    lines = [f"| {arm} | {len(each)} | {format_mean(each, 4)} |" for arm, each in found.items() if each]
     if lines:
         yield "**Training loss** in nats, the last quarter of the steps\n"
         yield "\n".join(["| trained with | seeds | loss |", "|---|---|---|", *lines]) + "\n"
 
 
-def table(
-    head: str, arms: dict[str, list[Run]], name: str, budgets: list, of: Callable[[Measured], float], digits: int = 2
+def render_table(
+    head: str,
+    arms: dict[str, list[EvaluatedRun]],
+    name: str,
+    budgets: list,
+    of: Callable[[Measurement], float],
+    digits: int = 2,
 ) -> str:
-    def measured(runs: Iterable[Run], budget: int | None) -> list[Measured]:
+    """Write a table of arms and budgets on the set `name`; of: the number that is shown."""
+
+    def measured(runs: Iterable[EvaluatedRun], budget: int | None) -> list[Measurement]:
         return [run.measured[name, budget] for run in runs if (name, budget) in run.measured]
 
     every = [run for runs in arms.values() for run in runs]
@@ -162,20 +173,21 @@ def table(
         values = [[of(each) for each in measured(runs, budget)] for budget in budgets]
         seeds = max(map(len, values))
         if seeds:
-            cells = [mean_and_spread(each, digits) + f" ({len(each)})" * (0 < len(each) < seeds) for each in values]
+            cells = [format_mean(each, digits) + f" ({len(each)})" * (0 < len(each) < seeds) for each in values]
             lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def mean_and_spread(values: Sequence[float], digits: int) -> str:
+def format_mean(values: Sequence[float], digits: int) -> str:
+    """Write a mean and its standard deviation; nothing for no values."""
     if not values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and digits else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterable[str]:
-    """Differences in points: by seed in pairs, and over recordings drawn again in pairs, errors summed over seeds."""
+def render_comparisons(arms: dict[str, list[EvaluatedRun]], name: str, budgets: list) -> Iterable[str]:
+    """Write the table of differences in points, by seed in pairs, with intervals over recordings."""
     pairs = [(("soft", budget), ("hard", budget)) for budget in budgets]
     pairs += [(("soft", budget), ("dense", budget)) for budget in budgets]
     pairs += [(("soft", budget), ("dense", None)) for budget in budgets if budget is not None]
@@ -194,7 +206,7 @@ def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterabl
         if found:
             by_seed = [mine.value - other.value for mine, other in found]
             whole = all(measured.words for pair in found for measured in pair)
-            shown = "[{:+.2f}, {:+.2f}]".format(*interval(found)) if whole else ""
+            shown = "[{:+.2f}, {:+.2f}]".format(*estimate_interval(found)) if whole else ""
             title = " - ".join(f"{arm} at {budget or 'dense'}" for arm, budget in (ours, theirs))
             lines.append(
                 f"| {title} | {', '.join(f'{each:+.2f}' for each in by_seed)} | {np.mean(by_seed):+.2f} | {shown} |"
@@ -204,7 +216,11 @@ def comparisons(arms: dict[str, list[Run]], name: str, budgets: list) -> Iterabl
         yield "\n".join(lines) + "\n"
 
 
-def interval(pairs: Sequence[tuple[Measured, Measured]]) -> tuple[float, float]:
+def estimate_interval(pairs: Sequence[tuple[Measurement, Measurement]]) -> tuple[float, float]:
+    """Estimate the 95 % interval of a difference in points.
+
+    Recordings are drawn again in pairs, with their errors summed over seeds.
+    """
     names = sorted(set.intersection(*(set(measured.words) for pair in pairs for measured in pair)))
     ours, theirs = (np.sum([[pair[side].errors[n] for n in names] for pair in pairs], 0) for side in (0, 1))
     words = np.sum([[pair[0].words[n] for n in names] for pair in pairs], 0)
@@ -214,7 +230,7 @@ def interval(pairs: Sequence[tuple[Measured, Measured]]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _minutes(name: str) -> float:
+def _read_minutes(name: str) -> float:
     number = re.search(r"[\d.]+", name)
     return float(number.group()) if number else 0.0
 

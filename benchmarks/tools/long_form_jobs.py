@@ -16,8 +16,8 @@ RIVALS = ["quest", "second_moment", "mean", "infllm", "h2o", "streaming_llm", "m
 LENGTHS = ["60", "20", "10", "2", "0.5"]  # minutes, the longest first, for they take longest
 
 
-def job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *more: str) -> None:
-    """`minutes`: one length, or several with commas between, whose recordings then share batches."""
+def print_job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *more: str) -> None:
+    """Print a job; minutes: one length, or several separated by commas, whose recordings then share batches."""
     name = "-".join([*methods, *map(str, budgets)]) + f"@{minutes}" + ("-default_passes" if more else "")
     chosen = ",".join(dict.fromkeys(["dense", *methods]))
     lengths = minutes.split(",")
@@ -35,24 +35,25 @@ def job(manifest: str, methods: list[str], budgets: list[int], minutes: str, *mo
 
 
 def main(manifest: str) -> None:
+    """Print every job."""
     for minutes in LENGTHS:
-        job(manifest, ["dense"], [], minutes)
+        print_job(manifest, ["dense"], [], minutes)
     for minutes in ["10", "60", "20", "2", "0.5"]:
-        job(manifest, ["unique"], [512], minutes)
+        print_job(manifest, ["unique"], [512], minutes)
     for method in RIVALS:
-        job(manifest, [method], [512], "10")
+        print_job(manifest, [method], [512], "10")
     for budget in (256, 1024, 128, 2048):
-        job(manifest, ["unique"], [budget], "10")
+        print_job(manifest, ["unique"], [budget], "10")
     for minutes in ["20", "60"]:  # as users run it: passes of two minutes
-        job(manifest, ["unique"], [512], minutes, "decoding.max_pass_seconds=null")
+        print_job(manifest, ["unique"], [512], minutes, "decoding.max_pass_seconds=null")
     for method in RIVALS:
-        job(manifest, [method], [512], "60,20,2")
+        print_job(manifest, [method], [512], "60,20,2")
     for method in ["unique", *RIVALS[:-1]]:
-        job(manifest, [method], [256, 128], "2")
+        print_job(manifest, [method], [256, 128], "2")
     for method in ["unique", *RIVALS[:-1]]:
-        job(manifest, [method], [256, 128, 1024, 2048], "60,20,10")
+        print_job(manifest, [method], [256, 128, 1024, 2048], "60,20,10")
     for method in ["unique", *RIVALS[:-1]]:
-        job(manifest, [method], [256, 128], "0.5")
+        print_job(manifest, [method], [256, 128], "0.5")
 
 
 if __name__ == "__main__":

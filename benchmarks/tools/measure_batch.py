@@ -17,19 +17,23 @@ import numpy as np
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
-from unique_asr.evaluation.scoring import word_errors
+from unique_asr.evaluation.scoring import count_word_errors
 from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Transcript
 
 
-def timed(transcriber: SpeechLLMTranscriber, clips: list[np.ndarray], batch: int) -> tuple[list[Transcript], float]:
+def time_transcripts(
+    transcriber: SpeechLLMTranscriber, clips: list[np.ndarray], batch: int
+) -> tuple[list[Transcript], float]:
+    """Transcribe clips, `batch` at a time, and measure the seconds."""
     begin = time.perf_counter()
     transcripts = dict(transcribe_side_by_side(transcriber, clips, batch))
     return [transcripts[index] for index in range(len(clips))], time.perf_counter() - begin
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--model", default="default", help="default, or a folder of the same kind")
@@ -45,11 +49,11 @@ def main() -> None:
     clips = [np.concatenate(list(AudioFile(path, end=arguments.seconds).blocks())) for path in paths]
     attention = SparseAttentionConfig(budget=arguments.budget or None)
     transcriber = SpeechLLMTranscriber(arguments.model, attention=attention, device=arguments.device)
-    timed(transcriber, clips[:1], 1)  # warm
-    alone, alone_seconds = timed(transcriber, clips, 1)
-    beside, beside_seconds = timed(transcriber, clips, arguments.batch)
+    time_transcripts(transcriber, clips[:1], 1)  # to warm up
+    alone, alone_seconds = time_transcripts(transcriber, clips, 1)
+    beside, beside_seconds = time_transcripts(transcriber, clips, arguments.batch)
     same = sum(one.text == other.text for one, other in zip(alone, beside, strict=True))
-    errors = [word_errors(one.text, other.text) for one, other in zip(alone, beside, strict=True)]
+    errors = [count_word_errors(one.text, other.text) for one, other in zip(alone, beside, strict=True)]
     words = sum(len(one.text.split()) for one in alone)
     audio = sum(one.info.duration for one in alone)
     decode = [sum(each.info.timings["decode"] for each in transcripts) for transcripts in (alone, beside)]

@@ -7,9 +7,8 @@ Each row of the manifest has `audio_filepath` (relative to it) and `segments`: s
 that were joined in order. So it is known when the first word of an utterance begins, and when its last one ends: where
 the utterance gets loud (10-ms frames above 5 % of the loudness that a twentieth of them exceed, and above three times
 its quietest twentieth), and where it falls quiet; an edge on the joint itself is noise or cut speech, and left out.
-Of the words between there is no truth. Two sets of words are held against it: those of the transcript that are the
-utterance's first or last in the reference too, and all of them when the reference itself is aligned, in pieces of at
-most 20 s.
+Nothing is known of the words between. Two sets of words are compared with these edges: the words of the transcript
+that are first or last in their utterance, and those of the reference itself, aligned in pieces of at most 20 s.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ import numpy as np
 
 from unique_asr.audio import SAMPLE_RATE, AudioFile
 from unique_asr.longform.alignment import align_text
-from unique_asr.models import load
+from unique_asr.models.speech_llm import load
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Word
 
-FRAME = SAMPLE_RATE // 100  # samples
-LOUD = 0.05  # of the loudness that 5 % of an utterance's frames exceed
-NOISE = 3.0  # times the loudness that 5 % of them do not reach
-ALIGN_SECONDS = 20.0  # of reference text at once
-TARGET = 0.3  # s
+FRAME = SAMPLE_RATE // 100  # samples, 10 ms
+LOUD = 0.05  # threshold as a share of the loudness that 5 % of an utterance's frames exceed
+NOISE = 3.0  # threshold as a multiple of the loudness that 5 % of them do not reach
+ALIGN_SECONDS = 20.0  # of audio that is aligned at once
+TARGET = 0.3  # s that a word may be away from the truth
 
 
 @dataclass
-class Utterance:
-    """Seconds from the recording's beginning; `onset` and `offset` are where its sound begins and ends."""
+class UtteranceEdges:
+    """Where an utterance lies and where its sound begins (`onset`) and ends (`offset`), in seconds of its recording."""
 
     start: float
     end: float
@@ -50,15 +49,17 @@ class Utterance:
 
 
 def normalise(word: str) -> str:
+    """Write a word in lower case, without punctuation."""
     return re.sub(r"[^a-z0-9']", "", word.lower().replace("’", "'")).strip("'")
 
 
-def split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """Cut a text into normalised words, at hyphens too."""
     return [word for token in re.split(r"[\s\-–—]+", text) if (word := normalise(token))]
 
 
-def sounding(samples: np.ndarray) -> tuple[float, float]:
-    """Seconds at which an utterance gets loud and falls quiet."""
+def find_sound(samples: np.ndarray) -> tuple[float, float]:
+    """Find the seconds at which an utterance gets loud and falls quiet; samples [n] at 16 kHz."""
     frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
     loudness = np.sqrt((frames.astype(np.float64) ** 2).mean(1))
     quiet, peak = np.quantile(loudness, [0.05, 0.95])
@@ -66,26 +67,34 @@ def sounding(samples: np.ndarray) -> tuple[float, float]:
     return loud[0] * FRAME / SAMPLE_RATE, (loud[-1] + 1) * FRAME / SAMPLE_RATE
 
 
-def utterances(segments: Sequence[dict[str, Any]], samples: np.ndarray) -> list[Utterance]:
-    """Of the segments that lie in the samples as a whole and have words."""
+def find_edges(segments: Sequence[dict[str, Any]], samples: np.ndarray) -> list[UtteranceEdges]:
+    """Find the edges of the segments that have words and lie wholly within the samples.
+
+    Args:
+        segments: with `start` and `end` in seconds, and `text`.
+        samples: of the recording [n], at 16 kHz.
+    """
     found = []
     for segment in segments:
         start, end = segment["start"], segment["end"]
         part = samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        words = split(segment["text"])
+        words = split_words(segment["text"])
         if end <= len(samples) / SAMPLE_RATE + 0.02 and len(part) >= FRAME and words:
-            onset, offset = sounding(part)
-            found.append(Utterance(start, end, start + onset, start + offset, words))
+            onset, offset = find_sound(part)
+            found.append(UtteranceEdges(start, end, start + onset, start + offset, words))
     return found
 
 
-def errors(truth: Sequence[Utterance], words: Sequence[Word]) -> Iterator[tuple[str, float]]:
-    """("start" or "end", seconds that a word is late) of words that are first or last in an utterance.
+def compare_times(truth: Sequence[UtteranceEdges], words: Sequence[Word]) -> Iterator[tuple[str, float]]:
+    """Compare the times of the words that are first or last in an utterance with the edges of its sound.
 
-    A word counts if it and its neighbour inside the utterance are in the reference: a match by chance says nothing.
+    A word counts if its neighbour inside the utterance matches too, so that no match is by chance.
+
+    Yields:
+        `start` or `end`, and the seconds that the word is late.
     """
     reference = [word for utterance in truth for word in utterance.words]
-    spoken = [(part, word) for word in words for part in split(word.text)]
+    spoken = [(part, word) for word in words for part in split_words(word.text)]
     matcher = SequenceMatcher(None, reference, [part for part, _ in spoken], autojunk=False)
     match = {
         block.a + place: spoken[block.b + place][1]
@@ -102,8 +111,8 @@ def errors(truth: Sequence[Utterance], words: Sequence[Word]) -> Iterator[tuple[
         first = last + 1
 
 
-def align_reference(model: Any, processor: Any, truth: Sequence[Utterance], samples: np.ndarray) -> list[Word]:
-    """The words of the reference, aligned in pieces."""
+def align_reference(model: Any, processor: Any, truth: Sequence[UtteranceEdges], samples: np.ndarray) -> list[Word]:
+    """Align the words of the reference in pieces of at most `ALIGN_SECONDS`; samples [n] at 16 kHz."""
     words: list[Word] = []
     place = 0
     while place < len(truth):
@@ -120,8 +129,8 @@ def align_reference(model: Any, processor: Any, truth: Sequence[Utterance], samp
     return words
 
 
-def summary(late: Sequence[float]) -> dict[str, float]:
-    """Of seconds that words are late; distances are without their sign."""
+def summarize(late: Sequence[float]) -> dict[str, float]:
+    """Summarize the seconds that words are late; all but `late` are of distances, without sign."""
     values = np.asarray(late)
     distance = np.abs(values)
     return {
@@ -141,12 +150,22 @@ def measure(
     seconds: float | None = None,
     transcribe: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """Statistics of starts and ends for (file, segments) pairs, of which the first `seconds` are taken."""
+    """Measure the times of words on recordings.
+
+    Args:
+        rows: audio files with their segments.
+        model, processor: a speech LLM of our architecture.
+        seconds: of each recording; None: all of it.
+        transcribe: measure the transcript too, not only the aligned reference.
+
+    Returns:
+        What `summarize` gives, for starts and ends of each set of words.
+    """
     late: dict[str, list[float]] = {}
     transcriber = SpeechLLMTranscriber((model, processor)) if transcribe else None
     for path, segments in rows:
         samples = np.concatenate(list(AudioFile(path, end=seconds).blocks()))
-        truth = utterances(segments, samples)
+        truth = find_edges(segments, samples)
         if not truth:
             continue
         sets = {"reference": align_reference(model, processor, truth, samples)}
@@ -154,12 +173,13 @@ def measure(
             decoded, _ = transcriber.transcribe(samples[: round(truth[-1].end * SAMPLE_RATE)])
             sets["transcript"] = [word for segment in decoded for word in segment.words]
         for name, words in sets.items():
-            for edge, error in errors(truth, words):
+            for edge, error in compare_times(truth, words):
                 late.setdefault(f"{name}, {edge}", []).append(error)
-    return {name: summary(values) for name, values in sorted(late.items())}
+    return {name: summarize(values) for name, values in sorted(late.items())}
 
 
 def read_rows(manifest: Path, limit: int | None = None) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """Read audio files and their segments, `limit` of them evenly over the manifest; exits if there are none."""
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = [row for row in rows if row.get("segments")]
     if not rows:
@@ -170,6 +190,7 @@ def read_rows(manifest: Path, limit: int | None = None) -> list[tuple[Path, list
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--model", default="default", help="default, or a folder of the same kind")

@@ -19,28 +19,42 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL = 0.2  # seconds
+POLL = 0.2  # s between two looks at the jobs
 
 
 @dataclass(frozen=True)
-class Job:
+class CommandJob:
+    """A line of standard input."""
+
     name: str
     command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    gigabytes: float = 10.0
+    after: tuple[str, ...] = ()  # names of jobs that have to be done before
+    gigabytes: float = 10.0  # of GPU memory
 
 
 @dataclass
-class Running:
+class RunningJob:
+    """A process, its GPU as CUDA_VISIBLE_DEVICES names it, and when it began (`time.monotonic`)."""
+
     process: subprocess.Popen
     gpu: str
     began: float
 
 
-class Schedule:
-    """Which jobs wait, run, are done, and cannot be done."""
+class JobSchedule:
+    """Which jobs wait, run, are done, and cannot be done.
 
-    def __init__(self, jobs: list[Job], gpus: list[str], room: float, output: Path) -> None:
+    Args:
+        jobs: the most important first.
+        gpus: as CUDA_VISIBLE_DEVICES names them.
+        room: gigabytes of a GPU for all of its jobs together.
+        output: folder of the logs, and of a file for each job that is done.
+
+    Raises:
+        ValueError: a job comes after one that does not exist.
+    """
+
+    def __init__(self, jobs: list[CommandJob], gpus: list[str], room: float, output: Path) -> None:
         names = {job.name for job in jobs}
         for job in jobs:
             if unknown := set(job.after) - names:
@@ -50,11 +64,11 @@ class Schedule:
         self.marks.mkdir(parents=True, exist_ok=True)
         self.done = {job.name for job in jobs if (self.marks / job.name).exists()}
         self.waiting = [job for job in jobs if job.name not in self.done]
-        self.running: dict[Job, Running] = {}
+        self.running: dict[CommandJob, RunningJob] = {}
         self.failed: set[str] = set()
 
     def step(self) -> bool:
-        """Take note of what ended, and start what can be; whether anything is left to do."""
+        """Note what ended and start what can be started; returns whether anything is left to do."""
         for job, (code, run) in {job: (run.process.poll(), run) for job, run in self.running.items()}.items():
             if code is None:
                 continue
@@ -68,20 +82,21 @@ class Schedule:
                 self.waiting.remove(job)
                 self.failed.add(job.name)
                 say(f"left out {job.name}")
-            elif self.done.issuperset(job.after) and (gpu := self.place(job)) is not None:
+            elif self.done.issuperset(job.after) and (gpu := self.choose_gpu(job)) is not None:
                 self.waiting.remove(job)
                 self.start(job, gpu)
         return bool(self.waiting or self.running)
 
-    def place(self, job: Job) -> str | None:
-        """The emptiest GPU, if the job fits it: a job larger than the room fits an empty one."""
+    def choose_gpu(self, job: CommandJob) -> str | None:
+        """Choose the emptiest GPU; None if the job does not fit there. A job larger than the room fits an empty one."""
         taken = dict.fromkeys(self.gpus, 0.0)
         for other, run in self.running.items():
             taken[run.gpu] += other.gigabytes
         gpu = min(taken, key=taken.get)
         return gpu if not taken[gpu] or taken[gpu] + job.gigabytes <= self.room else None
 
-    def start(self, job: Job, gpu: str) -> None:
+    def start(self, job: CommandJob, gpu: str) -> None:
+        """Start a job; one whose command does not exist has failed."""
         try:
             with open(self.output / f"{job.name}.log", "a") as log:
                 process = subprocess.Popen(
@@ -92,29 +107,33 @@ class Schedule:
             self.failed.add(job.name)
             say(f"FAILED {job.name}, cannot be started: {error}")
             return
-        self.running[job] = Running(process, gpu, time.monotonic())
+        self.running[job] = RunningJob(process, gpu, time.monotonic())
         say(f"started {job.name} on GPU {gpu}")
 
     def stop(self) -> None:
+        """End all jobs that run."""
         for run in self.running.values():
             if run.process.poll() is None:
                 os.killpg(run.process.pid, signal.SIGTERM)
 
 
-def read_job(line: str) -> Job:
+def read_job(line: str) -> CommandJob:
+    """Read a line of JSON. Raises ValueError or TypeError if it is no job."""
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError(f"{line.strip()} is no job")
     if "/" in str(fields.get("name")):
         raise ValueError(f"name {fields['name']!r}: it names a file, so leave out the /")
-    return Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return CommandJob(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def say(text: str) -> None:
+    """Print a line with the time of day."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", default="0", help="as CUDA_VISIBLE_DEVICES names them")
     parser.add_argument("--gigabytes", type=float, default=72.0, help="of a GPU, for all of its jobs together")
@@ -122,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         jobs = [read_job(line) for line in sys.stdin if line.strip()]
-        schedule = Schedule(jobs, arguments.gpus.split(","), arguments.gigabytes, arguments.output)
+        schedule = JobSchedule(jobs, arguments.gpus.split(","), arguments.gigabytes, arguments.output)
     except (ValueError, TypeError) as error:
         parser.error(f"jobs on standard input: {error}")
 

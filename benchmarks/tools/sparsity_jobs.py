@@ -17,14 +17,16 @@ from pathlib import Path
 SEEDS = (0, 1, 2)
 ABLATIONS = ({"tau": 0.05}, {"tau": 0.1}, {"tau": 0.25}, {"tau": 1.0}, {"queries": "all"}, {"hard_last": 0.2})
 MINUTES = ("10", "0.5")  # of the recordings that are evaluated
-TRAINING_ROOM, EVALUATION_ROOM = 22, 9  # GB of a GPU
+TRAINING_ROOM, EVALUATION_ROOM = 22, 9  # GB of GPU memory
 
 
-def job(name: str, command: list[str], after: list[str], gigabytes: float) -> None:
+def print_job(name: str, command: list[str], after: list[str], gigabytes: float) -> None:
+    """Print a job as `run_jobs.py` reads it."""
     print(json.dumps({"name": name, "command": [sys.executable, *command], "after": after, "gigabytes": gigabytes}))
 
 
-def speech_jobs(arguments: argparse.Namespace) -> None:
+def print_speech_jobs(arguments: argparse.Namespace) -> None:
+    """Print the jobs of speech LLMs: training, and evaluation at each length."""
     given = [
         "scripts/finetune.py", "experiment=sparsity", f"init.model={arguments.model}",
         f"data.manifests=[{arguments.train}]", "data.heard=outputs/sparsity/heard.pt",
@@ -39,17 +41,19 @@ def speech_jobs(arguments: argparse.Namespace) -> None:
             f"data.join_minutes=[{minutes}]", f"attention.budget={budgets}", "batch=405", "threads=2",
             "decoding.max_pass_seconds=700", "encoded=outputs/sparsity/encoded",
         ]  # fmt: skip
-        job(f"{run}@{minutes}", command, after, EVALUATION_ROOM)
+        print_job(f"{run}@{minutes}", command, after, EVALUATION_ROOM)
 
     def train(mode: str, seed: int, **changes: object) -> str:
         settings = {"tau": 0.5, "queries": "decoded", "hard_last": 0.0} | changes
         run = f"{mode}-256-tau{settings['tau']}-{settings['queries']}-last{settings['hard_last']}-seed{seed}"
         options = [f"training={mode}", *(f"training.{name}={value}" for name, value in settings.items())]
-        job(run, [*given, *options, f"seed={seed}", f"output.dir=outputs/sparsity/{run}"], ["start"], TRAINING_ROOM)
+        print_job(
+            run, [*given, *options, f"seed={seed}", f"output.dir=outputs/sparsity/{run}"], ["start"], TRAINING_ROOM
+        )
         return run
 
     start = ["recipe.steps=1", "recipe.rate=0.0", "cuda_graphs=false", "output.dir=outputs/sparsity/start"]
-    job("start", [*given, *start], [], TRAINING_ROOM)
+    print_job("start", [*given, *start], [], TRAINING_ROOM)
     for minutes in MINUTES:
         evaluate("start", minutes, "[null,512,256,128]", ["start"])  # encodes the recordings, for all
     runs = [train(mode, seed) for seed in SEEDS for mode in ("soft", "hard", "dense")]
@@ -62,7 +66,8 @@ def speech_jobs(arguments: argparse.Namespace) -> None:
             evaluate(run, "10", "[null,256,128]", [run, "start@10"])
 
 
-def text_jobs(model: str, text: Path) -> None:
+def print_text_jobs(model: str, text: Path) -> None:
+    """Print the jobs of a text LLM; its training and test text are written below outputs/."""
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     folder = Path("outputs/sparsity_text")
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def text_jobs(model: str, text: Path) -> None:
     runs = {"start": ["recipe.steps=1", "recipe.rate=0.0", "cuda_graphs=false"]}
     runs |= {f"{mode}-128-tau0.5-seed0": [f"training={mode}", "training.tau=0.5"] for mode in ("soft", "hard", "dense")}
     for run, options in runs.items():
-        job(f"text-{run}", [*given, *options, "output.checkpoints=false", f"output.dir={folder}/{run}"], [], 20)
+        print_job(f"text-{run}", [*given, *options, "output.checkpoints=false", f"output.dir={folder}/{run}"], [], 20)
     for budget in ("128", "null", "256"):
         for run in runs:
             command = [
@@ -81,10 +86,11 @@ def text_jobs(model: str, text: Path) -> None:
                 "text.lengths=[8192]", "text.score_tokens=256", "text.samples=12", f"attention.budget={budget}",
                 f"output.dir={folder}/{run}/perplexity-{budget}",
             ]  # fmt: skip
-            job(f"text-{run}-{budget}", command, [f"text-{run}"], 4)
+            print_job(f"text-{run}-{budget}", command, [f"text-{run}"], 4)
 
 
 def main() -> None:
+    """Print every job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="the start: a folder, or default")
     parser.add_argument("--train", required=True, help="manifest of recordings to learn from")
@@ -95,9 +101,9 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--language-model", help="for the runs of a text LLM")
     arguments = parser.parse_args()
-    speech_jobs(arguments)
+    print_speech_jobs(arguments)
     if arguments.language_model:
-        text_jobs(arguments.language_model, Path(arguments.texts[-1]))
+        print_text_jobs(arguments.language_model, Path(arguments.texts[-1]))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 NEEDLES = ["multiquery", "multivalue", "multikey", "tracking", "essay", "single"]
 WORDS = ["common_words", "frequent_words"]
 BUDGET, OTHER_BUDGETS = "attention.budget=[512]", "attention.budget=[256,1024,128,2048]"
-LONG = {16384: 64, 32768: 32}  # samples by tokens
-UNIQUE = ["methods=null", "attention=unique"]  # with other settings than those of conf/attention
+LONG = {16384: 64, 32768: 32}  # samples by length in tokens
+UNIQUE = ["methods=null", "attention=unique"]  # with settings that conf/attention does not have
 
 
-def short_jobs() -> Iterator[list[str]]:
+def list_short_jobs() -> Iterator[list[str]]:
+    """List the options of each job at 4,096 and 8,192 tokens."""
     for length in ("text.lengths=[8192]", "text.lengths=[4096]"):
         for task in NEEDLES:
             yield ["study=ruler", length, f"text.tasks=[{task}]", BUDGET]
@@ -41,8 +42,8 @@ def short_jobs() -> Iterator[list[str]]:
         ]
 
 
-def long_jobs() -> Iterator[list[str]]:
-    """For a model with few layers of full attention, which has room for so much."""
+def list_long_jobs() -> Iterator[list[str]]:
+    """List the options of each job beyond, for a model with few layers of full attention, which has room for them."""
     for length, samples in LONG.items():
         for task in ("essay", "multikey", "single", "multiquery"):
             ruler = ["study=ruler", f"text.lengths=[{length}]", f"text.samples={samples}", f"text.tasks=[{task}]"]
@@ -52,7 +53,8 @@ def long_jobs() -> Iterator[list[str]]:
 
 
 def main(model: str, text: str, length: str = "short") -> None:
-    for overrides in short_jobs() if length == "short" else long_jobs():
+    """Print every job."""
+    for overrides in list_short_jobs() if length == "short" else list_long_jobs():
         room = 30 if length == "long" else 64 if "text.lengths=[8192]" in overrides else 36
         command = [sys.executable, "scripts/evaluate.py", f"text.model={model}", f"text.file={text}", *overrides]
         name = "-".join(override.split("=")[-1].strip("[]") for override in overrides)

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from unique_asr.models import load
-from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
+from unique_asr.models.speech_llm.fingerprint import compute_hearing_fingerprint
 from unique_asr.training.listening import listen, save_heard
 from unique_asr.training.manifests import read_manifests
 
@@ -25,7 +25,7 @@ def main() -> None:
     model, processor = load(arguments.model)
     sources = read_manifests([arguments.manifest], {}, model.device)
     found = listen(model, processor, sources, windows=arguments.batch)
-    save_heard(arguments.output, {"listener": hearing_fingerprint(model), "sources": found})
+    save_heard(arguments.output, {"listener": compute_hearing_fingerprint(model), "sources": found})
     recordings = [recording for each in found.values() for recording in each]
     count = sum(len(source.recordings) for source in sources)
     print(f"{arguments.output}: {len(recordings)} of {count} recordings, {sum(map(len, recordings))} parts")

@@ -2,14 +2,10 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-from omegaconf import OmegaConf
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "tools"))
 
 import compare_runs
+import pytest
+from omegaconf import OmegaConf
 
 WORDS = 50  # of each of four recordings
 
@@ -51,7 +47,7 @@ def test_means_and_spreads_over_seeds(make_run, tmp_path):
     make_run({None: [4, 4, 4, 4], 256: [4, 4, 4, 4]}, "soft", seed=1)
     make_run({256: [9, 9, 9, 9]}, "soft", seed=0, tau=0.25)
     make_run({256: [9, 9, 9, 9]}, "dense", seed=0, rate=0.0)
-    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    text = "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "sparsity")))
     assert "| trained with | seeds | dense | 256 (25% of the pages) |" in text
     assert "| start | 1 |  | 18.00 |" in text
     assert "| dense | 2 | 9.00 ± 1.41 | 11.00 ± 1.41 |" in text
@@ -67,7 +63,7 @@ def test_losses_are_of_the_last_quarter(make_run, tmp_path):
     make_run({256: [1]}, "soft", seed=0, losses=[9, 9, 9, 9, 9, 9, 1, 2])
     make_run({256: [1]}, "soft", seed=1, losses=[2.5])
     make_run({256: [1]}, "hard")  # has none
-    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    text = "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "sparsity")))
     assert "| soft | 2 | 2.0000 ± 0.7071 |" in text
     assert "| hard | 0" not in text
     assert "| hard | 1 | 2.00 |" in text
@@ -77,7 +73,7 @@ def test_ablations_are_compared_at_their_budget(make_run, tmp_path):
     make_run({None: [4, 4], 256: [6, 6]}, "dense")
     make_run({128: [9, 7], 256: [5, 5]}, "hard")
     make_run({128: [9, 9], 256: [3, 3]}, "soft", tau=0.1)
-    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    text = "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "sparsity")))
     assert "| soft, tau 0.1 at 256 - hard at 256 | -4.00 | -4.00 | [-4.00, -4.00] |" in text
     assert "| soft, tau 0.1 at 256 - dense at dense | -2.00 | -2.00 | [-2.00, -2.00] |" in text
     assert "| soft, tau 0.1 at 128 - hard at 128 | +2.00 | +2.00 | [+0.00, +4.00] |" in text
@@ -89,7 +85,7 @@ def test_intervals_are_over_recordings(make_run, tmp_path):
     make_run({256: [10, 10, 10, 10]}, "hard")
     (line,) = [
         line
-        for line in "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity"))).splitlines()
+        for line in "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "sparsity"))).splitlines()
         if line.startswith("| soft at 256 - hard at 256")
     ]
     assert "| +0.00 | +0.00 | [-20.00, +40.00] |" in line
@@ -101,7 +97,7 @@ def test_perplexities(tmp_path, make_run):
     row = {"system": "unique-128", "budget": 128, "task": "perplexity", "length": 8192, "value": 12.345,
            "share_of_pages_read": 0.02}  # fmt: skip
     (run / "wer" / "results.json").write_text(json.dumps({"results": [row]}))
-    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "text")))
+    text = "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "text")))
     assert text.startswith("**Perplexity 8192 tokens**")
     assert "| soft | 1 | 12.35 |" in text
     assert "Passes" not in text
@@ -113,7 +109,7 @@ def test_means_need_no_rows_and_intervals_do(make_run, tmp_path):
     make_run({256: [4, 4, 4, 4]}, "soft", seed=1)
     rows = next(tmp_path.glob("sparsity/soft-0-*/wer/unique-256@10min.jsonl"))
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))  # broken off
-    text = "\n".join(compare_runs.sections(compare_runs.read_runs(tmp_path / "sparsity")))
+    text = "\n".join(compare_runs.render_sections(compare_runs.read_runs(tmp_path / "sparsity")))
     assert "| soft | 2 | 8.00 (1) | 7.00 ± 1.41 |" in text
     assert "| soft at 256 - dense at 256 | -6.00 | -6.00 |  |" in text
 

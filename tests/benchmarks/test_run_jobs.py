@@ -118,17 +118,17 @@ def test_a_bad_job_is_named(tmp_path, line, named):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("long_form.py", ["eval.jsonl"]),
-        ("text.py", ["model", "text.txt"]),
+        ("long_form_jobs.py", ["eval.jsonl"]),
+        ("text_jobs.py", ["model", "text.txt"]),
         (
-            "sparsity.py",
+            "sparsity_jobs.py",
             ["--train", "t", "--eval", "e", "--listener", "w", "--texts", "text.txt", "--language-model", "m"],
         ),
     ],
 )
 def test_the_published_lists_are_jobs(tmp_path, script, arguments):
     (tmp_path / "text.txt").write_text("A line.\n" * 20)
-    command = [sys.executable, str(ROOT / "benchmarks" / "jobs" / script), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tools" / script), *arguments]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ).stdout
     jobs = [json.loads(line) for line in lines.splitlines()]
     names = [job["name"] for job in jobs]

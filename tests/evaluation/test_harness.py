@@ -5,7 +5,8 @@ import pytest
 from unique_asr.data import Recording, Utterance
 from unique_asr.data import Span as FileSpan
 from unique_asr.evaluation.decodings import Decodings
-from unique_asr.evaluation.harness import Hypothesis, evaluate
+from unique_asr.evaluation.harness import evaluate
+from unique_asr.evaluation.results import Hypothesis
 from unique_asr.transcript import Segment, Word
 
 
@@ -61,7 +62,7 @@ def test_evaluate(recordings):
     assert summary["rtfx"] == pytest.approx(40 / 4)
     assert (summary["sparse_steps"], summary["steps"], summary["share_of_pages_read"]) == (8, 20, 0.25)
     assert summary["stop_reasons"] == {"length": 2}
-    first = result.row(0)
+    first = result.make_row(0)
     assert (first["audio_filepath"], first["pred_text"], first["wer"]) == ("x", "a house by the", pytest.approx(0.2))
     line = str(result)
     assert "parrot" in line

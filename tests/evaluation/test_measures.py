@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from unique_asr.evaluation.entities import EntityErrors, entity_errors, names_in
+from unique_asr.evaluation.entities import EntityErrors, count_entity_errors, find_names
 from unique_asr.evaluation.peak_memory import PeakMemory
-from unique_asr.evaluation.repetition import longest_repeated_run
+from unique_asr.evaluation.repetition import measure_longest_repeat
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from unique_asr.evaluation.repetition import longest_repeated_run
     ],
 )
 def test_names_in_a_text(text, names):
-    assert names_in(text) == names
+    assert find_names(text) == names
 
 
 @pytest.mark.parametrize(
@@ -33,17 +33,16 @@ def test_names_in_a_text(text, names):
     ],
 )
 def test_an_entity_counts_if_all_of_it_is_verbatim(hypothesis, missed):
-    errors = entity_errors("Yesterday Ada Lovelace bought 12 books in Paris.", hypothesis)
+    errors = count_entity_errors("Yesterday Ada Lovelace bought 12 books in Paris.", hypothesis)
     assert errors == EntityErrors(3, missed)
     assert errors.rate == missed / 3
 
 
 def test_listed_entities_and_occurrences():
     reference = "the fed said the fed would act in march"
-    assert entity_errors(reference, "the fed would act in march", ["the Fed", "March", "never said"]) == EntityErrors(
-        3, 1
-    )
-    assert entity_errors(reference, reference, []) == EntityErrors()
+    errors = count_entity_errors(reference, "the fed would act in march", ["the Fed", "March", "never said"])
+    assert errors == EntityErrors(3, 1)
+    assert count_entity_errors(reference, reference, []) == EntityErrors()
     assert EntityErrors().rate is None
     assert EntityErrors(3, 1) + EntityErrors(2, 2) == EntityErrors(5, 3)
 
@@ -62,16 +61,16 @@ def test_listed_entities_and_occurrences():
     ],
 )
 def test_longest_repeated_run(text, words):
-    assert longest_repeated_run(text) == words
+    assert measure_longest_repeat(text) == words
 
 
 def test_peak_memory_sees_what_was_freed():
     memory = PeakMemory()
-    before = memory.bytes()
+    before = memory.read()
     if before is None:
         pytest.skip("this system does not tell its peak memory")
     block = np.ones(30_000_000)  # 240 MB
     del block
-    peak = memory.bytes()
+    peak = memory.read()
     assert peak >= before + 200_000_000
-    assert PeakMemory().bytes() <= peak - 200_000_000, "a new measurement begins from what is in use"
+    assert PeakMemory().read() <= peak - 200_000_000, "a new measurement begins from what is in use"

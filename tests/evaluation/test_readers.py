@@ -118,7 +118,7 @@ def test_a_data_set_of_the_hub(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    from unique_asr.evaluation.readers import dataset_recordings
+    from unique_asr.evaluation.readers import read_dataset
 
     sound = io.BytesIO()
     samples = np.sin(np.arange(SAMPLE_RATE) / 20).astype(np.float32) / 2
@@ -128,8 +128,8 @@ def test_a_data_set_of_the_hub(tmp_path):
     rows = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "test.parquet"), split="train", cache_dir=tmp_path
     )
-    (recording,) = dataset_recordings(rows, "owner/data", tmp_path)
+    (recording,) = read_dataset(rows, "owner/data", tmp_path)
     assert (recording.id, recording.text, recording.duration) == ("00000-call", "Good morning.", 1.0)
     np.testing.assert_array_equal(recording.audio(), samples)
     with pytest.raises(ManifestError, match="needs a column audio"):
-        dataset_recordings(rows.remove_columns("audio"), "owner/data", tmp_path)
+        read_dataset(rows.remove_columns("audio"), "owner/data", tmp_path)

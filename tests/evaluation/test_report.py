@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from unique_asr.data import Recording, Span, Utterance
-from unique_asr.evaluation.harness import Hypothesis, Result
-from unique_asr.evaluation.report import dense_of, write_results
+from unique_asr.evaluation.report import find_dense, write_results
+from unique_asr.evaluation.results import Hypothesis, SystemResult
 
 SETTINGS = {
     "data": {"manifest": "eval.jsonl"},
@@ -21,7 +21,7 @@ SETTINGS = {
 def result(system, budget, minutes, dropped, sparse=True):
     """Ten words a recording, of which the first `dropped` ones of the second recording are left out."""
     sparsity = {"steps": 20, "sparse_steps": 10 * (sparse and budget is not None)}
-    made = Result(system, set=f"{minutes} min", budget=budget)
+    made = SystemResult(system, set=f"{minutes} min", budget=budget)
     for name, left in (("x", 0), ("y", dropped)):
         words = [f"{name}{n}" for n in range(10)]
         span = Span(f"{name}.wav", 0.0, 60.0 * minutes)
@@ -47,9 +47,9 @@ def results():
 
 
 def test_the_dense_result_of_the_same_recordings(results):
-    assert dense_of(results[1], results) is results[0]
-    assert dense_of(results[4], results) is results[3]
-    assert dense_of(results[0], results) is None
+    assert find_dense(results[1], results) is results[0]
+    assert find_dense(results[4], results) is results[3]
+    assert find_dense(results[0], results) is None
 
 
 def test_json_csv_and_markdown(results, tmp_path):

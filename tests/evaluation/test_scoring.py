@@ -7,11 +7,11 @@ import pytest
 from unique_asr.evaluation.scoring import (
     Errors,
     Score,
-    bootstrap_interval,
-    character_errors,
-    english_normalizer,
-    relative_difference,
-    word_errors,
+    compare_rates,
+    count_character_errors,
+    count_word_errors,
+    estimate_interval,
+    load_english_normalizer,
 )
 
 
@@ -29,14 +29,14 @@ from unique_asr.evaluation.scoring import (
     ],
 )
 def test_word_errors_by_hand(reference, hypothesis, edits):
-    errors = word_errors(reference, hypothesis)
+    errors = count_word_errors(reference, hypothesis)
     assert errors == Errors(*edits)
     assert errors.rate == sum(edits[1:]) / max(edits[0], 1)
 
 
 def test_characters_by_hand():
-    assert character_errors("ab  cd", "ab cx") == Errors(5, substitutions=1)
-    assert character_errors("", "ab").rate == 2
+    assert count_character_errors("ab  cd", "ab cx") == Errors(5, substitutions=1)
+    assert count_character_errors("", "ab").rate == 2
 
 
 def test_same_as_jiwer_over_a_corpus():
@@ -51,7 +51,7 @@ def test_same_as_jiwer_over_a_corpus():
         score.add(references[-1], hypotheses[-1])
     assert score.wer == pytest.approx(jiwer.wer(references, hypotheses))
     assert score.cer == pytest.approx(jiwer.cer(references, hypotheses))
-    low, high = bootstrap_interval(score.words)
+    low, high = estimate_interval(score.words)
     assert low < score.wer < high
 
 
@@ -64,7 +64,7 @@ def test_same_as_jiwer_over_a_corpus():
     ],
 )
 def test_normalizer_of_whisper(written, normalized):
-    assert english_normalizer()(written) == normalized
+    assert load_english_normalizer()(written) == normalized
 
 
 def test_normalized_and_raw():
@@ -87,10 +87,10 @@ def test_errors_are_summed_before_dividing():
 def test_relative_difference():
     dense = [Errors(100, substitutions=10)] * 5
     sparse = [Errors(100, substitutions=9, deletions=2)] * 5
-    assert relative_difference(sparse, dense) == pytest.approx((0.1, 0.1, 0.1))
+    assert compare_rates(sparse, dense) == pytest.approx((0.1, 0.1, 0.1))
     once = [Errors(10), Errors(10, deletions=1)]
-    assert relative_difference(once, once) == (0, 0, 0), "some draws have no error to compare with"
-    assert relative_difference([Errors(10)], [Errors(10)]) == (0, 0, 0)
-    assert relative_difference(once, [Errors(10)] * 2)[0] == float("inf")
+    assert compare_rates(once, once) == (0, 0, 0), "some draws have no error to compare with"
+    assert compare_rates([Errors(10)], [Errors(10)]) == (0, 0, 0)
+    assert compare_rates(once, [Errors(10)] * 2)[0] == float("inf")
     with pytest.raises(ValueError, match="score both on the same"):
-        relative_difference(sparse, dense[1:])
+        compare_rates(sparse, dense[1:])

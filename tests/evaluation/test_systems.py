@@ -15,10 +15,11 @@ from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest
 from unique_asr.decoding.batch import BatchEngine
-from unique_asr.evaluation.cli import attention_settings, main
-from unique_asr.evaluation.decodings import Decodings, recording_key
+from unique_asr.evaluation.cli import main
+from unique_asr.evaluation.decodings import Decodings, make_recording_key
 from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import evaluate
+from unique_asr.evaluation.method_grid import expand_attention
 from unique_asr.evaluation.methods import StreamingLLM
 from unique_asr.evaluation.systems import (
     BatchedSpeechLLM,
@@ -50,7 +51,7 @@ def test_systems_share_the_encoded_recordings(speech_llm, recordings):
     assert all(len(result.hypotheses) == 2 for result in results)
     assert len(encoder._encoded) == 2
     sparse = results[1]
-    assert 0 < sparse.total("sparse_steps") <= sparse.total("steps")
+    assert 0 < sparse.sum_counter("sparse_steps") <= sparse.sum_counter("steps")
     assert sparse.share_of_pages_read < 1
     assert sparse.speed > 0
 
@@ -65,8 +66,8 @@ def test_a_batch_writes_what_single_recordings_do(speech_llm, recordings):
         assert together.text == alone.text
         assert (together.stop_reason, together.passes) == (alone.stop_reason, alone.passes)
         assert together.coverage == pytest.approx(alone.coverage, abs=0.05)
-    assert batched.total("sparse_steps") == 0
-    assert result(BatchedSpeechLLM, 64, batch=2).total("sparse_steps") > 0
+    assert batched.sum_counter("sparse_steps") == 0
+    assert result(BatchedSpeechLLM, 64, batch=2).sum_counter("sparse_steps") > 0
 
 
 def test_a_recording_begins_where_another_has_ended(speech_llm, monkeypatch):
@@ -121,11 +122,11 @@ def test_models_that_hear_the_same_share_a_folder(speech_llm, recordings, tmp_pa
 
 
 def test_attention_settings_are_a_grid():
-    settings = attention_settings({"budget": [None, 128, 512], "score": ["unique", "mean"], "page_size": 8})
+    settings = expand_attention({"budget": [None, 128, 512], "score": ["unique", "mean"], "page_size": 8})
     assert set(settings) == {"dense", "unique-128", "mean-128", "unique-512", "mean-512"}
     assert settings["dense"].budget is None
     assert settings["mean-128"] == SparseAttentionConfig(budget=128, score="mean")
-    assert list(attention_settings({"budget": 512, "score": "unique", "page_size": [8, 16]})) == [
+    assert list(expand_attention({"budget": 512, "score": "unique", "page_size": [8, 16]})) == [
         "unique-512-page_size8",
         "unique-512-page_size16",
     ]
@@ -144,7 +145,7 @@ def test_passes_side_by_side(speech_llm, recordings):
         assert (few.text, few.passes, few.coverage) == (many.text, many.passes, many.coverage)
         assert few.passes > 2
         assert few.decode_seconds > 0
-    assert evaluate(ParallelSpeechLLM("it", encoder, BUDGET, **options), recordings).total("steps") > 0
+    assert evaluate(ParallelSpeechLLM("it", encoder, BUDGET, **options), recordings).sum_counter("steps") > 0
 
 
 def run(*arguments):
@@ -344,7 +345,7 @@ def test_encoded_recordings_are_kept_for_other_runs(speech_llm, recordings, tmp_
     assert seconds > 0
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(found, name), value)
-    (file,) = tmp_path.glob(f"*/{recording_key(recordings[0])}.pt")
+    (file,) = tmp_path.glob(f"*/{make_recording_key(recordings[0])}.pt")
     size = file.stat().st_size
     assert size < 2 * sum(value.nbytes for value in vars(expected).values() if isinstance(value, torch.Tensor)) + 10000
 
@@ -363,7 +364,7 @@ def test_the_jobs_of_a_multirun_are_one_table(speech_llm, tmp_path, capsys, monk
     assert capsys.readouterr().out.rstrip().endswith("to dense")
 
 
-def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
+def test_a_known_model(recordings, monkeypatch):
     import speech_models
 
     pair = speech_models.make("moss_transcribe_diarize")
@@ -376,8 +377,8 @@ def test_a_pretrained_model_with_an_adapter(recordings, monkeypatch):
         ("streaming_llm", rival),
     ):
         result = evaluate(PretrainedLLM(name, pair, attention), [short])
-        assert result.total("steps") > 0
-        assert bool(result.total("sparse_steps")) == (name != "dense")
+        assert result.sum_counter("steps") > 0
+        assert bool(result.sum_counter("sparse_steps")) == (name != "dense")
         assert result.hypotheses[0].passes > 0
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from unique_asr.evaluation.cli import main
-from unique_asr.evaluation.ruler import make_item
+from unique_asr.evaluation.ruler import make_sample
 
 TEXT = "The mill stood by the river. Nobody came there after the war. It was a quiet and forgotten place. " * 40
 
@@ -93,9 +93,9 @@ def test_counting_is_the_loss_of_the_answers_in_one_forward_pass(folder, tmp_pat
 
     margins = []
     for seed in range(3):
-        item = make_item("frequent_words", 900, lambda text: ids(text).shape[1], seed)
-        prompt, losses = ids(item.prompt + item.begin), []
-        for words in (item.answers, item.others):
+        sample = make_sample("frequent_words", 900, lambda text: ids(text).shape[1], seed)
+        prompt, losses = ids(sample.prompt + sample.begin), []
+        for words in (sample.answers, sample.others):
             answer = ids(" " + ", ".join(words))
             with torch.no_grad():
                 logits = model(torch.cat([prompt, answer], dim=1)).logits[0, prompt.shape[1] - 1 : -1]

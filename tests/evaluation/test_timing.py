@@ -3,7 +3,7 @@
 import pytest
 
 from unique_asr.data import Utterance
-from unique_asr.evaluation.timing import TimingErrors, timing_errors
+from unique_asr.evaluation.timing import TimingErrors, measure_timing
 from unique_asr.transcript import Word
 
 UTTERANCES = [Utterance(0.0, 2.0, "the old mill"), Utterance(2.0, 5.0, "stood by the river")]
@@ -19,13 +19,13 @@ def test_words_inside_and_outside_their_utterance():
         Word("the", 3.2, 3.3),
         Word("river.", 5.0, 5.3),  # within the tolerance
     ]
-    errors = timing_errors(UTTERANCES, words)
+    errors = measure_timing(UTTERANCES, words)
     assert (errors.words, errors.misplaced) == (6, 1)
     assert errors.starts == pytest.approx((0.3, -0.6))
     assert errors.to_dict() == {"words": 6, "misplaced": pytest.approx(1 / 6), "start_error": pytest.approx(0.45)}
 
 
 def test_recordings_add_up():
-    errors = timing_errors(UTTERANCES, [Word("the", 0.1, 0.2)]) + TimingErrors(words=3, misplaced=2)
+    errors = measure_timing(UTTERANCES, [Word("the", 0.1, 0.2)]) + TimingErrors(words=3, misplaced=2)
     assert (errors.words, errors.misplaced, len(errors.starts)) == (4, 2, 1)
-    assert timing_errors(UTTERANCES, []).to_dict() == {"words": 0, "misplaced": 0.0, "start_error": None}
+    assert measure_timing(UTTERANCES, []).to_dict() == {"words": 0, "misplaced": 0.0, "start_error": None}

@@ -11,7 +11,7 @@ import torch
 from small_whisper import SETTINGS, STOP, whisper_config
 
 from unique_asr.models.speech_llm import listener as listening
-from unique_asr.models.speech_llm.listener import CAPTURED, Listener
+from unique_asr.models.speech_llm.listener import MAX_CAPTURED_WINDOWS, Listener
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def windows(count, seed):
 
 def eager(listener, states, unheard, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(listening, "CAPTURED", 0)
+        patch.setattr(listening, "MAX_CAPTURED_WINDOWS", 0)
         return listener(states, unheard=unheard)
 
 
@@ -61,15 +61,15 @@ def test_captured_steps_hear_what_eager_ones_do(listener, monkeypatch):
         expected = eager(listener, states, unheard, monkeypatch)
         assert_same(listener(states, unheard=unheard), expected)
         lengths |= set(expected.counts.tolist())
-    assert listener._held.reading.windows == 16
+    assert listener._captured.reading.windows == 16
     assert len(readings) > 10  # some were read again
     assert len(lengths) > 2
 
 
 def test_more_windows_than_a_graph_is_made_for_are_heard_eagerly(listener, monkeypatch):
-    states, unheard = windows(CAPTURED + 1, 0)
+    states, unheard = windows(MAX_CAPTURED_WINDOWS + 1, 0)
     assert_same(listener(states, unheard=unheard), eager(listener, states, unheard, monkeypatch))
-    assert listener._held.reading is None or listener._held.reading.windows <= CAPTURED
+    assert listener._captured.reading is None or listener._captured.reading.windows <= MAX_CAPTURED_WINDOWS
 
 
 def test_weights_that_move_or_change_are_heard_with(listener, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_copy_has_a_graph_of_its_own(listener):
     states, unheard = windows(4, 2)
     before = listener(states, unheard=unheard)
     other = copy.deepcopy(listener)
-    assert other._held.reading is None
+    assert other._captured.reading is None
     assert_same(other(states, unheard=unheard), before)
     assert_same(listener(states, unheard=unheard), before)
 

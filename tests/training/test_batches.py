@@ -48,8 +48,8 @@ def test_a_batch_holds_the_items(tiny, items):
         for source, utterance, gap in item.pieces:
             parts += [np.zeros(int(gap * 16000)), source.audio[utterance.start : utterance.end].numpy() / 32768]
         waves.append(np.concatenate(parts).astype(np.float32))
-    cuts = [window for wave in waves for window in processor.windows([wave])]
-    expected = processor.features([samples for samples, _, _ in cuts])["input_features"]
+    cuts = [window for wave in waves for window in processor.cut_windows([wave])]
+    expected = processor.extract_features([samples for samples, _, _ in cuts])["input_features"]
     torch.testing.assert_close(batch.features["input_features"], expected, atol=1e-4, rtol=0)
     assert batch.spans.tolist() == [[first, last] for _, first, last in cuts]
     decoded = [processor.tokenizer.decode(model.ctc_tokens[target]) for target in batch.ctc_targets]
@@ -65,7 +65,7 @@ def test_the_texts_of_a_batch(tiny, items):
     written = ["the cat sat on a mat", "Mr. Bell, the baker The cat sat. It's ten o'clock! Mr. Bell, the baker"]
     prompts = ["lower case", None]
     for row, (text, prompt) in enumerate(zip(written, prompts, strict=True)):
-        before, after = processor.prompt(prompt)
+        before, after = processor.tokenize_prompt(prompt)
         assert batch.before[row] == before
         assert batch.after[row][: len(after)] == after
         assert batch.labels[row] == len(batch.after[row]) - len(after)
@@ -99,7 +99,7 @@ def test_a_slower_item_is_its_interpolation(tiny, items, monkeypatch):
     slow = np.interp(np.arange(len(samples) * 4 // 3) * 0.75, np.arange(len(samples)), samples).astype(np.float32)
     batch = batcher.make_batch([item])
     assert batch.seconds == pytest.approx(item.seconds / 0.75, abs=1e-3)
-    expected = processor.features([slow])["input_features"]
+    expected = processor.extract_features([slow])["input_features"]
     torch.testing.assert_close(batch.features["input_features"], expected, atol=1e-3, rtol=0)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_cases import Stopped, configuration, metrics, rows, stage, stop_after
 
-from unique_asr.models import PRETRAINED, SpeechLLMProcessor, load
+from unique_asr.models import SHIPPED_MODELS, SpeechLLMProcessor, load
 from unique_asr.models.speech_llm import packing
 from unique_asr.training.finetune import finetune
 from unique_asr.training.heard_material import HeardMaterial, RowStream
@@ -29,7 +29,7 @@ MASKS = [
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory):
     """Makes rows of a file of ten lines; the listener's tokens are those of the LLM."""
-    processor = SpeechLLMProcessor.from_pretrained(PRETRAINED / "default")
+    processor = SpeechLLMProcessor.from_pretrained(SHIPPED_MODELS["default"].folder)
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("".join(f"line {word} of the text is read aloud\n" for word in "abcdefghij"))
 

@@ -44,7 +44,7 @@ def test_positions_are_those_of_the_model(listener, manifest, tmp_path):
     samples = soundfile.read(tmp_path / "a.wav", dtype="float32")[0]
     encoded = model.encode([samples], processor)
     table = model.get_input_embeddings().weight
-    found = model.listener.expected(weights.float(), candidates, table)
+    found = model.listener.embed_expected(weights.float(), candidates, table)
     assert len(found) > 10
     torch.testing.assert_close(found, encoded.embeds, atol=2e-3, rtol=1e-3)  # weights were kept in 16 bits
 

@@ -73,9 +73,9 @@ def test_the_llms_loss_is_that_of_forward(tiny, prompt):
     assert len(transcripts[0]) == 6
     assert len(transcripts[1]) == 4
 
-    before, after = processor.prompt(prompt)
+    before, after = processor.tokenize_prompt(prompt)
     features = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    audio = model.audio_embeds(**features)
+    audio = model.embed_audio(**features)
     joined = batch([], [], [])
     joined.before = [before] * 2
     joined.after = [after + transcript for transcript in transcripts]
@@ -94,7 +94,7 @@ def test_the_llms_loss_is_that_of_forward(tiny, prompt):
 
 def test_an_item_longer_than_a_step_is_named(tiny):
     model, processor = tiny
-    before, after = processor.prompt(None)
+    before, after = processor.tokenize_prompt(None)
     joined = batch([], [], [])
     joined.before, joined.after, joined.labels = [before] * 2, [[*after, *[5] * 60], [*after, *[5] * 90]], [60, 90]
     audio = [torch.zeros(8, 32)] * 2
@@ -110,7 +110,7 @@ def test_an_item_longer_than_a_step_is_named(tiny):
 def test_slips_are_read_and_not_written(tiny, monkeypatch):
     """The LLM reads another token of the transcript here and there; what it is to write stays."""
     model, processor = tiny
-    before, after = processor.prompt(None)
+    before, after = processor.tokenize_prompt(None)
     transcript = list(range(5, 45))
     joined = batch([], [], [])
     joined.before, joined.after, joined.labels = [before], [after + transcript], [len(transcript)]
@@ -141,7 +141,7 @@ def test_slips_are_read_and_not_written(tiny, monkeypatch):
 def several(processor, transcripts=(23, 9, 61, 40, 3), positions=(33, 70, 12, 57, 1)):
     """Positions of random items of odd lengths, and the LLM's side of their batch."""
     random = np.random.default_rng(0)
-    before, after = processor.prompt(None)
+    before, after = processor.tokenize_prompt(None)
     joined = batch([], [], [])
     joined.before = [before] * len(transcripts)
     joined.after = [after + random.integers(5, 200, count).tolist() for count in transcripts]

@@ -13,7 +13,7 @@ import transformers
 
 from unique_asr.application.cli import read_saved_attention
 from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus
 from unique_asr.training.finetune import finetune
@@ -63,7 +63,7 @@ def test_the_loss_is_the_models_own(make_material, name):
     ((item,),) = material.drawn
     (samples,), (answer,) = material._heard([item])
     with torch.no_grad():
-        prompt = prompt_embeds(material.known_model, material.model, material.processor, samples)
+        prompt = embed_prompt(material.known_model, material.model, material.processor, samples)
         said = material.model.get_input_embeddings()(torch.tensor([answer]))
         logits = material.model(inputs_embeds=torch.cat([prompt, said], 1), use_cache=False).logits[0]
     expected = torch.nn.functional.cross_entropy(logits[prompt.shape[1] - 1 : -1], torch.tensor(answer))
@@ -174,7 +174,7 @@ def test_lora_that_came_with_a_model_is_merged(make_material, tmp_path, monkeypa
         torch.testing.assert_close(model(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("unique_asr.models.pretrained.AutoProcessor.from_pretrained", lambda *_: None)
+    monkeypatch.setattr("unique_asr.models.pretrained.loading.AutoProcessor.from_pretrained", lambda *_: None)
     loaded, _ = load(tmp_path, "cpu")  # without a folder of LoRA weights
     with torch.no_grad():
         torch.testing.assert_close(loaded(inputs_embeds=embeds, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
@@ -209,7 +209,7 @@ def test_items_have_about_the_tokens_of_a_step(make_material):
 
 def test_what_is_wrong_is_named(make_material, make_trainer, tiny):
     material = make_material("vibevoice_asr")
-    with pytest.raises(ValueError, match="SpeechLLMForConditionalGeneration has no adapter"):
+    with pytest.raises(ValueError, match="SpeechLLMForConditionalGeneration is no known speech LLM"):
         PretrainedMaterial(*tiny, material.corpus, CLEAN)
     with pytest.raises(ValueError, match="seconds reaches 60 and qwen2_audio hears 30 in one pass"):
         make_material("qwen2_audio").compute_loss(stage(seconds=(5.0, 60.0)))

@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock
 
 from unique_asr.data import Recording
-from unique_asr.evaluation.decodings import recording_key
+from unique_asr.evaluation.decodings import make_recording_key
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
-from unique_asr.models.speech_llm.listener import CAPTURED
-from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetched
+from unique_asr.models.speech_llm.fingerprint import compute_hearing_fingerprint
+from unique_asr.models.speech_llm.listener import MAX_CAPTURED_WINDOWS
+from unique_asr.models.speech_llm.modeling import EncodedAudio, concatenate, prefetch
 
 
 class Encoder:
@@ -40,7 +40,7 @@ class Encoder:
         folder: Path | None = None,
     ) -> None:
         self.model, self.processor, self.keep = model, processor, keep
-        self.folder = None if folder is None else folder / hearing_fingerprint(model)
+        self.folder = None if folder is None else folder / compute_hearing_fingerprint(model)
         self._encoded: dict[Recording, tuple[EncodedAudio, float]] = {}
         self._lock = threading.Lock()
 
@@ -69,16 +69,16 @@ class Encoder:
         with self._lock_all():
             fresh = [each for each in recordings if not self._has(each)]
             if fresh:
-                self._encode(fresh, windows or (CAPTURED if self._on_gpu else 4))
+                self._encode(fresh, windows or (MAX_CAPTURED_WINDOWS if self._on_gpu else 4))
 
     def _encode(self, fresh: Sequence[Recording], windows: int) -> None:
         started, kept = time.perf_counter(), []
-        batches = self.processor.window_batches(self._windows(fresh, kept), windows)
+        batches = self.processor.batch_windows(self._windows(fresh, kept), windows)
         with torch.no_grad():
             joined = concatenate(
                 [
                     self.model.join_windows(self.model.encode_windows(batch.features), batch.spans, batch.duration)
-                    for batch in (prefetched(batches) if self._on_gpu else batches)
+                    for batch in (prefetch(batches) if self._on_gpu else batches)
                 ]
             )
         start, seconds = 0, (time.perf_counter() - started) / len(fresh)
@@ -92,8 +92,8 @@ class Encoder:
         """Those of all recordings; `kept` gets the frames and the seconds of each recording."""
         for recording in recordings:
             frames, seconds = 0, 0.0
-            for window in self.processor.windows(recording.blocks()):
-                frames, seconds = frames + window[2] - window[1], seconds + self.processor.kept_seconds([window])
+            for window in self.processor.cut_windows(recording.blocks()):
+                frames, seconds = frames + window[2] - window[1], seconds + self.processor.count_kept_seconds([window])
                 yield window
             kept.append((frames, seconds))
 
@@ -112,7 +112,7 @@ class Encoder:
                 torch.cuda.current_stream(self.model.device).synchronize()
 
     def _file(self, recording: Recording) -> Path:
-        return self.folder / f"{recording_key(recording)}.pt"
+        return self.folder / f"{make_recording_key(recording)}.pt"
 
     def _has(self, recording: Recording) -> bool:
         if recording not in self._encoded and self.folder is not None and self._file(recording).is_file():

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unique_asr.evaluation.scoring import english_normalizer
+from unique_asr.evaluation.scoring import load_english_normalizer
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 LONGEST_NAME = 6  # words
@@ -20,39 +20,41 @@ LONGEST_NAME = 6  # words
 
 @dataclass(frozen=True)
 class EntityErrors:
-    """`+` adds recordings."""
+    """Entities of a reference and how many of them were missed; `+` adds those of another recording."""
 
-    entities: int = 0
-    missed: int = 0
+    entities: int = 0  # occurrences in the reference
+    missed: int = 0  # of these
 
     def __add__(self, other: EntityErrors) -> EntityErrors:
         return EntityErrors(self.entities + other.entities, self.missed + other.missed)
 
     @property
     def rate(self) -> float | None:
-        """None without entities."""
+        """Share of the entities that were missed; None without entities."""
         return self.missed / self.entities if self.entities else None
 
 
-def entity_errors(reference: str, hypothesis: str, entities: Sequence[str] | None = None) -> EntityErrors:
-    """Compare how often each entity occurs in the reference with how often it does in the hypothesis.
+def count_entity_errors(reference: str, hypothesis: str, entities: Sequence[str] | None = None) -> EntityErrors:
+    """Compare how often each entity occurs in the reference and in the hypothesis.
 
-    entities: as written in the reference; None takes them from it.
+    Args:
+        reference, hypothesis: texts.
+        entities: as they are written in the reference; None: the numbers and names that the reference shows.
     """
-    normalize = english_normalizer()
+    normalize = load_english_normalizer()
     said, heard = normalize(reference).split(), normalize(hypothesis).split()
     if entities is None:
-        names, numbers = names_in(reference), [word for word in said if any(letter.isdigit() for letter in word)]
+        names, numbers = find_names(reference), [word for word in said if any(letter.isdigit() for letter in word)]
     else:
         names, numbers = entities, []
     wanted = {words for name in [*names, *numbers] if (words := tuple(normalize(name).split()))}
-    expected, found = (_occurrences(words, wanted) for words in (said, heard))
+    expected, found = (_count_occurrences(words, wanted) for words in (said, heard))
     missed = sum(max(0, count - found[entity]) for entity, count in expected.items())
     return EntityErrors(sum(expected.values()), missed)
 
 
-def names_in(text: str) -> list[str]:
-    """Runs of capitalised words within sentences; none in a text that is all capitals or all lower case."""
+def find_names(text: str) -> list[str]:
+    """Find runs of capitalised words within sentences; none in a text that is all capitals or all lower case."""
     names, run, first = [], [], True
     words = text.split()
     if not any(word.islower() for word in words):
@@ -72,8 +74,8 @@ def names_in(text: str) -> list[str]:
     return names
 
 
-def _occurrences(words: Sequence[str], wanted: set[tuple[str, ...]]) -> Counter:
-    """How often each of the wanted runs of words occurs."""
+def _count_occurrences(words: Sequence[str], wanted: set[tuple[str, ...]]) -> Counter:
+    """Count how often each of the wanted runs of words occurs."""
     found = Counter()
     for length in {len(entity) for entity in wanted}:
         runs = zip(*(words[start:] for start in range(length)))

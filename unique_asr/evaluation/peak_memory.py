@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: of the device on CUDA, of the process elsewhere."""
+"""The peak of memory while something runs: of the GPU with CUDA, of the process elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class PeakMemory:
-    """Begins to measure when it is made; `bytes()` is the peak since then, or None where the system does not tell."""
+    """A measurement that begins when the object is made. With CUDA it covers the current GPU, for all threads."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -17,9 +17,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
 
-    def bytes(self) -> int | None:
+    def read(self) -> int | None:
+        """Read the peak in bytes since the object was made; None where the system does not tell."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
         try:

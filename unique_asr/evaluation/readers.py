@@ -1,4 +1,4 @@
-"""Recordings with their texts, from whatever holds them: `read_recordings` looks at the name.
+"""Reading recordings with their texts from files, folders and data sets: `read_recordings` goes by the name.
 
 FILE.jsonl                        a manifest: NeMo rows, rows with segments (`unique_asr.data`)
 FILE.nlp, FILE.stm                Rev's and TED-LIUM's references; audio of the same name beside them, or in `audio`
@@ -21,7 +21,7 @@ from unique_asr.data import ManifestError, Recording, Span, Utterance, read_mani
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".m4a", ".sph", ".mp4", ".webm")
 AUDIO_FOLDERS = ("", "audio", "media", "sph", "wav", "../audio", "../media", "../sph", "../wav")  # beside a reference
-NO_ENTITIES = ("CONTRACTION", "FALLBACK")  # Rev's tags of words that are no names or numbers
+NO_ENTITIES = ("CONTRACTION", "FALLBACK")  # tags in .nlp files of words that are no names or numbers
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 HUB_CACHE = Path("~/.cache/unique_asr/datasets").expanduser()  # where the audio of hub data sets is unpacked
 
@@ -32,10 +32,17 @@ def read_recordings(
     keep: str | Sequence[str] | None = None,
     select: str | None = None,
 ) -> list[Recording]:
-    """The recordings of a file, a folder or a data set of the hub.
+    """Read the recordings of a file, a folder or a data set of the hub.
 
-    audio: the folder of the audio that .nlp and .stm files belong to, if it is not beside them.
-    keep, select: the `source` and the glob of `read_manifest`.
+    Args:
+        source: its name, of one of the kinds above.
+        audio: the folder with the audio of .nlp, .stm and .txt files, if it is not beside them.
+        keep: keep the recordings of these sources; for manifests.
+        select: keep the recordings whose id matches this glob.
+
+    Raises:
+        ManifestError: there is no such file or folder, it cannot be read, or audio is missing.
+        ImportError: `source` is a data set of the hub, and the package `datasets` is missing.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
@@ -50,24 +57,28 @@ def read_recordings(
 
 
 def read_text_file(path: Path, audio: Path | None = None) -> list[Recording]:
-    """The recording whose transcript is a .txt file."""
+    """Read the recording whose transcript is a .txt file. Raises ManifestError if its audio is missing."""
     sound = find_audio(path, audio)
-    duration = audio_duration(sound)
+    duration = measure_duration(sound)
     text = " ".join(path.read_text(encoding="utf-8-sig").split())
     return [Recording(path.stem, (Span(sound, 0.0, duration),), (Utterance(0.0, duration, text),))]
 
 
 def read_nlp(path: Path, audio: Path | None = None) -> list[Recording]:
-    """The recording of one of Rev's .nlp files: a token a row, punctuation and entities in columns of their own.
+    """Read the recording of one of Rev's .nlp files: a token a row, punctuation and entities in columns of their own.
 
-    Each turn of a speaker whose first and last tokens have times is an utterance; without times all is one.
+    Each turn of a speaker is an utterance if the first and the last token of every turn have times; else all of the
+    recording is one.
+
+    Raises:
+        ManifestError: it is no .nlp file, or its audio is missing.
     """
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="|", quoting=csv.QUOTE_NONE))
     if not rows or "token" not in rows[0]:
         raise ManifestError(f"{path}: not an .nlp file; its first line names the columns token|speaker|ts|endTs|...")
     sound = find_audio(path, audio)
-    duration = audio_duration(sound)
+    duration = measure_duration(sound)
     entities: dict[str, list[str]] = defaultdict(list)
     turns: list[tuple[str, list[dict[str, str]]]] = []
     for row in rows:
@@ -90,7 +101,11 @@ def read_nlp(path: Path, audio: Path | None = None) -> list[Recording]:
 
 
 def read_stm(path: Path, audio: Path | None = None) -> list[Recording]:
-    """The recordings of a .stm file: `name channel speaker start end [<label>] text` a line, one utterance each."""
+    """Read the recordings of a .stm file: `name channel speaker start end [<label>] text` a line, each an utterance.
+
+    Raises:
+        ManifestError: a line has another form, or audio is missing.
+    """
     utterances: dict[str, list[Utterance]] = defaultdict(list)
     speakers: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -113,15 +128,22 @@ def read_stm(path: Path, audio: Path | None = None) -> list[Recording]:
     for name, spoken in utterances.items():
         sound = find_audio(path.with_name(f"{name}.stm"), audio)
         spoken.sort(key=lambda utterance: utterance.start)
-        span = Span(sound, 0.0, audio_duration(sound))
+        span = Span(sound, 0.0, measure_duration(sound))
         recordings.append(Recording(name, (span,), tuple(spoken), speaker=speakers[name]))
     return recordings
 
 
 def read_hub(name: str, cache: Path = HUB_CACHE) -> list[Recording]:
-    """The recordings of a Hugging Face data set, `owner/data[:config[:split]]`; the split is `test` unless named.
+    """Read the recordings of a Hugging Face data set.
 
-    Takes any set with a column `audio` and one of `text`, `transcription`, `transcript`, `normalized_text`, `sentence`.
+    Args:
+        name: `owner/data[:config[:split]]`; the split is `test` unless it is named. The data set needs a column `audio`
+            and one of `text`, `transcription`, `transcript`, `normalized_text` and `sentence`.
+        cache: the folder for its audio files.
+
+    Raises:
+        ManifestError: it lacks one of these columns.
+        ImportError: the package `datasets` is missing.
     """
     try:
         import datasets
@@ -129,11 +151,17 @@ def read_hub(name: str, cache: Path = HUB_CACHE) -> list[Recording]:
         raise ImportError(f"{name}: data sets of the Hugging Face hub need a package: pip install datasets") from None
     repository, config, split = (*name.split(":"), "", "")[:3]
     rows = datasets.load_dataset(repository, config or None, split=split or "test")
-    return dataset_recordings(rows, name, cache)
+    return read_dataset(rows, name, cache)
 
 
-def dataset_recordings(rows: Any, name: str, cache: Path) -> list[Recording]:
-    """Recordings of a `datasets.Dataset`; its audio, as it was uploaded, is put into files of the folder `cache`."""
+def read_dataset(rows: Any, name: str, cache: Path) -> list[Recording]:
+    """Read the recordings of a loaded `datasets.Dataset`; see `read_hub`.
+
+    Args:
+        rows: the data set.
+        name: the source of the recordings.
+        cache: the folder in which audio is put into files, as it was uploaded.
+    """
     import datasets
 
     columns = ("text", "transcription", "transcript", "normalized_text", "sentence")
@@ -150,7 +178,7 @@ def dataset_recordings(rows: Any, name: str, cache: Path) -> list[Recording]:
             path = folder / f"{number:05}{original.suffix or '.wav'}"
             if not path.is_file() or path.stat().st_size != len(row["audio"]["bytes"]):
                 path.write_bytes(row["audio"]["bytes"])
-        duration = audio_duration(path)
+        duration = measure_duration(path)
         spoken = Utterance(0.0, duration, " ".join(row[text].split()))
         identity = f"{number:05}-{original.stem}"
         recordings.append(Recording(identity, (Span(path, 0.0, duration),), (spoken,), source=name))
@@ -158,7 +186,11 @@ def dataset_recordings(rows: Any, name: str, cache: Path) -> list[Recording]:
 
 
 def find_audio(reference: Path, folder: Path | None = None) -> Path:
-    """The audio file with the name of a reference, in `folder` or in the usual places beside it."""
+    """Find the audio file with the name of a reference, in `folder` or else in the usual places beside the reference.
+
+    Raises:
+        ManifestError: there is none.
+    """
     folders = [folder] if folder is not None else [reference.parent / name for name in AUDIO_FOLDERS]
     for place in folders:
         for suffix in AUDIO_SUFFIXES:
@@ -170,8 +202,8 @@ def find_audio(reference: Path, folder: Path | None = None) -> Path:
     )
 
 
-def audio_duration(path: Path) -> float:
-    """Seconds; the header of files that libsndfile reads, everything for others."""
+def measure_duration(path: Path) -> float:
+    """Measure the seconds of an audio file: from its header if libsndfile reads it, else by decoding all of it."""
     import soundfile
 
     try:
@@ -190,7 +222,7 @@ READERS: dict[str, Callable[[Path, Path | None], list[Recording]]] = {
 
 
 def _read_files(path: Path, audio: Path | None) -> list[Recording]:
-    """One reference, or all of the first kind that a folder holds."""
+    """Read one reference, or all of the first kind that a folder holds."""
     if not path.is_dir():
         if not path.is_file():
             raise ManifestError(f"{path}: no such file")

@@ -1,12 +1,17 @@
-"""How much of a transcript repeats itself at one place: the mark of a decoder caught in a loop."""
+"""How long a transcript repeats itself in one place: the mark of a decoder that is caught in a loop."""
 
-MAX_PERIOD = 30  # words
+MAX_PERIOD = 30  # words of the phrase that is repeated
 
 
-def longest_repeated_run(text: str, max_period: int = MAX_PERIOD) -> int:
-    """Words of the longest stretch that is one phrase, of at most `max_period` words, said again and again.
+def measure_longest_repeat(text: str, max_period: int = MAX_PERIOD) -> int:
+    """Count the words of the longest stretch that says one phrase again and again.
 
-    0 if nothing is said twice in a row. A text with "no no no" in it has 3.
+    Args:
+        text: a transcript; case does not matter.
+        max_period: words of the phrase, at most.
+
+    Returns:
+        0 if nothing is said twice in a row. A text with "no no no" in it has 3.
     """
     words, longest = text.lower().split(), 0
     for period in range(1, min(max_period, len(words) // 2) + 1):

@@ -1,10 +1,10 @@
 """RULER's tasks, generated: needles, tracing, counting and questions in a context of any length (arXiv 2404.06654).
 
-    items = [make_item("multikey", 4096, count_tokens, seed=index) for index in range(20)]
-    items[0].score(model_says(items[0].prompt))  # 0 to 1
+    samples = [make_sample("multikey", 4096, count_tokens, seed=index) for index in range(20)]
+    samples[0].score(answer(samples[0].prompt))  # 0 to 1
 
 Templates and counts follow the paper's. Its haystacks of essays are the sentences of any text, its dictionary is
-Whisper's list of American spellings. An item depends on task, length and seed alone: it is the same for all.
+Whisper's list of American spellings. A sample depends on task, length and seed alone: it is the same for all methods.
 """
 
 from __future__ import annotations
@@ -24,53 +24,64 @@ NOISE = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.",
 )  # fmt: skip
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
-COMMON, COMMON_TIMES, OTHER_TIMES = 10, 30, 3  # words to be found, how often each is said, and every other word
-HOPS = 4  # of a variable's value
+COMMON, COMMON_TIMES, OTHER_TIMES = 10, 30, 3  # words to be found, how often each occurs, how often every other does
+HOPS = 4  # times that a value is assigned from one variable to the next
 ZIPF = 2.0  # exponent of the frequencies of coded words
 ADJECTIVES = ("brave", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "loud", "mild")
 NOUNS = ("anchor", "basket", "candle", "desert", "engine", "forest", "garden", "harbor", "island", "ladder", "mirror")
 
 
 @dataclass(frozen=True)
-class Item:
+class RulerSample:
     """A prompt that ends where the answer begins, and what the answer has to contain."""
 
     task: str
     prompt: str
     begin: str  # first words of the answer, given to the model
     answers: tuple[str, ...]
-    answer_tokens: int  # the model may write so many
+    answer_tokens: int  # that the model may write
     any_of: bool = False  # one of the answers is enough
-    others: tuple[str, ...] = ()  # of the counting tasks: as many words of the text that are none of the answers
+    others: tuple[str, ...] = ()  # for the counting tasks: as many words of the text that are no answers
 
     def score(self, output: str) -> float:
-        """The share of the answers in the output, whatever its case; for questions, whether there is one."""
+        """Compute the share of the answers in an output, in any case; with `any_of`, 1 if one of them is there."""
         found = [answer.lower() in output.lower() for answer in self.answers]
         return float(any(found)) if self.any_of else sum(found) / len(found)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What tasks may need: sentences for haystacks, and rows of question, answers and context."""
+    """What tasks may need: sentences for haystacks, and rows with `question`, `answers` and `context`."""
 
     sentences: tuple[str, ...] = ()
     questions: tuple[dict[str, Any], ...] = ()
 
 
-def make_item(
+def make_sample(
     task: str, length: int, count_tokens: Callable[[str], int], seed: int = 0, sources: Sources | None = None
-) -> Item:
-    """The longest item whose prompt and answer take at most `length` tokens."""
+) -> RulerSample:
+    """Make the longest sample whose prompt and answer take at most `length` tokens.
+
+    Args:
+        task: a key of `TASKS`.
+        length: tokens.
+        count_tokens: counts the tokens of a prompt.
+        seed: gives another sample.
+        sources: texts and questions, for the tasks that need them.
+
+    Raises:
+        ValueError: there is no such task, it needs questions, or it alone takes more tokens.
+    """
     if task not in TASKS:
         raise ValueError(f"text.tasks names {task!r}: choose from {', '.join(TASKS)}")
     build, sources = TASKS[task], sources or Sources()
 
-    def item(units: int) -> Item:
+    def make(units: int) -> RulerSample:
         return build(random.Random(f"{task} {length} {seed}"), units, sources)
 
     def fits(units: int) -> bool:
-        made = item(units)
-        return count_tokens(made.prompt + made.begin) + made.answer_tokens <= length
+        sample = make(units)
+        return count_tokens(sample.prompt + sample.begin) + sample.answer_tokens <= length
 
     low, high = 0, 16
     if not fits(0):
@@ -80,18 +91,29 @@ def make_item(
     while high - low > max(1, low // 200):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return item(low)
+    return make(low)
 
 
-def needles(
+def make_needles(
     rng: random.Random, units: int, sources: Sources, task: str, keys: int = 1, values: int = 1, queries: int = 1,
     essay: bool = True,
-) -> Item:  # fmt: skip
-    """`keys` keys of `values` numbers each between sentences; `queries` of the keys are asked for."""
+) -> RulerSample:  # fmt: skip
+    """Hide numbers between sentences and ask for some of them.
+
+    Args:
+        rng: what is random.
+        units: sentences.
+        sources: sentences of the haystack, if `essay`.
+        task: name of the task.
+        keys: how many keys are hidden.
+        values: numbers of each key.
+        queries: how many of the keys are asked for.
+        essay: take the sentences of `sources`; False: the paper's noise.
+    """
     names = rng.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], keys)
     numbers = {name: [str(rng.randint(1000000, 9999999)) for _ in range(values)] for name in names}
     told = [NEEDLE.format(key=name, value=value) for name in names for value in numbers[name]]
-    text = haystack(rng, units, told, sources.sentences if essay else NOISE)
+    text = build_haystack(rng, units, told, sources.sentences if essay else NOISE)
     asked = rng.sample(names, queries)
     listed = asked[0] if queries == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
     several = values > 1 or queries > 1
@@ -103,21 +125,21 @@ def needles(
     )
     begin = f" The special magic number{'s' if several else ''} for {listed} mentioned in the provided text "
     begin += "are" if several else "is"
-    return Item(task, prompt, begin, tuple(number for name in asked for number in numbers[name]), 128)
+    return RulerSample(task, prompt, begin, tuple(number for name in asked for number in numbers[name]), 128)
 
 
-def haystack(rng: random.Random, units: int, told: Sequence[str], sentences: Sequence[str]) -> str:
-    """`units` sentences in their order, over and over, with what is told at random places between them."""
+def build_haystack(rng: random.Random, units: int, needles: Sequence[str], sentences: Sequence[str]) -> str:
+    """Join `units` sentences, taken in their order again and again, with the needles at random places between them."""
     sentences = sentences or NOISE
     hay = [sentences[index % len(sentences)] for index in range(units)]
-    for needle in told:
+    for needle in needles:
         hay.insert(rng.randint(0, len(hay)), needle)
     return " ".join(hay)
 
 
-def tracking(rng: random.Random, units: int, sources: Sources, example: bool = True) -> Item:
-    """A value that is handed from variable to variable; all that have it are asked for."""
-    names = coded_words(rng, HOPS + 1, string.ascii_uppercase, letters=5)
+def make_tracking(rng: random.Random, units: int, sources: Sources, example: bool = True) -> RulerSample:
+    """Hide assignments that hand a value from variable to variable, and ask for all variables that have it."""
+    names = draw_coded_words(rng, HOPS + 1, string.ascii_uppercase, letters=5)
     value = str(rng.randint(10000, 99999))
     steps = [f"VAR {names[0]} = {value}."]
     steps += [f"VAR {after} = VAR {before}." for before, after in itertools.pairwise(names)]
@@ -134,14 +156,14 @@ def tracking(rng: random.Random, units: int, sources: Sources, example: bool = T
         f"{HOPS + 1} variables are assigned the value {value}, they are:"
     )
     if example:
-        shown = tracking(rng, 5, sources, example=False)
+        shown = make_tracking(rng, 5, sources, example=False)
         prompt = f"{shown.prompt}{shown.begin} {' '.join(shown.answers)}\n\n{prompt}"
-    return Item("tracking", prompt, begin, tuple(names), 30)
+    return RulerSample("tracking", prompt, begin, tuple(names), 30)
 
 
-def common_words(rng: random.Random, units: int, sources: Sources, example: bool = True) -> Item:
-    """A numbered list in which ten words come far more often than all others; `units` counts the others."""
-    chosen = rng.sample(dictionary(), min(COMMON + units, len(dictionary())))
+def make_common_words(rng: random.Random, units: int, sources: Sources, example: bool = True) -> RulerSample:
+    """List words of which ten occur far more often than the others, and ask for these ten; units: the others."""
+    chosen = rng.sample(load_dictionary(), min(COMMON + units, len(load_dictionary())))
     times = (COMMON_TIMES, OTHER_TIMES) if example else (10, 1)
     words = chosen[:COMMON] * times[0] + chosen[COMMON:] * times[1]
     rng.shuffle(words)
@@ -153,16 +175,16 @@ def common_words(rng: random.Random, units: int, sources: Sources, example: bool
     )
     begin = " Answer: The top 10 words that appear most often in the list are:"
     if example:
-        shown = common_words(rng, 10, sources, example=False)
-        prompt = f"{shown.prompt}{shown.begin} {listed('common_words', shown.answers)}\n{prompt}"
+        shown = make_common_words(rng, 10, sources, example=False)
+        prompt = f"{shown.prompt}{shown.begin} {format_answers('common_words', shown.answers)}\n{prompt}"
     others = tuple(rng.sample(chosen[COMMON:], min(COMMON, len(chosen) - COMMON)))
-    return Item("common_words", prompt, begin, tuple(chosen[:COMMON]), 120, others=others)
+    return RulerSample("common_words", prompt, begin, tuple(chosen[:COMMON]), 120, others=others)
 
 
-def frequent_words(rng: random.Random, units: int, sources: Sources) -> Item:
-    """A text of dots and coded words with Zipf's frequencies; the three most frequent words are asked for."""
+def make_frequent_words(rng: random.Random, units: int, sources: Sources) -> RulerSample:
+    """Write dots and coded words with Zipf's frequencies, and ask for the three most frequent words."""
     count = max(units, 64)
-    codes = ["....", *coded_words(rng, max(8, count // 8), string.ascii_lowercase, letters=6)]
+    codes = ["....", *draw_coded_words(rng, max(8, count // 8), string.ascii_lowercase, letters=6)]
     shares = [(rank + 1) ** -ZIPF for rank in range(len(codes))]
     words = [code for code, share in zip(codes, shares) for _ in range(round(count * share / sum(shares)))]
     rng.shuffle(words)
@@ -174,20 +196,24 @@ def frequent_words(rng: random.Random, units: int, sources: Sources) -> Item:
     )
     begin = " Answer: According to the coded text above, the three most frequently appeared words are:"
     rare = sorted(set(words) - set(codes[:4]))
-    return Item(
+    return RulerSample(
         "frequent_words", prompt, begin, tuple(codes[1:4]), 50, others=tuple(rng.sample(rare, min(3, len(rare))))
     )
 
 
-def listed(task: str, words: Sequence[str]) -> str:
-    """An answer of a counting task in full."""
+def format_answers(task: str, words: Sequence[str]) -> str:
+    """Write the answer of a counting task."""
     if task == "common_words":
         return " ".join(f"{index}. {word}" for index, word in enumerate(words, start=1))
     return ", ".join(words)
 
 
-def qa(rng: random.Random, units: int, sources: Sources) -> Item:
-    """A question whose document stands among those of other questions."""
+def make_question(rng: random.Random, units: int, sources: Sources) -> RulerSample:
+    """Ask a question whose document stands among `units` documents of other questions.
+
+    Raises:
+        ValueError: `sources` has no questions.
+    """
     if not sources.questions:
         raise ValueError("the task qa needs text.qa=FILE, JSON lines of question, answers and context; or leave it out")
     row = rng.choice(sources.questions)
@@ -199,11 +225,11 @@ def qa(rng: random.Random, units: int, sources: Sources) -> Item:
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."
     )
     prompt = f"{rule}\n\nThe following are given documents.\n\n{listed}\n\n{rule}\n\nQuestion: {row['question']}"
-    return Item("qa", prompt, " Answer:", tuple(row["answers"]), 32, any_of=True)
+    return RulerSample("qa", prompt, " Answer:", tuple(row["answers"]), 32, any_of=True)
 
 
-def coded_words(rng: random.Random, count: int, alphabet: str, letters: int) -> list[str]:
-    """Distinct words of random letters."""
+def draw_coded_words(rng: random.Random, count: int, alphabet: str, letters: int) -> list[str]:
+    """Draw distinct words of random letters."""
     words: dict[str, None] = {}
     while len(words) < count:
         words["".join(rng.choices(alphabet, k=letters))] = None
@@ -211,27 +237,28 @@ def coded_words(rng: random.Random, count: int, alphabet: str, letters: int) -> 
 
 
 @functools.cache
-def dictionary() -> tuple[str, ...]:
+def load_dictionary() -> tuple[str, ...]:
+    """Load the words of Whisper's list of American spellings."""
     spelling = json.loads(resources.files(__package__).joinpath("english_spelling.json").read_text("utf-8"))
     return tuple(sorted({word for word in spelling.values() if word.isalpha()}))
 
 
-def sentences(text: str) -> tuple[str, ...]:
-    """The sentences of a text; its lines if it has no punctuation."""
+def split_sentences(text: str) -> tuple[str, ...]:
+    """Cut a text into sentences, or into its lines if it has no punctuation."""
     plain = " ".join(text.split())
     found = re.split(r"(?<=[.!?])\s+", plain)
     return tuple(found) if len(found) > 1 else tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-Build = Callable[[random.Random, int, Sources], Item]
+Build = Callable[[random.Random, int, Sources], RulerSample]
 TASKS: dict[str, Build] = {
-    "single": functools.partial(needles, task="single", essay=False),
-    "essay": functools.partial(needles, task="essay"),
-    "multikey": functools.partial(needles, task="multikey", keys=4),
-    "multivalue": functools.partial(needles, task="multivalue", values=4),
-    "multiquery": functools.partial(needles, task="multiquery", keys=4, queries=4),
-    "tracking": tracking,
-    "common_words": common_words,
-    "frequent_words": frequent_words,
-    "qa": qa,
+    "single": functools.partial(make_needles, task="single", essay=False),
+    "essay": functools.partial(make_needles, task="essay"),
+    "multikey": functools.partial(make_needles, task="multikey", keys=4),
+    "multivalue": functools.partial(make_needles, task="multivalue", values=4),
+    "multiquery": functools.partial(make_needles, task="multiquery", keys=4, queries=4),
+    "tracking": make_tracking,
+    "common_words": make_common_words,
+    "frequent_words": make_frequent_words,
+    "qa": make_question,
 }

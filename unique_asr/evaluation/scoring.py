@@ -22,8 +22,11 @@ import numpy as np
 
 
 @functools.cache
-def english_normalizer() -> Callable[[str], str]:
-    """Lower case, no punctuation, no fillers, contractions expanded, numbers as digits, American spelling."""
+def load_english_normalizer() -> Callable[[str], str]:
+    """Load the normaliser: a function from text to text.
+
+    It gives lower case, no punctuation, no fillers, expanded contractions, numbers as digits, and American spelling.
+    """
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     spelling = json.loads(resources.files(__package__).joinpath("english_spelling.json").read_text("utf-8"))
@@ -32,7 +35,7 @@ def english_normalizer() -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Edits between one reference and one hypothesis, in words or in characters."""
+    """Edits between one reference and one hypothesis, in words or in characters; `+` adds another pair."""
 
     reference: int  # length of the reference
     substitutions: int = 0
@@ -49,25 +52,26 @@ class Errors:
 
     @property
     def edits(self) -> int:
+        """All edits together."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
-        """Edits over the length of the reference; an empty reference counts as one word."""
+        """Edits divided by the length of the reference; an empty reference counts as one word."""
         return self.edits / max(self.reference, 1)
 
 
-def word_errors(reference: str, hypothesis: str) -> Errors:
-    """Edits between the white-space separated words of two texts, by minimum edit distance."""
-    return _errors(reference.split(), hypothesis.split())
+def count_word_errors(reference: str, hypothesis: str) -> Errors:
+    """Count the edits between the white-space separated words of two texts, by minimum edit distance."""
+    return _count_errors(reference.split(), hypothesis.split())
 
 
-def character_errors(reference: str, hypothesis: str) -> Errors:
-    """Edits between the characters of two texts, runs of white space counting as one."""
-    return _errors(" ".join(reference.split()), " ".join(hypothesis.split()))
+def count_character_errors(reference: str, hypothesis: str) -> Errors:
+    """Count the edits between the characters of two texts; a run of white space is one character."""
+    return _count_errors(" ".join(reference.split()), " ".join(hypothesis.split()))
 
 
-def _errors(reference: Sequence[str], hypothesis: Sequence[str]) -> Errors:
+def _count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> Errors:
     if not reference or not hypothesis:  # jiwer refuses an empty reference
         return Errors(len(reference), deletions=len(reference), insertions=len(hypothesis))
     import jiwer
@@ -81,47 +85,51 @@ def _errors(reference: Sequence[str], hypothesis: Sequence[str]) -> Errors:
 
 @dataclass
 class Score:
-    """Errors of a corpus: one hypothesis a recording, in the order in which they were added."""
+    """Errors of a corpus: one hypothesis for each recording, in the order in which they were added."""
 
     words: list[Errors] = field(default_factory=list)  # normalised
     raw_words: list[Errors] = field(default_factory=list)  # as written, with case and punctuation
     characters: list[Errors] = field(default_factory=list)  # normalised
 
     def add(self, reference: str, hypothesis: str) -> Errors:
-        """Count a recording; returns its word errors."""
-        normalize = english_normalizer()
-        self.raw_words.append(word_errors(reference, hypothesis))
+        """Count the errors of a recording and return its word errors, both texts normalised."""
+        normalize = load_english_normalizer()
+        self.raw_words.append(count_word_errors(reference, hypothesis))
         reference, hypothesis = normalize(reference), normalize(hypothesis)
-        self.characters.append(character_errors(reference, hypothesis))
-        self.words.append(word_errors(reference, hypothesis))
+        self.characters.append(count_character_errors(reference, hypothesis))
+        self.words.append(count_word_errors(reference, hypothesis))
         return self.words[-1]
 
     @property
     def total(self) -> Errors:
+        """Word errors of all recordings together."""
         return sum(self.words, Errors(0))
 
     @property
     def wer(self) -> float:
+        """Word error rate of the corpus, both texts normalised."""
         return self.total.rate
 
     @property
     def raw_wer(self) -> float:
+        """Word error rate of the corpus, with case and punctuation."""
         return sum(self.raw_words, Errors(0)).rate
 
     @property
     def cer(self) -> float:
+        """Character error rate of the corpus, both texts normalised."""
         return sum(self.characters, Errors(0)).rate
 
     def to_dict(self) -> dict:
-        """Rates as fractions of the reference's words (characters for `cer`).
+        """List the rates by name, as fractions of the reference's words (of its characters for `cer`).
 
-        The interval is of the WER at 95 %; a single recording gives none.
+        `interval` is the 95 % interval of `wer`, None for a single recording.
         """
         total = self.total
         words = max(total.reference, 1)
         return {
             "wer": self.wer,
-            "interval": list(bootstrap_interval(self.words)) if len(self.words) > 1 else None,
+            "interval": list(estimate_interval(self.words)) if len(self.words) > 1 else None,
             "substitutions": total.substitutions / words,
             "deletions": total.deletions / words,
             "insertions": total.insertions / words,
@@ -140,31 +148,48 @@ class Score:
         return f"WER {self.wer:.2%} {interval}({edits}) of {self.total.reference} words"
 
 
-def bootstrap_interval(errors: Sequence[Errors], level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
-    """Percentile interval of the corpus rate, the recordings drawn again with replacement (Bisani and Ney, 2004)."""
-    return _percentiles(_resampled_rates([errors], samples)[0], level)
+def estimate_interval(errors: Sequence[Errors], level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
+    """Estimate the interval of the corpus rate: percentiles over recordings that are drawn again with replacement.
+
+    Source: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
+
+    Args:
+        errors: of each recording.
+        level: share of the draws inside the interval.
+        samples: number of draws.
+    """
+    return _find_percentiles(_resample_rates([errors], samples)[0], level)
 
 
-def relative_difference(
+def compare_rates(
     errors: Sequence[Errors], baseline: Sequence[Errors], level: float = 0.95, samples: int = 1000
 ) -> tuple[float, float, float]:
-    """(rate / baseline's rate - 1, low, high) over the same recordings, drawn again in pairs.
+    """Compare two systems on the same recordings, which are drawn again in pairs.
 
-    Draws in which the baseline makes no error have no ratio and are left out.
+    Args:
+        errors, baseline: of each recording, in the same order.
+        level: share of the draws inside the interval.
+        samples: number of draws. Those in which the baseline makes no error have no ratio and are left out.
+
+    Returns:
+        The rate divided by the baseline's less 1, and the low and high end of its interval.
+
+    Raises:
+        ValueError: the two have different numbers of recordings.
     """
     if len(errors) != len(baseline):
         raise ValueError(f"{len(errors)} recordings against {len(baseline)}: score both on the same ones")
     rates, reference = (sum(e, Errors(0)).rate for e in (errors, baseline))
-    drawn, drawn_reference = _resampled_rates([errors, baseline], samples)
+    drawn, drawn_reference = _resample_rates([errors, baseline], samples)
     if not reference:
         return (0.0, 0.0, 0.0) if not rates else (float("inf"),) * 3
     defined = drawn_reference > 0
-    low, high = _percentiles(drawn[defined] / drawn_reference[defined] - 1, level)
+    low, high = _find_percentiles(drawn[defined] / drawn_reference[defined] - 1, level)
     return rates / reference - 1, low, high
 
 
-def _resampled_rates(systems: Sequence[Sequence[Errors]], samples: int) -> np.ndarray:
-    """Corpus rates [systems, samples], each column over one draw of the recordings; the draws are always the same."""
+def _resample_rates(systems: Sequence[Sequence[Errors]], samples: int) -> np.ndarray:
+    """Compute corpus rates [systems, samples], each column over one draw of the recordings, always the same draws."""
     count = len(systems[0])
     if not count:
         return np.zeros((len(systems), samples))
@@ -174,6 +199,6 @@ def _resampled_rates(systems: Sequence[Sequence[Errors]], samples: int) -> np.nd
     return edits / np.maximum(lengths, 1)
 
 
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+def _find_percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

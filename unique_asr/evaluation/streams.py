@@ -10,31 +10,37 @@ import torch
 
 from unique_asr.models import resolve_device
 
-STREAMS = (
-    31  # PyTorch has 32, of which one captures graphs (`unique_asr.attention.cuda_graph`), and gives them out again
-)
+# PyTorch has 32 streams, which it gives out in turn; one of them captures graphs (`unique_asr.attention.cuda_graph`).
+MAX_STREAMS = 31
 
 
-def in_threads(work: Iterable[Callable[[], None]], threads: int, device: str = "auto") -> None:
-    """Do all of `work`, `threads` at a time, each on a stream of `device` if that is CUDA.
+def run_in_threads(work: Iterable[Callable[[], None]], threads: int, device: str = "auto") -> None:
+    """Run every function of `work`, `threads` at a time, each on a CUDA stream of its own if `device` is CUDA.
 
-    threads: at most `STREAMS`. The first error of the work is raised once the others have come to their end. The
-    threads do not outlive the program, so that an interrupt ends them.
+    The threads do not outlive the program, so that an interrupt ends them.
+
+    Args:
+        work: functions without arguments.
+        threads: at most `MAX_STREAMS`.
+        device: see `unique_asr.models.load`.
+
+    Raises:
+        Exception: the first error of the work, once all other functions have ended.
     """
     waiting, errors = iter(list(work)), []
     cuda = (chosen := resolve_device(device)).type == "cuda"
 
-    def worker() -> None:
+    def run_waiting() -> None:
         with torch.cuda.stream(torch.cuda.Stream(chosen)) if cuda else nullcontext():
-            for task in waiting:  # an iterator over a list gives each of them once, whoever asks
+            for task in waiting:  # each thread takes the next function of the shared iterator
                 try:
                     task()
                 except Exception as error:
                     errors.append(error)
 
     if cuda:
-        torch.cuda.synchronize(chosen)  # what the work begins with is there for every stream
-    workers = [threading.Thread(target=worker, daemon=True) for _ in range(threads)]
+        torch.cuda.synchronize(chosen)  # so that every stream sees what was computed before
+    workers = [threading.Thread(target=run_waiting, daemon=True) for _ in range(threads)]
     for each in workers:
         each.start()
     for each in workers:

@@ -13,8 +13,9 @@ from unique_asr.data import Recording
 from unique_asr.decoding import engine as decoding
 from unique_asr.decoding.engine import PENDING, Engine, Pending
 from unique_asr.evaluation.encoder import Encoder
-from unique_asr.evaluation.harness import Hypothesis, System
+from unique_asr.evaluation.harness import System
 from unique_asr.evaluation.methods import Sliding
+from unique_asr.evaluation.results import Hypothesis
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.transcript import Segment, TranscriptionInfo
 

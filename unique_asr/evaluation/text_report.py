@@ -1,4 +1,4 @@
-"""What is measured on texts, and how it is shown: tables, plots, files."""
+"""The results of a run on texts, and the files that show them: results.json, results.csv, and report.md with a plot."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from unique_asr.evaluation.report import draw, write_csv
+from unique_asr.evaluation.plots import draw
+from unique_asr.evaluation.report import write_csv
 
+# From the mean of the values of a measure to the number that is shown.
 SHOWN: dict[str, Callable[[float], float]] = {
     "ruler": lambda share: 100 * share,
     "counting": lambda nats: nats,
@@ -22,10 +24,17 @@ SHOWN: dict[str, Callable[[float], float]] = {
 
 @dataclass
 class TextResult:
-    """One method on one task at one length: a value a sample.
+    """One method on one task at one length.
 
-    measure: "ruler" (the share of the answers that were found), "counting" (nats a token by which the right answer is
-    likelier than a wrong one) or "perplexity" (nats a token).
+    Args:
+        system: name of the method.
+        budget: tokens that a sparse step reads; None for dense attention.
+        measure: `ruler` (the share of the answers that were found), `counting` (nats a token by which the right answer
+            is likelier than a wrong one) or `perplexity` (nats a token).
+        task: of RULER, or `perplexity`.
+        length: tokens of the context.
+        values: of each sample.
+        share_of_pages_read: pages that the steps read, as a share of those that dense attention would have read.
     """
 
     system: str
@@ -38,6 +47,7 @@ class TextResult:
 
     @property
     def mean(self) -> float:
+        """Mean of the values."""
         return float(np.mean(self.values))
 
     @property
@@ -45,23 +55,25 @@ class TextResult:
         """The score in percent, nats, or perplexity."""
         return SHOWN[self.measure](self.mean)
 
-    def interval(self, level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
-        """Of `shown`: percentiles over samples drawn again with replacement."""
+    def estimate_interval(self, level: float = 0.95, samples: int = 1000) -> tuple[float, float]:
+        """Estimate the interval of `shown`: percentiles over samples that are drawn again with replacement."""
         means = np.random.default_rng(0).choice(self.values, (samples, len(self.values))).mean(axis=1)
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
         return SHOWN[self.measure](float(low)), SHOWN[self.measure](float(high))
 
     def to_dict(self) -> dict[str, Any]:
-        low, high = self.interval()
+        """List the measures by name, for results.json and results.csv."""
+        low, high = self.estimate_interval()
         row = {key: value for key, value in asdict(self).items() if key != "values"}
         return row | {"samples": len(self.values), "value": self.shown, "low": low, "high": high}
 
     def __str__(self) -> str:
-        low, high = self.interval()
+        low, high = self.estimate_interval()
         return f"{self.shown:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def write_text_results(folder: Path, results: Sequence[TextResult], settings: dict[str, Any]) -> None:
+    """Write every file; called again after each result. settings: the configuration of the command."""
     rows = [result.to_dict() for result in results]
     table = json.dumps({"settings": settings, "results": rows}, indent=2)
     (folder / "results.json").write_text(table + "\n", encoding="utf-8")
@@ -79,18 +91,18 @@ def write_text_results(folder: Path, results: Sequence[TextResult], settings: di
     sections = [f"# {measure.capitalize()}, {Path(options['model']).name}\n", what]
     lengths = sorted({result.length for result in results})
     for length in lengths:
-        sections += [f"## {length} tokens\n", text_table([each for each in results if each.length == length])]
+        sections += [f"## {length} tokens\n", render_text_table([each for each in results if each.length == length])]
     if len({result.budget for result in results if result.budget}) > 1:
         sections.append(
-            text_plot(folder, results, {"ruler": "mean score %", "counting": "mean, nats"}.get(measure, measure))
+            draw_text_plot(folder, results, {"ruler": "mean score %", "counting": "mean, nats"}.get(measure, measure))
         )
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
 
 
-def text_table(results: Sequence[TextResult]) -> str:
-    """Methods and tasks at one length, their mean, and its difference to dense."""
+def render_text_table(results: Sequence[TextResult]) -> str:
+    """Write the table of methods and tasks at one length, with their mean and its difference to dense."""
     tasks = list(dict.fromkeys(result.task for result in results))
-    by_system = _by_system(results)
+    by_system = _group_by_system(results)
     columns = [*tasks, *(["mean"] if len(tasks) > 1 else []), "to dense", "pages read %"]
     lines = ["| method | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for system, own in by_system.items():
@@ -101,7 +113,7 @@ def text_table(results: Sequence[TextResult]) -> str:
         dense = by_system.get("dense", {})
         if system != "dense" and whole and len(dense) == len(tasks):
             digits = 3 if results[0].measure == "counting" else 1
-            shown.append("{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*difference(own, dense), n=digits))
+            shown.append("{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*compare_to_dense(own, dense), n=digits))
         else:
             shown.append("")
         shown.append(f"{100 * np.mean([each.share_of_pages_read for each in own.values()]):.1f}")
@@ -109,10 +121,19 @@ def text_table(results: Sequence[TextResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def difference(
+def compare_to_dense(
     own: dict[str, TextResult], dense: dict[str, TextResult], samples: int = 1000
 ) -> tuple[float, float, float]:
-    """(value, low, high), 95 %, of the mean over the tasks, on the same samples; perplexity in percent of dense's."""
+    """Compare a method with dense attention on the same samples, which are drawn again in pairs.
+
+    Args:
+        own, dense: results by task.
+        samples: number of draws.
+
+    Returns:
+        The difference of the means over the tasks, and both ends of its 95 % interval: percentage points for `ruler`,
+        nats for `counting`, percent of dense's for `perplexity`.
+    """
     generator, drawn, exact = np.random.default_rng(0), [], []
     for task, result in own.items():
         values = np.array(result.values) - np.array(dense[task].values)
@@ -125,13 +146,13 @@ def difference(
     )
 
 
-def text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:
-    """Markdown of the plot against the budget, a panel a length."""
+def draw_text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:
+    """Draw the mean over the tasks against the budget, a panel for each length; returns Markdown that shows it."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     budgets = sorted({result.budget for result in results if result.budget})
     for length in sorted({result.length for result in results}):
         lines = panels.setdefault(f"{length} tokens", {})
-        for system, own in _by_system([each for each in results if each.length == length]).items():
+        for system, own in _group_by_system([each for each in results if each.length == length]).items():
             value = float(np.mean([result.shown for result in own.values()]))
             budget = next(iter(own.values())).budget
             name = system.replace(f"-{budget}", "")
@@ -139,8 +160,8 @@ def text_plot(folder: Path, results: Sequence[TextResult], measure: str) -> str:
     return draw(folder, f"{results[0].measure}_by_budget", "budget, tokens", panels, measure)
 
 
-def _by_system(results: Sequence[TextResult]) -> dict[str, dict[str, TextResult]]:
-    """Results of one length by system and task."""
+def _group_by_system(results: Sequence[TextResult]) -> dict[str, dict[str, TextResult]]:
+    """Group the results of one length by system and task."""
     found: dict[str, dict[str, TextResult]] = {}
     for result in results:
         found.setdefault(result.system, {})[result.task] = result

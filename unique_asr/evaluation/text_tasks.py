@@ -1,4 +1,4 @@
-"""The tasks of texts for one model: RULER's, counting, perplexity. Samples come in, values and pages read come out.
+"""The tasks of texts for one model: RULER, counting, perplexity. Samples come in, values and counts of pages come out.
 
 Prefill is dense; what is measured is reading the context while writing the answer, or while reading on token by token.
 """
@@ -19,89 +19,108 @@ from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
-from unique_asr.evaluation.ruler import Item, Sources, listed, make_item, sentences
+from unique_asr.evaluation.ruler import RulerSample, Sources, format_answers, make_sample, split_sentences
 from unique_asr.generation import load_text_model, load_text_tokenizer
 from unique_asr.transcribers.batch import interleave
 
-PREFILL_CHUNK = 2048  # tokens
+PREFILL_CHUNK = 2048  # tokens that are read at once before the answer
 
 
 class LanguageModel:
-    """A causal language model and its tokenizer; the model is loaded when there is something to decode."""
+    """A causal language model and its tokenizer, each loaded when it is first needed.
+
+    Args:
+        name: a hub id, a folder, or a GGUF file.
+        device, dtype: see `unique_asr.models.load`.
+    """
 
     def __init__(self, name: str, device: str, dtype: str) -> None:
         self.name, self.device, self.dtype = name, device, dtype
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The tokenizer. Raises ModelError if it cannot be loaded."""
         return load_text_tokenizer(self.name, option="text.model")
 
     @cached_property
     def model(self) -> Any:
+        """The model. Raises ModelError if it cannot be loaded."""
         return load_text_model(self.name, self.device, self.dtype, option="text.model")[0]
 
 
 class RulerRun:
-    """RULER's tasks for one model."""
+    """RULER's tasks for one model.
+
+    Args:
+        language_model: what answers.
+        options: the group `text` of conf/evaluate.yaml.
+    """
 
     def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
         self.language_model, self.tokenizer, self.options = language_model, language_model.tokenizer, options
         text = Path(options.file).read_text(encoding="utf-8") if options.file else ""
         questions = Path(options.qa).read_text(encoding="utf-8").splitlines() if options.qa else []
-        self.sources = Sources(sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
+        self.sources = Sources(split_sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
         self.tasks = [task for task in options.tasks if task != "qa" or questions]
-        self._items: dict[tuple[str, int, int], Item] = {}  # every method gets the same
+        self._samples: dict[tuple[str, int, int], RulerSample] = {}  # every method gets the same
         self._last: tuple[SparseAttentionConfig, BatchEngine] | None = None
 
-    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Item]]]]:
-        """Task, length, and by their keys what makes the samples."""
+    def list_samples(self) -> Iterator[tuple[str, int, dict[str, Callable[[], RulerSample]]]]:
+        """List every task at every length.
+
+        Yields:
+            Task, length in tokens, and functions that make the samples, by the keys of the samples.
+        """
         options = self.options
         for length in options.lengths:
             for task in self.tasks:
                 seeds = range(options.seed, options.seed + options.samples)
-                yield (
-                    task,
-                    length,
-                    {f"{task} {length} {seed}": partial(self._item, task, length, seed) for seed in seeds},
-                )
+                keys = {seed: f"{task} {length} {seed}" for seed in seeds}
+                yield task, length, {keys[seed]: partial(self._make_sample, task, length, seed) for seed in seeds}
 
-    def _item(self, task: str, length: int, seed: int) -> Item:
+    def _make_sample(self, task: str, length: int, seed: int) -> RulerSample:
         place = task, length, seed
-        if place not in self._items:
-            self._items[place] = make_item(task, length, self.count, seed, self.sources)
-        return self._items[place]
+        if place not in self._samples:
+            self._samples[place] = make_sample(task, length, self.count_tokens, seed, self.sources)
+        return self._samples[place]
 
-    def count(self, text: str) -> int:
-        return len(self.tokenizer(self._chat(text, ""), add_special_tokens=False).input_ids)
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a prompt, with those of the model's chat template."""
+        return len(self.tokenizer(self._apply_chat_template(text, ""), add_special_tokens=False).input_ids)
 
-    def _chat(self, prompt: str, begin: str) -> str:
+    def _apply_chat_template(self, prompt: str, begin: str) -> str:
         if self.tokenizer.chat_template is None:
             return prompt + begin
         messages = [{"role": "user", "content": prompt}]
         asked = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return asked + begin.lstrip()
 
-    def _ids(self, item: Item) -> Tensor:
-        """[1, N]: what the model is asked, up to where its answer begins."""
-        text, special = self._chat(item.prompt, item.begin), self.tokenizer.chat_template is None
+    def _tokenize(self, sample: RulerSample) -> Tensor:
+        """Make the token ids [1, N] of what the model is asked, up to where its answer begins."""
+        text, special = self._apply_chat_template(sample.prompt, sample.begin), self.tokenizer.chat_template is None
         return self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
 
-    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
-        """Answers side by side."""
-        decoder = self._decoder(attention)
-        answers = dict(interleave((self._answer(item, decoder) for item in items), len(items), decoder.step))
-        return [answers[index] for index in range(len(items))]
+    def run(self, samples: Sequence[RulerSample], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Let the model answer the samples side by side.
 
-    def _answer(self, item: Item, decoder: BatchEngine) -> Generator[None, None, dict[str, Any]]:
-        """Yields where the batch has to make a step."""
+        Returns:
+            For each sample its `value` (share of the answers that were found), `output`, `answers`, `pages_read` and
+            `pages_total`.
+        """
+        decoder = self._get_decoder(attention)
+        answers = dict(interleave((self._answer(sample, decoder) for sample in samples), len(samples), decoder.step))
+        return [answers[index] for index in range(len(samples))]
+
+    def _answer(self, sample: RulerSample, decoder: BatchEngine) -> Generator[None, None, dict[str, Any]]:
+        """Answer one sample; yields where the batch has to make a step."""
         model = self.language_model.model
-        ids = self._ids(item).to(model.device)
+        ids = self._tokenize(sample).to(model.device)
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         row, tokens = decoder.new_sequence(), []
         try:
             row.prefill(model.get_input_embeddings()(ids))
-            for token in row.tokens(item.answer_tokens, ends):
+            for token in row.tokens(sample.answer_tokens, ends):
                 if token is PENDING:
                     yield PENDING
                 else:
@@ -110,22 +129,26 @@ class RulerRun:
             decoder.remove(row)
         output = self.tokenizer.decode(tokens)
         return {
-            "value": item.score(output),
+            "value": sample.score(output),
             "output": output,
-            "answers": item.answers,
+            "answers": sample.answers,
             "pages_read": row.counters.pages_read,
             "pages_total": row.counters.pages_total,
         }
 
-    def _decoder(self, attention: SparseAttentionConfig) -> BatchEngine:
-        """The last one, if it is for the same method: its memory and CUDA graphs are kept."""
+    def _get_decoder(self, attention: SparseAttentionConfig) -> BatchEngine:
+        """Return the last decoder if it is for the same method, so that its memory and CUDA graphs are kept."""
         if self._last is None or self._last[0] is not attention:
             self._last = attention, BatchEngine(self.language_model.model, attention, PREFILL_CHUNK)
         return self._last[1]
 
 
 class CountingRun(RulerRun):
-    """RULER's counting tasks for models that cannot write the answer down: they read it, and a wrong one beside it."""
+    """RULER's counting tasks for models too small to write the answer: they read it, and a wrong one beside it.
+
+    Raises:
+        ValueError: `text.tasks` names no counting task.
+    """
 
     def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
         super().__init__(language_model, options)
@@ -133,14 +156,21 @@ class CountingRun(RulerRun):
         if not self.tasks:
             raise ValueError("text.tasks has no task with words to count: give common_words or frequent_words")
 
-    def run(self, items: Sequence[Item], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
-        """Mean loss of an answer's tokens, each read with its own decode step: the wrong one's less the right one's."""
+    def _tokenize_answer(self, task: str, words: Sequence[str]) -> Tensor:
+        text = f" {format_answers(task, words)}"
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+
+    def run(self, samples: Sequence[RulerSample], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
+        """Let the model read the right and a wrong answer to each sample, one token a decode step.
+
+        Returns:
+            For each sample the mean loss, in nats a token, of the `right` and the `wrong` answer, its `value` (the
+            wrong one's less the right one's), `pages_read` and `pages_total`.
+        """
         model = self.language_model.model
-        prompts = [self._ids(item)[0] for item in items for _ in range(2)]
+        prompts = [self._tokenize(sample)[0] for sample in samples for _ in range(2)]
         answers = [
-            self.tokenizer(f" {listed(item.task, words)}", add_special_tokens=False, return_tensors="pt").input_ids[0]
-            for item in items
-            for words in (item.answers, item.others)
+            self._tokenize_answer(sample.task, words) for sample in samples for words in (sample.answers, sample.others)
         ]
         longest, steps = max(map(len, prompts)), max(map(len, answers))
         ids = torch.zeros(len(prompts), longest + steps, dtype=torch.long)
@@ -177,7 +207,11 @@ class CountingRun(RulerRun):
 
 
 class PerplexityRun:
-    """Stretches of a text, evenly spaced over it; the last tokens of each are read one by one."""
+    """The perplexity of stretches of a text, evenly spaced over it; the last tokens of each are read one by one.
+
+    Raises:
+        ValueError: `text.file` is missing.
+    """
 
     def __init__(self, language_model: LanguageModel, options: DictConfig) -> None:
         if options.file is None:
@@ -187,7 +221,12 @@ class PerplexityRun:
             Path(options.file).read_text(encoding="utf-8"), return_tensors="pt"
         ).input_ids[0]
 
-    def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Tensor]]]]:
+    def list_samples(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Tensor]]]]:
+        """List the stretches [N] of every length, as `RulerRun.list_samples`.
+
+        Raises:
+            ValueError: a length is longer than the text, or no longer than `text.score_tokens`.
+        """
         for length in self.options.lengths:
             spare = len(self.ids) - length
             if spare < 0 or length <= self.options.score_tokens:
@@ -198,13 +237,18 @@ class PerplexityRun:
             count = min(self.options.samples, 1 + spare // self.options.score_tokens)
             starts = [index * spare // max(count - 1, 1) for index in range(count)]
             key = f"perplexity {length} {self.options.score_tokens}"
-            yield "perplexity", length, {f"{key} {start}": partial(self._stretch, start, length) for start in starts}
+            stretches = {f"{key} {start}": partial(self._cut_stretch, start, length) for start in starts}
+            yield "perplexity", length, stretches
 
-    def _stretch(self, start: int, length: int) -> Tensor:
+    def _cut_stretch(self, start: int, length: int) -> Tensor:
         return self.ids[start : start + length]
 
     def run(self, stretches: Sequence[Tensor], attention: SparseAttentionConfig) -> list[dict[str, Any]]:
-        """Mean loss, in nats, of the last tokens of each, read side by side and each with its own decode step."""
+        """Let the model read stretches side by side, the last tokens of each one a decode step.
+
+        Returns:
+            For each stretch its `value`, the mean loss of these tokens in nats, `pages_read` and `pages_total`.
+        """
         model = self.language_model.model
         ids = torch.stack(list(stretches)).to(model.device)
         length, first = ids.shape[1], ids.shape[1] - self.options.score_tokens
@@ -224,4 +268,4 @@ class PerplexityRun:
         return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]
 
 
-RUNS = {"ruler": RulerRun, "counting": CountingRun, "perplexity": PerplexityRun}
+TASK_RUNS = {"ruler": RulerRun, "counting": CountingRun, "perplexity": PerplexityRun}

@@ -1,4 +1,4 @@
-"""How well words lie where they were said, against utterances whose times are known exactly."""
+"""How well words lie where they were said, compared with utterances whose times are known exactly."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ import numpy as np
 from unique_asr.data import Utterance
 from unique_asr.transcript import Word
 
-TOLERANCE = 0.2  # s
+TOLERANCE = 0.2  # s that the middle of a word may lie outside its utterance
 
 
 @dataclass(frozen=True)
 class TimingErrors:
-    """Of the words that equal a word of the reference; `+` adds recordings."""
+    """Errors of the words that match a word of the reference; `+` adds those of another recording."""
 
-    words: int = 0
-    misplaced: int = 0  # the middle of the word lies more than `TOLERANCE` outside its utterance
+    words: int = 0  # that match
+    misplaced: int = 0  # of these; their middle lies more than `TOLERANCE` outside their utterance
     starts: tuple[float, ...] = ()  # s: start of an utterance's first word minus start of the utterance
 
     def __add__(self, other: TimingErrors) -> TimingErrors:
         return TimingErrors(self.words + other.words, self.misplaced + other.misplaced, self.starts + other.starts)
 
     def to_dict(self) -> dict:
-        """`start_error` is a median and holds the silence at the beginning of the utterances."""
+        """List the measures by name: `words`, the share `misplaced`, and `start_error`.
+
+        The last is the median distance in seconds of first words from the start of their utterance; the silence at the
+        beginning of an utterance is part of it.
+        """
         return {
             "words": self.words,
             "misplaced": self.misplaced / max(self.words, 1),
@@ -34,15 +38,15 @@ class TimingErrors:
         }
 
 
-def timing_errors(utterances: Sequence[Utterance], words: Sequence[Word]) -> TimingErrors:
-    """Match the words with those of the utterances, then compare their times."""
+def measure_timing(utterances: Sequence[Utterance], words: Sequence[Word]) -> TimingErrors:
+    """Match the words of a transcript with those of the utterances by edit distance, and compare their times."""
     from rapidfuzz.distance import Levenshtein  # comes with jiwer
 
     reference = [
-        (_plain(word), n, utterance) for utterance in utterances for n, word in enumerate(utterance.text.split())
+        (_simplify(word), n, utterance) for utterance in utterances for n, word in enumerate(utterance.text.split())
     ]
-    spoken = [word for word in words if _plain(word.text)]
-    blocks = Levenshtein.opcodes([text for text, _, _ in reference], [_plain(word.text) for word in spoken])
+    spoken = [word for word in words if _simplify(word.text)]
+    blocks = Levenshtein.opcodes([text for text, _, _ in reference], [_simplify(word.text) for word in spoken])
     matched = misplaced = 0
     starts = []
     for block in blocks:
@@ -58,5 +62,5 @@ def timing_errors(utterances: Sequence[Utterance], words: Sequence[Word]) -> Tim
     return TimingErrors(matched, misplaced, tuple(starts))
 
 
-def _plain(word: str) -> str:
+def _simplify(word: str) -> str:
     return re.sub(r"[^\w']", "", word.lower())

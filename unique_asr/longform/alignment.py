@@ -51,7 +51,7 @@ class SpokenText:
     @classmethod
     def from_words(cls, words: Sequence[str], processor: Any) -> SpokenText:
         """words: without whitespace; numbers and signs get no token."""
-        ids, word_index = processor.ctc_ids(" ".join(words))
+        ids, word_index = processor.tokenize_ctc(" ".join(words))
         return cls(list(words), np.asarray(ids, np.int64), np.asarray(word_index, np.int64))
 
 
@@ -195,7 +195,7 @@ def align(
     if len(text.ids) == 0 or len(kept) < len(text.ids):
         return None
     with torch.no_grad():
-        log_probs = model.ctc_log_probs(encoded, torch.from_numpy(text.ids), start, end).float().cpu().numpy()
+        log_probs = model.compute_ctc_log_probs(encoded, torch.from_numpy(text.ids), start, end).float().cpu().numpy()
     kept_frames = start + kept
     blank, best = frames.blank_log_prob[kept_frames], frames.best_log_prob[kept_frames]
     alignment = viterbi(log_probs[kept], blank, best, text.ids, text.word_index, config)

@@ -115,7 +115,7 @@ class PassRunner:
         frames = SpeechFrames(encoded, self.model.config.blank_id)
         length = min(len(frames), max(int(self.max_pass_seconds / frames.frame_seconds), 1))
         audio = _count_most(encoded.frames.cpu().numpy(), length)
-        prompt = audio + sum(len(ids) for ids in self.processor.prompt(self.prompt))
+        prompt = audio + sum(len(ids) for ids in self.processor.tokenize_prompt(self.prompt))
         return prompt, prompt + self.limit_tokens(_count_most(frames.spikes, length), length * frames.frame_seconds)
 
     def limit_tokens(self, spikes: int, seconds: float) -> int:
@@ -129,7 +129,7 @@ class PassRunner:
         table = self.model.language_model.get_input_embeddings()
         before, after = (
             table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
-            for ids in self.processor.prompt(self.prompt)
+            for ids in self.processor.tokenize_prompt(self.prompt)
         )
         return torch.cat([before, encoded.embeds.to(before), after])[None]
 
@@ -180,7 +180,7 @@ class PassRunner:
             if embeds.is_cuda:
                 torch.cuda.current_stream(embeds.device).synchronize()
         if self.reads is not None:
-            before = len(self.processor.prompt(self.prompt)[0])
+            before = len(self.processor.tokenize_prompt(self.prompt)[0])
             seconds = (np.append(span.frames.cpu().numpy(), end - start) + start) * frames.frame_seconds
             self.reads.begin_pass(before, seconds, frames.duration, sequence.cache, self.offset)
 

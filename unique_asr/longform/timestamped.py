@@ -19,7 +19,7 @@ from unique_asr.longform.loops import LoopDetector
 from unique_asr.longform.planner import Continuation, PassPlanner
 from unique_asr.longform.speech_activity import SpeechActivity
 from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, KnownModel
-from unique_asr.models.pretrained.formats import TextStream, Utterance
+from unique_asr.models.pretrained.formats import ParsedUtterance, TextStream
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
 
@@ -144,7 +144,7 @@ class TimestampedRecording:
         """Seconds, of the text so far."""
         return self._placer.reached
 
-    def _place(self, utterance: Utterance) -> Iterator[Segment]:
+    def _place(self, utterance: ParsedUtterance) -> Iterator[Segment]:
         confidence = math.exp(np.mean(self._log_probs)) if self._log_probs else None
         self._log_probs = []
         yield from self._keep(self._placer.push(utterance, confidence))
@@ -211,10 +211,10 @@ class Placer:
     def __init__(self, start: float, end: float, speech: SpeechActivity, number: int) -> None:
         self.start, self.end, self.speech, self.number = start, end, speech, number
         self.reached = start  # s, the latest end of a segment
-        self._waiting: tuple[Utterance, float | None] | None = None  # without an end until the next one begins
-        self._untimed: list[tuple[Utterance, float | None]] = []
+        self._waiting: tuple[ParsedUtterance, float | None] | None = None  # without an end until the next one begins
+        self._untimed: list[tuple[ParsedUtterance, float | None]] = []
 
-    def push(self, utterance: Utterance, confidence: float | None) -> Iterator[Segment]:
+    def push(self, utterance: ParsedUtterance, confidence: float | None) -> Iterator[Segment]:
         """Yield the segments that are complete with an utterance; one without an end waits for the next one."""
         if utterance.start is None and utterance.end is None:
             self._untimed.append((utterance, confidence))
@@ -244,7 +244,7 @@ class Placer:
             utterance.start, utterance.end = (bound - self.start for bound in bounds)
             yield from self._segment(utterance, confidence)
 
-    def _segment(self, utterance: Utterance, confidence: float | None) -> Iterator[Segment]:
+    def _segment(self, utterance: ParsedUtterance, confidence: float | None) -> Iterator[Segment]:
         start = self.start if utterance.start is None else self.start + utterance.start
         start = min(max(start, self.start), self.end)
         end = min(max(start if utterance.end is None else self.start + utterance.end, start), self.end)

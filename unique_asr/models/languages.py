@@ -1,4 +1,4 @@
-"""What a model can be told of a recording: its language, by code or by English name, and words to expect."""
+"""What a model can be told about a recording: its language, by code or English name, and words to expect."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ LANGUAGES = {
     "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sv": "Swedish",
     "th": "Thai", "tr": "Turkish", "vi": "Vietnamese", "yue": "Cantonese", "zh": "Chinese",
 }  # fmt: skip
-SHIPPED = {"default": ("en",)}  # of the models in unique_asr/pretrained/
 CODES = {name.lower(): code for code, name in LANGUAGES.items()}
 
 
-def chosen_language(language: str | None, taken: Collection[str], model: str) -> str | None:
-    """The code of a language, or None for none.
+def resolve_language(language: str | None, taken: Collection[str], model: str) -> str | None:
+    """Find the code of a language.
 
     Args:
-        language: a code or an English name, `fr` or `French`, in any case.
-        taken: codes of the languages that the model can be told; any other raises a ValueError of one line.
+        language: a code or an English name, `fr` or `French`, in any case; None or an empty text for no language.
+        taken: codes of the languages that the model can be told.
         model: its name, for the message.
+
+    Returns:
+        A code of `taken`, or None for no language.
+
+    Raises:
+        ValueError: the model cannot be told this language. The message is one line.
     """
     if not language:
         return None
@@ -33,13 +38,19 @@ def chosen_language(language: str | None, taken: Collection[str], model: str) ->
     raise ValueError(f"language={language}: model={model} {takes}; leave language out, or choose another model")
 
 
-def chosen_hotwords(hotwords: str | None, taken: bool, model: str) -> str | None:
-    """Words or names to expect, separated by ", ", or None for none.
+def resolve_hotwords(hotwords: str | None, taken: bool, model: str) -> str | None:
+    """Tidy words or names to expect.
 
     Args:
-        hotwords: separated by commas.
-        taken: whether the model can be told any; if not, they raise a ValueError of one line.
+        hotwords: separated by commas; None or an empty text for none.
+        taken: whether the model can be told any.
         model: its name, for the message.
+
+    Returns:
+        The words separated by ", ", or None for none.
+
+    Raises:
+        ValueError: there are some and the model cannot be told any. The message is one line.
     """
     words = [" ".join(word.split()) for word in (hotwords or "").split(",")]
     if any(words) and not taken:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.ctc import normalize_ctc_text
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 
 LOWER_CASE = "lower case"  # the prompt for transcripts without case and punctuation
@@ -84,7 +84,7 @@ class TrainingItem:
         """The transcript that the LLM is to write."""
         if self.cased:
             return " ".join(utterance.cased or "" for _, utterance, _ in self.pieces)
-        return ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
+        return normalize_ctc_text(" ".join(utterance.text for _, utterance, _ in self.pieces))
 
     @property
     def prompt(self) -> str | None:

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.application.overrides import conf_folder
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.data import join, read_manifest, spread
+from unique_asr.data import join, read_manifest, take_evenly
 from unique_asr.generation import load_text_model
-from unique_asr.models import PRETRAINED, ModelError, load, pretrained, resolve_device
+from unique_asr.models import ModelError, load, pretrained, resolve_device
+from unique_asr.models.sources import locate_model
 from unique_asr.models.speech_llm.compose import compose
 from unique_asr.models.speech_llm.packing import INDEX, save_packed_changes, save_packed_model
 from unique_asr.training.augment import AugmentConfig
@@ -131,7 +132,7 @@ def read_bits(config: DictConfig) -> dict[str, int]:
 def find_packed_start(config: DictConfig) -> Path:
     """The folder of packed weights that init.model names; raises ValueError if there is none."""
     name = str(config.init.model)
-    folder = PRETRAINED / name if (PRETRAINED / name).is_dir() else Path(name)
+    folder = Path(locate_model(name)[0])
     if not (folder / INDEX).is_file():
         raise ValueError(f"output.changes_only needs packed weights to change, and init.model={name} has none")
     return folder
@@ -269,7 +270,7 @@ def make_validation(
     """A function that measures word error rates, in percent, on the recordings of `validation`."""
     options = config.validation
     rows = read_manifest(options.manifest, source=options.source)
-    recordings = spread(join(rows, seconds=options.seconds), options.limit)
+    recordings = take_evenly(join(rows, seconds=options.seconds), options.limit)
 
     def measure(stage: StageConfig) -> dict[str, float]:
         sparse = stage.mask.sparse if stage.mask else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unique_asr.models import SpeechLLMProcessor
-from unique_asr.models.speech_llm.ctc import ctc_text
+from unique_asr.models.speech_llm.ctc import normalize_ctc_text
 from unique_asr.training.corpus import LOWER_CASE, Source, TrainingUtterance
 from unique_asr.training.stages import StageConfig
 
@@ -100,9 +100,11 @@ class HeardRowMaker:
         self, utterances: Sequence[TrainingUtterance], stage: StageConfig, random: np.random.Generator
     ) -> HeardRow:
         cased = random.random() < stage.cased_share
-        before, after = self.processor.prompt(None if cased else LOWER_CASE)
+        before, after = self.processor.tokenize_prompt(None if cased else LOWER_CASE)
         text = " ".join(utterance.text for utterance in utterances)
-        answer = self.processor.tokenizer(text if cased else ctc_text(text), add_special_tokens=False)["input_ids"]
+        answer = self.processor.tokenizer(text if cased else normalize_ctc_text(text), add_special_tokens=False)[
+            "input_ids"
+        ]
         widest = max(utterance.heard[0].shape[1] for utterance in utterances)
         candidates, weights = (
             torch.cat(

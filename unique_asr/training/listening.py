@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from unique_asr.models.speech_llm.fingerprint import hearing_fingerprint
+from unique_asr.models.speech_llm.fingerprint import compute_hearing_fingerprint
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.case_restoration import normalise, restore_case
@@ -86,7 +86,7 @@ def load_or_listen(
     processes = processes or Processes()
     about = {"data": about, "augment": asdict(augment) if readings > 1 else None, "readings": readings}
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-    wanted = {"listener": hearing_fingerprint(model), "made_of": key}
+    wanted = {"listener": compute_hearing_fingerprint(model), "made_of": key}
     kept = _load(path) if path.is_file() else {}
     if {name: kept.get(name) for name in wanted} == wanted:
         return make_sources(kept["sources"])

@@ -23,7 +23,7 @@ def embed_heard(model: SpeechLLMForConditionalGeneration, heard: Sequence[tuple[
         torch.cat([nn.functional.pad(row[which], (0, widest - row[which].shape[1])).to(dtype) for row in heard])
         for which, dtype in ((0, torch.long), (1, torch.float32))
     )
-    expected = model.listener.expected(
+    expected = model.listener.embed_expected(
         send(weights, table.device).to(table.dtype), send(candidates, table.device), table
     )
     return list(expected.split(counts))

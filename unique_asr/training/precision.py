@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unique_asr.models.speech_llm.packing import GROUP, bits_of
-from unique_asr.models.speech_llm.packing import rounded as round_to_bits
+from unique_asr.models.speech_llm.packing import GROUP, find_bits, round_to_bits
 
 
 class MasterWeights:
@@ -34,7 +33,7 @@ class MasterWeights:
             parameter: width
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and parameter.ndim == 2 and parameter.shape[-1] % GROUP == 0
-            if (width := bits_of(name, bits or {})) is not None
+            if (width := find_bits(name, bits or {})) is not None
         }
         # A weight that will be rounded needs memory of its own, even if the model computes in float32.
         self.short = [weight.to(dtype, copy=parameter in self.bits) for parameter, weight in self.weights.items()]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unique_asr.generation import stop_ids
-from unique_asr.models.pretrained import Utterance, find
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained import ParsedUtterance, find
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig, Perturbation
 from unique_asr.training.corpus import Corpus, TrainingItem, draw_log_uniform
@@ -43,7 +43,7 @@ class PretrainedMaterial:
     def __init__(self, model: Any, processor: Any, corpus: Corpus, augment: AugmentConfig, seed: int = 0) -> None:
         known_model = find(model)
         if known_model is None:
-            raise ValueError(f"{type(model).__name__} has no adapter; fine-tune a model of conf/model, or text.model")
+            raise ValueError(f"{type(model).__name__} is no known speech LLM; fine-tune a model of conf/model, or text.model")
         self.model, self.processor, self.known_model = model, processor, known_model
         self.corpus, self.augment = corpus, augment
         self.random = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ class PretrainedMaterial:
         self.drawn.append(items)
         heard, answers = self._heard(items)
         with torch.set_grad_enabled(self._audio_trains()):
-            prompts = [prompt_embeds(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
+            prompts = [embed_prompt(self.known_model, self.model, self.processor, samples)[0] for samples in heard]
         none, seconds = torch.zeros(0, dtype=torch.long), sum(map(len, heard)) / SAMPLE_RATE
         batch = SpeechBatch(
             {}, none, none, [], [[] for _ in items], answers, [len(answer) for answer in answers], seconds
@@ -96,7 +96,7 @@ class PretrainedMaterial:
         utterances, at = [], 0
         for (_, utterance, _), (gap, length, whole) in zip(item.pieces, walk_timeline(item), strict=True):
             start, end = ((at + moment) / speed / SAMPLE_RATE for moment in (gap, gap + length))
-            utterances.append(Utterance(utterance.cased or utterance.text, start, end))
+            utterances.append(ParsedUtterance(utterance.cased or utterance.text, start, end))
             at += whole
         text = self.known_model.opening + self.known_model.parser.write(utterances)
         return [*self.processor.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]

@@ -58,7 +58,7 @@ class SpeechBatcher:
         cuts, counts, seconds = [], [], 0.0
         for number, (item, speed) in enumerate(zip(items, drawn.speed.tolist(), strict=True)):
             samples = int(sum(source_samples for _, _, source_samples in walk_timeline(item)) / speed)
-            spans = self.processor.window_spans(samples)
+            spans = self.processor.list_window_spans(samples)
             cuts += [(number, *span) for span in spans]
             counts.append(len(spans))
             seconds += samples / SAMPLE_RATE
@@ -88,16 +88,16 @@ class SpeechBatcher:
         )
         if not self.on_device:
             parts = zip(windows.cpu().numpy(), lengths.tolist(), strict=True)
-            return self.processor.features([window[:length] for window, length in parts])
+            return self.processor.extract_features([window[:length] for window, length in parts])
         return {"input_features": mask_spectrogram(compute_log_mel(windows, self.mel_filters), self.augment)}
 
     def _ctc_target(self, item: TrainingItem) -> list[int]:
         text = " ".join(utterance.text for _, utterance, _ in item.pieces)
-        ids, _ = self.processor.ctc_ids(text)
+        ids, _ = self.processor.tokenize_ctc(text)
         return [self.ctc_index[token] for token in ids if token in self.ctc_index]
 
     def _text(self, item: TrainingItem) -> tuple[list[int], list[int], int]:
-        before, after = self.processor.prompt(item.prompt)
+        before, after = self.processor.tokenize_prompt(item.prompt)
         transcript = self.processor.tokenizer(item.text, add_special_tokens=False)["input_ids"]
         transcript = [*transcript, self.processor.end_token_id]
         return before, after + transcript, len(transcript)

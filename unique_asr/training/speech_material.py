@@ -61,7 +61,7 @@ class SpeechMaterial:
             loss = loss + stage.ctc_weight * measures["ctc"]
         if stage.llm_weight:
             with torch.set_grad_enabled(frames_train):
-                positions = self.model.window_positions(frames, batch.spans)
+                positions = self.model.make_positions(frames, batch.spans)
             del frames
             embeds = self.model.embed_positions(positions)
             recording = torch.repeat_interleave(batch.windows)

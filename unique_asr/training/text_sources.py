@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from unique_asr.models.speech_llm.compose import listener_tokens
+from unique_asr.models.speech_llm.compose import list_listener_tokens
 from unique_asr.models.speech_llm.listener import Listener
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.corpus import Source, TrainingUtterance, draw_log_uniform, has_case
@@ -42,7 +42,7 @@ class ListenerTokens:
     def __init__(self, tokenizer: str | Path, listener: Listener) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         whisper = self.tokenizer.convert_tokens_to_ids("<|endoftext|>") is not None
-        choices = [listener_tokens(self.tokenizer, ascii_only) for ascii_only in (True, False)] if whisper else []
+        choices = [list_listener_tokens(self.tokenizer, ascii_only) for ascii_only in (True, False)] if whisper else []
         kept = next((tokens for tokens in choices if len(tokens) == len(listener.pieces)), None)
         if kept is None:
             raise ValueError(

@@ -20,7 +20,7 @@ from unique_asr.generation import stop_ids
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.models.pretrained import find
 from unique_asr.models.pretrained.pass_memory import limit_text_tokens
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.training.precision import cast_weights
 
 TOKENS_A_SECOND = 9.0  # of fast speech
@@ -99,7 +99,7 @@ def validate_pretrained(
             # One chunk and steps that are not captured: weights move while training.
             decoder = GreedyDecoder(model, attention, prefill_chunk=1 << 30, static=False)
             for recording in recordings:
-                embeds = prompt_embeds(known_model, model, processor, recording.audio())
+                embeds = embed_prompt(known_model, model, processor, recording.audio())
                 decoder.reset()
                 decoder.prefill(embeds)
                 tokens = list(decoder.tokens(limit_text_tokens(known_model, recording.duration), stops))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
-from unique_asr.models.pretrained import KNOWN_MODELS, find, read_model_type
+from unique_asr.models import identify_model
+from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.pretrained import find
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
@@ -41,12 +42,10 @@ def check_language(language: str | None, model: str | PathLike[str]) -> str | No
     """
     if not language:
         return None
-    model_type = read_model_type(model)
-    if model_type is None:
-        return language  # there is no such model: loading it says so
-    known_model = KNOWN_MODELS.get(model_type)
-    taken = known_model.languages if known_model else SHIPPED.get(str(model), ())
-    return chosen_language(language, taken, str(model))
+    entry = identify_model(model)
+    if entry.kind == "missing":
+        return language  # loading it says that there is no such model
+    return resolve_language(language, entry.languages, entry.name)
 
 
 def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | None:
@@ -57,7 +56,5 @@ def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | No
     """
     if not hotwords:
         return None
-    model_type = read_model_type(model)
-    known_model = KNOWN_MODELS.get(model_type)
-    taken = model_type is None or (known_model is not None and known_model.hotwords is not None)
-    return chosen_hotwords(hotwords, taken, str(model))
+    entry = identify_model(model)
+    return resolve_hotwords(hotwords, entry.takes_hotwords or entry.kind == "missing", entry.name)

@@ -27,10 +27,10 @@ from unique_asr.generation import stop_ids
 from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.timestamped import PassRequest, TimestampedRecording
-from unique_asr.models.languages import chosen_hotwords, chosen_language
+from unique_asr.models.languages import resolve_hotwords, resolve_language
 from unique_asr.models.pretrained import find, load
 from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, limit_text_tokens
-from unique_asr.models.pretrained.prompting import prompt_embeds
+from unique_asr.models.pretrained.prompting import embed_prompt
 from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
 from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished
 
@@ -60,7 +60,7 @@ class PretrainedTranscriber(Transcriber):
     ) -> None:
         known_model = find(model)
         if known_model is None:
-            raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
+            raise PipelineError(f"model={model}: is no known speech LLM; see conf/model/")
         self.known_model, self.languages, self.passes = (
             known_model,
             known_model.languages,
@@ -95,8 +95,8 @@ class PretrainedTranscriber(Transcriber):
         if reads is not None:
             raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
         source = open_audio(audio)
-        language = chosen_language(language, self.languages, self.name)
-        hotwords = chosen_hotwords(hotwords, self.known_model.hotwords is not None, self.name)
+        language = resolve_language(language, self.languages, self.name)
+        hotwords = resolve_hotwords(hotwords, self.known_model.hotwords is not None, self.name)
         told = {"prompt": prompt, "language": language, "hotwords": hotwords}
         info = self._describe(source.name, source.duration, self.model, AudioPart.of(source), **told)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
@@ -215,7 +215,7 @@ class PretrainedTranscriber(Transcriber):
     ) -> Tensor:
         """Return the request for samples [S] at 16 kHz as vectors [1, N, hidden], encoded piece by piece."""
         told = prompt, language, keywords, self.passes.encode_windows, progress
-        return prompt_embeds(self.known_model, self.model, self.processor, samples, *told)
+        return embed_prompt(self.known_model, self.model, self.processor, samples, *told)
 
     def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, sequence: Sequence) -> None:
         if sequence is self.decoder and tokens <= sequence.cache.capacity:

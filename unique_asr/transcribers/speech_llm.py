@@ -25,8 +25,9 @@ from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.parallel import ParallelPassRunner
 from unique_asr.longform.passes import PassRunner, State
 from unique_asr.longform.segmentation import SegmentationConfig
-from unique_asr.models import EncodedAudio, load
-from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
+from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.sources import list_shipped_languages
+from unique_asr.models.speech_llm import EncodedAudio, load
 from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
 from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished
 
@@ -66,7 +67,7 @@ class SpeechLLMTranscriber(Transcriber):
         if parallel_passes < 1:
             raise PipelineError(f"parallel_passes={parallel_passes}: give at least 1")
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
-        self.languages, self.parallel_passes = SHIPPED.get(self.name, ()), parallel_passes
+        self.languages, self.parallel_passes = list_shipped_languages(self.name), parallel_passes
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
             self.longform = replace(self.longform, max_pass_seconds=max_pass_seconds)
@@ -96,8 +97,8 @@ class SpeechLLMTranscriber(Transcriber):
         reads: PageReads | None = None,
     ) -> tuple[Iterator[Segment | Pending], TranscriptionInfo]:
         source = open_audio(audio)
-        language = chosen_language(language, self.languages, self.name)
-        chosen_hotwords(hotwords, False, self.name)
+        language = resolve_language(language, self.languages, self.name)
+        resolve_hotwords(hotwords, False, self.name)
         part, told = AudioPart.of(source), {"prompt": prompt, "language": language}
         info = self._describe(source.name, source.duration, self.model.language_model, part, **told)
         encode = partial(self._encode, source, info, progress)

@@ -5,9 +5,9 @@ import pytest
 from unique_asr.models.pretrained.formats import (
     BracketParser,
     JsonParser,
+    ParsedUtterance,
     PlainParser,
     TextStream,
-    Utterance,
     parse_time,
 )
 
@@ -19,14 +19,14 @@ VIBEVOICE = (
 )
 WHOLE = {
     MOSS: [
-        Utterance("Good morning.", 0.0, 1.5, "S01"),
-        Utterance("Good morning, [laughter] Ann.", 1.62, 4.0, "S02"),
-        Utterance("So?", 64.5, 66.0, "S01"),
+        ParsedUtterance("Good morning.", 0.0, 1.5, "S01"),
+        ParsedUtterance("Good morning, [laughter] Ann.", 1.62, 4.0, "S02"),
+        ParsedUtterance("So?", 64.5, 66.0, "S01"),
     ],
     VIBEVOICE: [
-        Utterance("Good morning.", 0.0, 1.5, "S00"),
-        Utterance("", 1.5, 2.0, None),
-        Utterance('She said "no" {twice}, [really].', 2.0, 4.25, "S01"),
+        ParsedUtterance("Good morning.", 0.0, 1.5, "S00"),
+        ParsedUtterance("", 1.5, 2.0, None),
+        ParsedUtterance('She said "no" {twice}, [really].', 2.0, 4.25, "S01"),
     ],
 }
 PARSERS = {MOSS: BracketParser, VIBEVOICE: JsonParser}
@@ -59,7 +59,7 @@ def test_a_cut_anywhere_keeps_the_complete_utterances(text):
 def test_an_utterance_comes_with_its_last_character():
     parser = BracketParser()
     assert parse(parser, "[0.00][S01]Yes.[1.5") == []
-    assert parser.push("]") == [Utterance("Yes.", 0.0, 1.5, "S01")]
+    assert parser.push("]") == [ParsedUtterance("Yes.", 0.0, 1.5, "S01")]
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_an_utterance_comes_with_its_last_character():
     ],
 )
 def test_malformed_brackets(text, expected):
-    assert parse(BracketParser(), text) == [Utterance(*each) for each in expected]
+    assert parse(BracketParser(), text) == [ParsedUtterance(*each) for each in expected]
 
 
 def test_the_last_words_without_an_end_come_at_the_close_only():
     parser = BracketParser()
-    assert parse(parser, "[0][S1]One.[2][2][S1]And so") == [Utterance("One.", 0.0, 2.0, "S01")]
-    assert parser.close() == [Utterance("And so", 2.0, None, "S01")]
+    assert parse(parser, "[0][S1]One.[2][2][S1]And so") == [ParsedUtterance("One.", 0.0, 2.0, "S01")]
+    assert parser.close() == [ParsedUtterance("And so", 2.0, None, "S01")]
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,15 @@ def test_the_last_words_without_an_end_come_at_the_close_only():
 def test_quotes_inside_the_text_of_an_object(broken):
     after = '{"Start":2.0,"End":3.0,"Speaker":0,"Content":"fine"}'
     found = parse(JsonParser(), f"[{broken},{after}]")
-    assert found == [Utterance('a "quoted" word', 1.0, 2.0, "S00"), Utterance("fine", 2.0, 3.0, "S00")]
+    assert found == [ParsedUtterance('a "quoted" word', 1.0, 2.0, "S00"), ParsedUtterance("fine", 2.0, 3.0, "S00")]
 
 
 def test_an_object_beyond_repair_is_left_out():
     after = '{"Start":2.0,"End":3.0,"Speaker":0,"Content":"fine"}'
     for broken in ('{"Start":1.0,"End":', '{"Start":1.0,"End":2.0,"Speaker":0}', '{"Start":1.0,"Content":null}'):
-        assert parse(JsonParser(), f"[{broken},{after}]") == [Utterance("fine", 2.0, 3.0, "S00")]
+        assert parse(JsonParser(), f"[{broken},{after}]") == [ParsedUtterance("fine", 2.0, 3.0, "S00")]
     timeless = '{"Start":"soon","End":2.0,"Content":"when?"}'
-    assert parse(JsonParser(), timeless) == [Utterance("when?", None, None, None)]
+    assert parse(JsonParser(), timeless) == [ParsedUtterance("when?", None, None, None)]
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])

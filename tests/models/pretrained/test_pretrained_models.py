@@ -18,8 +18,9 @@ from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.decoding.memory import read_shape
 from unique_asr.longform.configuration import TimestampedConfig
-from unique_asr.models.pretrained import KNOWN_MODELS, find, load, load_lora, located
+from unique_asr.models.pretrained import KNOWN_MODELS, find, load, load_lora
 from unique_asr.models.pretrained.pass_memory import estimate_pass_memory
+from unique_asr.models.sources import locate_model
 from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
@@ -225,10 +226,10 @@ def test_weights_for_speech_beside_the_model(tmp_path):
 
 
 def test_a_revision_follows_the_name(tmp_path):
-    assert located("owner/model@refs/pr/70") == ("owner/model", {"revision": "refs/pr/70"})
-    assert located("owner/model") == ("owner/model", {})
+    assert locate_model("owner/model@refs/pr/70") == ("owner/model", {"revision": "refs/pr/70"})
+    assert locate_model("owner/model") == ("owner/model", {})
     (tmp_path / "mine@home").mkdir()
-    assert located(tmp_path / "mine@home") == (str(tmp_path / "mine@home"), {})
+    assert locate_model(tmp_path / "mine@home") == (str(tmp_path / "mine@home"), {})
 
 
 def test_the_table_has_every_checkpoint(capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from unique_asr.models.speech_llm.ctc import CTCUnits, ctc_text, ctc_vocabulary
+from unique_asr.models.speech_llm.ctc import CTCUnits, choose_ctc_vocabulary, normalize_ctc_text
 
 UNITS = {"Ġthe": 0, "Ġ": 1, "a": 2, "b": 3, "n": 4, "an": 5, "Ġban": 6, "'": 7, "t": 8}
 
@@ -19,8 +19,8 @@ UNITS = {"Ġthe": 0, "Ġ": 1, "a": 2, "b": 3, "n": 4, "an": 5, "Ġban": 6, "'": 
     ],
 )
 def test_text(text, expected):
-    assert ctc_text(text) == expected
-    assert ctc_text(expected) == expected
+    assert normalize_ctc_text(text) == expected
+    assert normalize_ctc_text(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -36,31 +36,31 @@ def test_text(text, expected):
     ],
 )
 def test_words_are_cut_into_units(text, ids, words):
-    assert CTCUnits(UNITS).ids(text) == (ids, words)
+    assert CTCUnits(UNITS).tokenize(text) == (ids, words)
 
 
 def test_units_without_spaces():
-    assert CTCUnits({"a": 0, "b": 1}).ids("ab A") == ([0, 1, 0], [0, 0, 1])
+    assert CTCUnits({"a": 0, "b": 1}).tokenize("ab A") == ([0, 1, 0], [0, 0, 1])
 
 
 def test_vocabulary_is_the_frequent_tokens_and_all_letters(byte_tokenizer):
     tokenizer = byte_tokenizer()
     tokens = tokenizer.get_vocab()
     letters = {tokens[letter] for letter in "abcdefghijklmnopqrstuvwxyz'"} | {tokens["Ġa"]}
-    everything = ctc_vocabulary(tokenizer)
+    everything = choose_ctc_vocabulary(tokenizer)
     assert set(everything) == letters | {tokens[token] for token in ("th", "the", "Ġthe")}
     assert everything == sorted(everything)
-    assert set(ctc_vocabulary(tokenizer, ["The the. THE, a bathe"], 1)) == letters | {tokens["Ġthe"]}
+    assert set(choose_ctc_vocabulary(tokenizer, ["The the. THE, a bathe"], 1)) == letters | {tokens["Ġthe"]}
     # "ba" + "the": the token inside a word is rarer than " the" and than the letters of "bb"
-    assert tokens["the"] not in ctc_vocabulary(tokenizer, ["the the bathe bb bb"], 3)
-    assert tokens["the"] in ctc_vocabulary(tokenizer, ["the the bathe bb bb"], 10)
+    assert tokens["the"] not in choose_ctc_vocabulary(tokenizer, ["the the bathe bb bb"], 3)
+    assert tokens["the"] in choose_ctc_vocabulary(tokenizer, ["the the bathe bb bb"], 10)
 
 
 def test_the_units_of_a_text_spell_it(tiny):
     _, processor = tiny
     text = "The other day, a man wasn't at the theatre."
-    ids, words = processor.ctc_ids(text)
-    assert processor.tokenizer.decode(ids).replace(" ", "") == ctc_text(text).replace(" ", "")
+    ids, words = processor.tokenize_ctc(text)
+    assert processor.tokenizer.decode(ids).replace(" ", "") == normalize_ctc_text(text).replace(" ", "")
     assert words == sorted(words)
     assert set(words) == set(range(9))
     assert set(ids) <= set(processor.ctc_tokens)

@@ -10,16 +10,16 @@ from transformers import GenerationConfig, GenerationMixin, WhisperConfig, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from unique_asr.models import SpeechLLMForConditionalGeneration, load
-from unique_asr.models.speech_llm.listener import AHEAD, Listener, spikes_after
+from unique_asr.models.speech_llm.listener import LOOKAHEAD_SPIKES, Listener, count_spikes_after
 from unique_asr.models.speech_llm.reading import (
     ALTERNATIVES,
     MAX_PERIOD,
+    MAX_UNHEARD_SPIKES,
     MIN_REPETITION,
-    UNHEARD,
     ForwardPath,
     Heard,
     Reading,
-    repeating,
+    find_repeating,
 )
 
 
@@ -104,7 +104,7 @@ def test_a_reading_that_is_used_again_hears_the_same(listener, states, monkeypat
     expected = [listener(group, unheard=left) for group, left in groups]
     held = Reading(listener, 8, states.shape[1], 20, spikes=True, capture=True)
     monkeypatch.setattr(held, "next", held._step)
-    monkeypatch.setattr(listener, "_reading", lambda states, limit, spikes: held)
+    monkeypatch.setattr(listener, "_prepare_reading", lambda states, limit, spikes: held)
     for (group, left), one in zip(groups, expected):
         again = listener(group, unheard=left)
         assert torch.equal(again.tokens, one.tokens)
@@ -136,7 +136,7 @@ def test_expected_embeddings_are_the_pieces_weighted_by_their_probability(listen
     listener.pieces[:] = -1
     listener.pieces[4, :1] = 7
     listener.pieces[5, :2] = torch.tensor([1, 2])
-    found = listener.expected(torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[4, 5, 6]]), embeddings)
+    found = listener.embed_expected(torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[4, 5, 6]]), embeddings)
     expected = torch.zeros(10)
     expected[[7, 1, 2]] = torch.tensor([0.75, 0.125, 0.125])
     torch.testing.assert_close(found[0], expected)
@@ -161,9 +161,9 @@ def test_a_recording_has_a_position_for_each_token_of_the_kept_part(listening):
     samples = noise(14.0)
     encoded = model.encode([samples], processor)
     positions, offset = [], 0
-    for window, first, last in processor.windows([samples]):
+    for window, first, last in processor.cut_windows([samples]):
         with torch.no_grad():
-            states = model.encoder(**processor.features([window])).last_hidden_state
+            states = model.encoder(**processor.extract_features([window])).last_hidden_state
         heard = model.listener(states)
         frames = heard.frames[0, : heard.counts[0]] // model.config.stack_factor
         positions += [int(frame) - first + offset for frame in frames if first <= frame < last]
@@ -192,13 +192,13 @@ def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     """The row that ends first is kept from ending as often as is allowed, and no other row changes."""
     nothing = lambda latest, vocabulary: torch.zeros(len(latest), vocabulary, dtype=torch.bool)  # noqa: E731
     monkeypatch.setattr(
-        "unique_asr.models.speech_llm.reading.repeating", nothing
+        "unique_asr.models.speech_llm.reading.find_repeating", nothing
     )  # weights at random repeat themselves
-    monkeypatch.setattr("unique_asr.models.speech_llm.listener.AHEAD", ())
+    monkeypatch.setattr("unique_asr.models.speech_llm.listener.LOOKAHEAD_SPIKES", ())
     before = listener(states, limit=30)
     first = int(before.counts.argmin())
     unheard = torch.zeros(len(states), states.shape[1], dtype=torch.long)
-    unheard[first] = UNHEARD + 1
+    unheard[first] = MAX_UNHEARD_SPIKES + 1
     after = listener(states, limit=30, unheard=unheard)
     end = int(before.counts[first])
     assert after.counts[first] > end
@@ -206,14 +206,14 @@ def test_a_window_with_speech_left_goes_on(listener, states, monkeypatch):
     for row in set(range(len(states))) - {first}:
         length = int(before.counts[row])
         assert torch.equal(after.tokens[row, :length], before.tokens[row, :length])
-    unheard[first] = UNHEARD
+    unheard[first] = MAX_UNHEARD_SPIKES
     assert torch.equal(listener(states, limit=30, unheard=unheard).counts, before.counts)
 
 
 def test_spikes_are_counted_to_the_end_of_a_window():
     best = torch.tensor([[0, 1, 1, 0, 2, 2, 1, 0]]) - 1  # 0: blank
     logits = torch.nn.functional.one_hot(best % 3, 3).float()
-    assert spikes_after(logits).tolist() == [[3, 2, 2, 2, 1, 1, 0, 0]]
+    assert count_spikes_after(logits).tolist() == [[3, 2, 2, 2, 1, 1, 0, 0]]
 
 
 def forward_path(scores):
@@ -228,7 +228,7 @@ def forward_path(scores):
 def test_frames_are_the_best_that_never_go_back():
     scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
     path = forward_path(scores)
-    for found, row in zip(path.frames(4), scores):
+    for found, row in zip(path.trace_frames(4), scores):
         assert found.tolist() == sorted(found.tolist())
         paths = itertools.combinations_with_replacement(range(6), 4)
         best = max(sum(row[token, frame] for token, frame in enumerate(frames)) for frames in paths)
@@ -236,7 +236,7 @@ def test_frames_are_the_best_that_never_go_back():
 
 
 def test_one_word_that_looks_far_ahead_does_not_move_the_others():
-    frames = forward_path(torch.eye(8)[[1, 7, 2, 3, 4]][None]).frames(5)[0]
+    frames = forward_path(torch.eye(8)[[1, 7, 2, 3, 4]][None]).trace_frames(5)[0]
     assert frames[[0, 2, 3, 4]].tolist() == [1, 2, 3, 4]
     assert 1 <= frames[1] <= 2
 
@@ -263,14 +263,14 @@ def test_a_third_copy_of_a_repetition_may_not_begin():
     words = latest([1, 2, 3, 4] * 2, list(range(1, 9)), [9] * MIN_REPETITION, [9] * (MIN_REPETITION - 1), long * 2)
     expected = torch.zeros(5, 20, dtype=torch.bool)
     expected[0, 1] = expected[2, 9] = expected[4, 1] = True
-    assert torch.equal(repeating(words, 20), expected)
+    assert torch.equal(find_repeating(words, 20), expected)
 
 
 def test_no_window_repeats_itself_for_long(listener, states):
     def copies(tokens):
         """Whether any window begins a third copy."""
         return any(
-            bool(repeating(latest(row[:end])[:, -2 * MAX_PERIOD :], 60)[0, row[end]])
+            bool(find_repeating(latest(row[:end])[:, -2 * MAX_PERIOD :], 60)[0, row[end]])
             for row in (row[: row.index(STOP)] if STOP in row else row for row in tokens.tolist())
             for end in range(len(row))
         )
@@ -282,17 +282,17 @@ def test_no_window_repeats_itself_for_long(listener, states):
 
 def test_frames_too_far_ahead_are_not_seen(listener, states):
     """Spikes that come later than so many change nothing; what comes after the last one is seen."""
-    unheard = torch.full(states.shape[:2], AHEAD[0] + 50)
+    unheard = torch.full(states.shape[:2], LOOKAHEAD_SPIKES[0] + 50)
     unheard[:, 150:280] = 10
     unheard[:, 280:] = 0
-    before = listener._read(states, 1, unheard, AHEAD[0])
+    before = listener._read(states, 1, unheard, LOOKAHEAD_SPIKES[0])
     changed = states.clone()
     changed[:, 150:280] = states[:, 150:280].flip(0)
-    after = listener._read(changed, 1, unheard, AHEAD[0])
+    after = listener._read(changed, 1, unheard, LOOKAHEAD_SPIKES[0])
     assert torch.equal(before.tokens, after.tokens)
     assert torch.equal(before.hidden, after.hidden)
     changed[:, 280:] = states[:, 280:].flip(0)
-    assert not torch.equal(listener._read(changed, 1, unheard, AHEAD[0]).hidden, after.hidden)
+    assert not torch.equal(listener._read(changed, 1, unheard, LOOKAHEAD_SPIKES[0]).hidden, after.hidden)
     assert not torch.equal(listener(states, limit=8).hidden, listener(changed, limit=8).hidden)
 
 
@@ -309,8 +309,13 @@ def test_what_is_amiss(listener):
     unheard = torch.arange(99, -1, -1).expand(4, -1)
     every = list(range(4, 100, 5))
     cases = every, every[:8] + every[14:], every[:-3], [frame for frame in range(100) for _ in range(2)]
-    assert listener.amiss(reading(*cases), unheard).tolist() == [0, 35 - UNHEARD, 15 - UNHEARD, 200 - 1.5 * 99 - 8]
-    assert listener.amiss(reading([], every), unheard[:2]).tolist() == [99 - UNHEARD, 0]
+    assert listener.count_mismatches(reading(*cases), unheard).tolist() == [
+        0,
+        35 - MAX_UNHEARD_SPIKES,
+        15 - MAX_UNHEARD_SPIKES,
+        200 - 1.5 * 99 - 8,
+    ]
+    assert listener.count_mismatches(reading([], every), unheard[:2]).tolist() == [99 - MAX_UNHEARD_SPIKES, 0]
 
 
 def test_the_best_of_several_readings_stays(listener, monkeypatch):
@@ -318,8 +323,8 @@ def test_the_best_of_several_readings_stays(listener, monkeypatch):
     every, leap = list(range(4, 100, 5)), [0, 60, 65, 70, 75, 80, 85, 90, 95, 99]
     readings = {
         None: {0: every, 1: leap, 2: leap, 3: leap},
-        AHEAD[0]: {1: every, 2: [99], 3: leap[:1]},
-        AHEAD[1]: {2: [0, *range(50, 100, 5)], 3: [99]},
+        LOOKAHEAD_SPIKES[0]: {1: every, 2: [99], 3: leap[:1]},
+        LOOKAHEAD_SPIKES[1]: {2: [0, *range(50, 100, 5)], 3: [99]},
     }
     seen = []
 
@@ -333,4 +338,4 @@ def test_the_best_of_several_readings_stays(listener, monkeypatch):
     found = [frames[:count].tolist() for frames, count in zip(heard.frames, heard.counts)]
     assert found == [every, every, [0, *range(50, 100, 5)], leap]
     assert [row.tolist().index(STOP) if STOP in row else len(row) for row in heard.tokens] == heard.counts.tolist()
-    assert seen == [(None, [0, 1, 2, 3]), (AHEAD[0], [1, 2, 3]), (AHEAD[1], [2, 3])]
+    assert seen == [(None, [0, 1, 2, 3]), (LOOKAHEAD_SPIKES[0], [1, 2, 3]), (LOOKAHEAD_SPIKES[1], [2, 3])]

@@ -52,7 +52,7 @@ def test_the_kept_frames_of_all_windows_are_those_of_the_recording(tiny, seconds
     _, processor = tiny
     samples = np.arange(int(seconds * 16000), dtype=np.float32)
     places = []
-    for window, first, last in processor.windows([samples]):
+    for window, first, last in processor.cut_windows([samples]):
         assert len(window) <= 6 * 16000
         places += window[first * FRAME : last * FRAME : FRAME].tolist()
     assert places == list(range(0, len(samples), FRAME))
@@ -61,8 +61,8 @@ def test_the_kept_frames_of_all_windows_are_those_of_the_recording(tiny, seconds
 def test_window_spans_are_those_of_windows(tiny):
     _, processor = tiny
     samples = noise(17.3)
-    spans = processor.window_spans(len(samples))
-    windows = list(processor.windows([samples]))
+    spans = processor.list_window_spans(len(samples))
+    windows = list(processor.cut_windows([samples]))
     assert [(first, last) for _, _, first, last in spans] == [(first, last) for _, first, last in windows]
     for (start, end, _, _), (window, _, _) in zip(spans, windows, strict=True):
         assert np.array_equal(samples[start:end], window)
@@ -99,7 +99,7 @@ def test_encoded_audio_covers_the_recording(speech_llm, merge):
 def test_windows_encoded_together_are_those_encoded_one_by_one(tiny):
     model, processor = tiny
     samples = noise(13.21)
-    (group,) = processor.window_batches(processor.windows([samples]), 8)
+    (group,) = processor.batch_windows(processor.cut_windows([samples]), 8)
     with torch.no_grad():
         together = model.join_windows(model.encode_windows(group.features), group.spans, group.duration)
     assert_same_audio(together, model.encode([samples], processor))
@@ -128,9 +128,9 @@ def test_ctc_log_probs_are_the_heads(tiny):
     samples = noise(4)
     encoded = model.encode([samples], processor)
     with torch.no_grad():
-        logits = model.encode_windows(processor.features([samples])).logits[0, :50]
+        logits = model.encode_windows(processor.extract_features([samples])).logits[0, :50]
     expected = logits.log_softmax(-1)
-    log_probs = model.ctc_log_probs(encoded, model.ctc_tokens)
+    log_probs = model.compute_ctc_log_probs(encoded, model.ctc_tokens)
     torch.testing.assert_close(log_probs, expected[:, :-1])
     torch.testing.assert_close(encoded.blank_log_prob, expected[:, -1])
     torch.testing.assert_close(encoded.best_log_prob, expected.amax(-1))
@@ -166,7 +166,7 @@ def test_frames_merge_at_spikes(speech_llm, path, kept, firsts):
     model, _ = speech_llm(merge_frames=4)
     keep = torch.zeros(1, len(path), dtype=torch.bool)
     keep[0, kept[0] : kept[1]] = True
-    positions = model.projector.positions(hand_made(path), keep, LETTERS)
+    positions = model.projector.make_positions(hand_made(path), keep, LETTERS)
     assert positions.frames.tolist() == firsts
     assert positions.counts.tolist() == [len(firsts)]
     for row, (start, end) in enumerate(zip(firsts, [*firsts[1:], kept[1]], strict=True)):
@@ -181,7 +181,7 @@ def test_no_merge_keeps_every_frame(speech_llm):
     path = "_aab__cc"
     keep = torch.ones(1, len(path), dtype=torch.bool)
     keep[0, :2] = False
-    positions = model.projector.positions(hand_made(path), keep, LETTERS)
+    positions = model.projector.make_positions(hand_made(path), keep, LETTERS)
     assert positions.frames.tolist() == list(range(2, 8))
     assert positions.hidden[:, 0].tolist() == list(range(2, 8))
 
@@ -192,8 +192,10 @@ def test_windows_merge_independently(speech_llm):
     both = Frames(*(torch.cat([getattr(f, name) for f in (one, other)]) for name in ("hidden", "ctc", "logits")))
     keep = torch.ones(2, 6, dtype=torch.bool)
     keep[1, 5] = False
-    positions = model.projector.positions(both, keep, LETTERS)
-    parts = [model.projector.positions(frames, keep[row : row + 1], LETTERS) for row, frames in enumerate((one, other))]
+    positions = model.projector.make_positions(both, keep, LETTERS)
+    parts = [
+        model.projector.make_positions(frames, keep[row : row + 1], LETTERS) for row, frames in enumerate((one, other))
+    ]
     assert positions.counts.tolist() == [3, 2]
     for name in ("expected", "hidden", "frames"):
         assert torch.equal(getattr(positions, name), torch.cat([getattr(part, name) for part in parts]))
@@ -205,14 +207,16 @@ def test_the_residual_starts_at_zero(tiny):
     assert isinstance(model.projector.residual, Residual)
     assert not any(parameter.any() for parameter in model.projector.residual.parameters())
     with torch.no_grad():
-        frames = model.encode_windows(processor.features([noise(3)]))
-        positions = model.window_positions(frames, torch.tensor([[0, 38]]))
+        frames = model.encode_windows(processor.extract_features([noise(3)]))
+        positions = model.make_positions(frames, torch.tensor([[0, 38]]))
         embeds = model.embed_positions(positions)
         table = model.get_input_embeddings().weight[model.ctc_tokens]
         torch.testing.assert_close(embeds, positions.expected)
-        weights = model.projector.positions(frames, torch.ones(1, 75, dtype=torch.bool), torch.eye(len(table))).expected
+        weights = model.projector.make_positions(
+            frames, torch.ones(1, 75, dtype=torch.bool), torch.eye(len(table))
+        ).expected
         assert (weights.sum(-1) <= 1 + 1e-6).all()
-        kept = (model.projector.positions(frames, torch.arange(75)[None] < 38, torch.eye(len(table)))).expected
+        kept = (model.projector.make_positions(frames, torch.arange(75)[None] < 38, torch.eye(len(table)))).expected
         torch.testing.assert_close(positions.expected, kept @ table)
 
 
@@ -221,10 +225,12 @@ def test_the_residual_starts_at_zero(tiny):
 
 def test_prompts_and_formats(tiny):
     _, processor = tiny
-    before, after = processor.prompt()
+    before, after = processor.tokenize_prompt()
     assert processor.decode(before, return_format="raw") == "<|im_start|>user\n"
     assert processor.decode(after, return_format="raw") == "<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.decode(processor.prompt("lower case")[1], return_format="raw").startswith("lower case<|im_end|>")
+    assert processor.decode(processor.tokenize_prompt("lower case")[1], return_format="raw").startswith(
+        "lower case<|im_end|>"
+    )
     ids = processor(text=" the end")["input_ids"] + [processor.end_token_id]
     assert processor.decode(ids, return_format="raw") == " the end<|im_end|>"
     assert processor.decode(ids) == "the end"
@@ -248,7 +254,7 @@ def test_a_batch_of_two_lengths_generates_what_each_alone_does(tiny):
 def test_generate_reads_the_positions_of_encode(tiny):
     model, processor = tiny
     samples = noise(10.3)
-    (audio,) = model.audio_embeds(**without_text(processor(samples)))
+    (audio,) = model.embed_audio(**without_text(processor(samples)))
     torch.testing.assert_close(audio, model.encode([samples], processor).embeds)
 
 
@@ -318,7 +324,7 @@ def test_saved_and_loaded_is_the_same(speech_llm, tmp_path):
     assert isinstance(reader, SpeechLLMProcessor)
     assert (config.merge_frames, config.margin_seconds, config.max_pass_seconds) == (7, 0.5, 99.0)
     assert config.audio_token_id == reader.audio_token_id
-    assert reader.ctc_ids("The End!") == processor.ctc_ids("The End!")
+    assert reader.tokenize_ctc("The End!") == processor.tokenize_ctc("The End!")
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -389,7 +395,7 @@ def test_any_encoder_composes_and_runs(kind, byte_tokenizer, tmp_path):
     batch = processor([samples, samples[:48_000]])
     assert model.generate(**batch, max_new_tokens=3).shape[0] == 2
     features = without_text(batch)
-    for together, recording in zip(model.audio_embeds(**features), (samples, samples[:48_000]), strict=True):
+    for together, recording in zip(model.embed_audio(**features), (samples, samples[:48_000]), strict=True):
         alone = model.encode([recording], processor).embeds
         certain = len(alone) - 1  # beside a longer window, the last frame may be one of padding
         torch.testing.assert_close(together[:certain], alone[:certain])
@@ -413,7 +419,7 @@ def test_context_layers_let_frames_see_one_another(speech_llm, tmp_path):
     changed[0, :4] += 1  # the first stacked frame
     moved = {}
     for name, found in (("plain", plain), ("context", model)):
-        directions = found.ctc_embeddings()[1]
+        directions = found.get_ctc_embeddings()[1]
         with torch.no_grad():
             before, after = found.projector(states, directions), found.projector(changed, directions)
         moved[name] = (before.logits != after.logits).any(-1)[0]
@@ -427,7 +433,7 @@ def test_context_layers_let_frames_see_one_another(speech_llm, tmp_path):
 
 def test_context_layers_drop_out_only_while_they_train(speech_llm):
     model, _ = speech_llm(context_layers=1, context_dropout=0.5)
-    states, directions = torch.randn(1, 40, 32), model.ctc_embeddings()[1]
+    states, directions = torch.randn(1, 40, 32), model.get_ctc_embeddings()[1]
     found = {}
     with torch.no_grad():
         for training in (True, False):

@@ -11,11 +11,11 @@ import torch
 from unique_asr.models import ModelError, SpeechLLMForConditionalGeneration, load
 from unique_asr.models.speech_llm.packing import (
     INDEX,
-    bits_of,
     dequantize,
+    find_bits,
     load_packed,
     quantize,
-    rounded,
+    round_to_bits,
     save_packed,
     save_packed_changes,
     save_packed_model,
@@ -119,7 +119,7 @@ def test_a_packed_model_loads_nearly_equal(packed):
     assert settings(loaded.config.to_dict()) == settings(model.config.to_dict())
     assert torch.equal(loaded.ctc_tokens, model.ctc_tokens)
     assert reader.ctc_tokens == processor.ctc_tokens
-    assert reader.prompt() == processor.prompt()
+    assert reader.tokenize_prompt() == processor.tokenize_prompt()
     output = loaded.get_output_embeddings().weight
     assert output is loaded.get_input_embeddings().weight
 
@@ -148,7 +148,7 @@ def test_changed_weights_alone_are_packed_again(packed, tmp_path):
     assert before.keys() == after.keys()
     torch.testing.assert_close(after.pop(name), 2 * before.pop(name))
     assert all(torch.equal(value, before[other]) for other, value in after.items())
-    assert load(tmp_path, device="cpu")[1].prompt() == load(folder, device="cpu")[1].prompt()
+    assert load(tmp_path, device="cpu")[1].tokenize_prompt() == load(folder, device="cpu")[1].tokenize_prompt()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -258,10 +258,10 @@ def test_no_model_is_made_of_defaults(broken, harm, monkeypatch):
 def test_rounding_is_what_packing_keeps(bits):
     weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
     weight[2, 32:64] = 0.0
-    assert torch.equal(rounded(weight, bits), dequantize(*quantize(weight, bits), bits))
-    assert not torch.equal(rounded(weight, bits), weight)
+    assert torch.equal(round_to_bits(weight, bits), dequantize(*quantize(weight, bits), bits))
+    assert not torch.equal(round_to_bits(weight, bits), weight)
 
 
 def test_the_longest_prefix_tells_the_bits():
     bits = {"encoder": 5, "encoder.layers.0": 8}
-    assert [bits_of(name, bits) for name in ("encoder.layers.0.fc1", "encoder.conv1", "decoder")] == [8, 5, None]
+    assert [find_bits(name, bits) for name in ("encoder.layers.0.fc1", "encoder.conv1", "decoder")] == [8, 5, None]

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from unique_asr.models.speech_llm.modeling import prefetched
+from unique_asr.models.speech_llm.modeling import prefetch
 
 
 def test_the_next_item_is_made_meanwhile():
@@ -15,10 +15,10 @@ def test_the_next_item_is_made_meanwhile():
             event.set()
             yield index
 
-    for index, item in enumerate(prefetched(items())):
+    for index, item in enumerate(prefetch(items())):
         assert item == index
         assert all(event.wait(10) for event in made[: index + 2])
-    assert list(prefetched(iter([]))) == []
+    assert list(prefetch(iter([]))) == []
 
 
 def test_an_error_comes_after_what_was_made_before_it():
@@ -27,7 +27,7 @@ def test_an_error_comes_after_what_was_made_before_it():
         yield 2
         raise ValueError("the file is damaged")
 
-    made = prefetched(items())
+    made = prefetch(items())
     assert [next(made), next(made)] == [1, 2]
     with pytest.raises(ValueError, match="damaged"):
         next(made)
@@ -41,7 +41,7 @@ def test_no_more_is_made_for_one_that_stops():
             made.append(index)
             yield index
 
-    some = prefetched(items())
+    some = prefetch(items())
     next(some)
     some.close()
     assert len(made) <= 2

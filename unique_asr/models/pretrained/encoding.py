@@ -1,7 +1,7 @@
-"""From a processor's tensors to audio embeddings, a bounded piece at a time: the same vectors as all at once.
+"""Encoding the tensors of a processor into audio embeddings, a bounded piece at a time; all at once gives the same.
 
 A family cuts the audio inputs where its encoder does not look across: Whisper's windows are rows, Qwen3-ASR attends
-within windows of 8 s, VibeVoice carries its convolutions' state itself. The others hear a pass as one piece.
+within windows of 8 s, VibeVoice carries its convolutions' state itself. The others encode a pass as one piece.
 """
 
 from __future__ import annotations
@@ -17,41 +17,44 @@ Inputs = dict[str, Tensor]
 
 
 class AudioEncoding:
-    """One piece for the whole pass; `names` are the processor's tensors that the encoder takes."""
+    """How a family encodes audio; this one as a single piece. names: the processor's tensors for the encoder."""
 
     names: tuple[str, ...] = ("input_features", "input_features_mask")
 
-    def pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
-        """The audio inputs in pieces of about `windows` encoder windows."""
+    def cut_pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
+        """Cut the audio inputs into pieces of about `windows` encoder windows."""
         return [{name: inputs[name] for name in self.names if name in inputs}]
 
-    def features(self, model: Any, piece: Inputs) -> Tensor:
-        """Embeddings [N, hidden] of the audio positions of a piece."""
+    def embed(self, model: Any, piece: Inputs) -> Tensor:
+        """Compute the embeddings [N, hidden] of the audio positions of a piece."""
         output = model.get_audio_features(**piece).pooler_output
         return output.reshape(-1, output.shape[-1])
 
-    def audio_token(self, config: Any) -> int:
+    def get_audio_token(self, config: Any) -> int:
+        """Get the placeholder of an audio position from the model's configuration."""
         return config.audio_token_id
 
 
-class Rows(AudioEncoding):
-    """A row of the inputs is a window of its own, as in Whisper's encoder."""
+class WindowRows(AudioEncoding):
+    """Each row of the inputs is a window of its own, as in Whisper's encoder."""
 
-    def pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
+    def cut_pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
         rows = len(inputs[self.names[0]])
-        whole = super().pieces(model, inputs, windows)[0]
+        whole = super().cut_pieces(model, inputs, windows)[0]
         parts = (slice(start, start + windows) for start in range(0, rows, windows))
         return [{name: value[part] if len(value) == rows else value for name, value in whole.items()} for part in parts]
 
 
-class MossRows(Rows):
+class MossRows(WindowRows):
+    """Rows with a padding mask."""
+
     names = ("input_features", "input_features_mask", "padding_mask")
 
 
 class Qwen3Windows(AudioEncoding):
-    """Attention within windows of `n_window_infer` mel frames: [1, mel, T] is cut at multiples of them."""
+    """An encoder that attends within windows of `n_window_infer` mel frames; [1, mel, T] is cut at multiples."""
 
-    def pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
+    def cut_pieces(self, model: Any, inputs: Inputs, windows: int) -> list[Inputs]:
         mask = inputs["input_features_mask"]
         if len(mask) > 1:
             raise ValueError("audio is encoded one recording at a time; give a batch to generate() itself")
@@ -64,12 +67,12 @@ class Qwen3Windows(AudioEncoding):
         return [{"input_features": features[..., part], "input_features_mask": mask[:, part]} for part in parts]
 
 
-class Qwen2AudioRows(Rows):
-    """Its encoder has no get_audio_features: this is what its forward does with the inputs."""
+class Qwen2AudioRows(WindowRows):
+    """A model without `get_audio_features`; this is what its `forward` does with the inputs."""
 
     names = ("input_features", "feature_attention_mask")
 
-    def features(self, model: Any, piece: Inputs) -> Tensor:
+    def embed(self, model: Any, piece: Inputs) -> Tensor:
         tower, features = model.model.audio_tower, piece["input_features"]
         lengths, positions = tower._get_feat_extract_output_lengths(piece["feature_attention_mask"].sum(-1))
         frames = torch.arange((features.shape[-1] - 2) // 2 + 1, device=features.device)
@@ -82,60 +85,83 @@ class Qwen2AudioRows(Rows):
 
 
 class GranitePiece(AudioEncoding):
-    """Its mask selects among the projector's positions, which come in groups."""
+    """A model whose mask selects among the projector's positions, which come in groups."""
 
-    def features(self, model: Any, piece: Inputs) -> Tensor:
+    def embed(self, model: Any, piece: Inputs) -> Tensor:
         output = model.get_audio_features(piece["input_features"].to(model.dtype)).pooler_output
         mask = piece.get("input_features_mask")
         return output.flatten(0, 1) if mask is None else output[mask.bool()]
 
 
 class VibeVoicePiece(AudioEncoding):
-    """Encodes 60 s at a time by itself; without the noise that it adds for training, so that runs repeat."""
+    """An encoder that works on 60 s at a time by itself; without its noise for training, so that runs repeat."""
 
     names = ("input_values", "padding_mask")
 
-    def features(self, model: Any, piece: Inputs) -> Tensor:
+    def embed(self, model: Any, piece: Inputs) -> Tensor:
         config = model.config.acoustic_tokenizer_encoder_config
         noise, config.vae_std = config.vae_std, 0.0
         try:
-            return super().features(model, piece)
+            return super().embed(model, piece)
         finally:
             config.vae_std = noise
 
 
 class Phi4Piece(AudioEncoding):
-    """The audio branch of an embedding layer that puts its vectors in place itself."""
+    """The audio branch of an embedding layer that inserts its vectors itself."""
 
     names = ("audio_input_features", "audio_embed_sizes", "audio_attention_mask")
 
-    def features(self, model: Any, piece: Inputs) -> Tensor:
+    def embed(self, model: Any, piece: Inputs) -> Tensor:
         sizes = piece["audio_embed_sizes"]
         total = int(sizes.sum())
-        token = self.audio_token(model.config)
+        token = self.get_audio_token(model.config)
         ids = torch.full((1, total), token, device=model.device)
         embeds = torch.zeros(1, total, model.config.hidden_size, dtype=model.dtype, device=model.device)
         return model.model.embed_tokens_extend(ids, embeds, **piece)[0]
 
-    def audio_token(self, config: Any) -> int:
+    def get_audio_token(self, config: Any) -> int:
         return config.audio_config.audio_token_id
 
 
 def encode(encoding: AudioEncoding, model: Any, inputs: Inputs, windows: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Audio embeddings [N, hidden] of one piece after the other, with the pieces done and their number."""
-    pieces = encoding.pieces(model, inputs, windows)
+    """Encode a pass piece by piece.
+
+    Args:
+        encoding: of the family of the model.
+        model: of transformers.
+        inputs: tensors of the processor.
+        windows: encoder windows of a piece.
+
+    Yields:
+        Audio embeddings [N, hidden] of a piece, the number of pieces that are done, and the number of all.
+    """
+    pieces = encoding.cut_pieces(model, inputs, windows)
     for done, piece in enumerate(pieces, start=1):
         moved = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in piece.items()
         }
-        yield encoding.features(model, moved), done, len(pieces)
+        yield encoding.embed(model, moved), done, len(pieces)
 
 
-def insert(encoding: AudioEncoding, model: Any, input_ids: Tensor, features: list[Tensor]) -> Tensor:
-    """[1, N, hidden]: the prompt's embeddings with the audio's in the places of its placeholders."""
+def insert_audio(encoding: AudioEncoding, model: Any, input_ids: Tensor, features: list[Tensor]) -> Tensor:
+    """Put audio embeddings in the place of the placeholders of a prompt.
+
+    Args:
+        encoding: of the family of the model.
+        model: of transformers.
+        input_ids: of the prompt, [1, N].
+        features: what `encode` yields, each [M, hidden].
+
+    Returns:
+        Embeddings [1, N, hidden].
+
+    Raises:
+        ValueError: there are more or fewer placeholders than audio positions.
+    """
     ids = input_ids.to(model.device)
-    places = ids == encoding.audio_token(model.config)
+    places = ids == encoding.get_audio_token(model.config)
     embeds = model.get_input_embeddings()(ids.masked_fill(places, 0))
     found = sum(map(len, features))
     if int(places.sum()) != found:

@@ -1,7 +1,7 @@
-"""What speech LLMs write, read as it is written: pieces of text in, complete utterances out; and written, to train on.
+"""Reading the answers of speech LLMs while they are written, and writing such answers, to train on.
 
-A parser is fed the text of each token and gives out an utterance as soon as it is complete, so that whatever follows (a
-cut, a loop, a malformed tail) cannot take it back. What is not complete stays in `tail`.
+A parser gets the text of each token and returns an utterance as soon as it is complete, so that nothing that follows (a
+cut, a loop, a malformed end) can undo it. What is not complete stays in `tail`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHARACTER_TOKENS = 8  # tokens after which a broken character is given out as it is
+CHARACTER_TOKENS = 8  # tokens after which an incomplete character is returned as it is
 
 
 @dataclass
-class Utterance:
-    """A piece of a transcript; seconds from the beginning of the pass, None where the model gives none."""
+class ParsedUtterance:
+    """A piece of a transcript. Times are seconds from the beginning of the pass, None where the model gives none."""
 
     text: str  # empty for sounds that are not speech
     start: float | None = None
@@ -27,14 +27,15 @@ class Utterance:
 
 
 class TextStream:
-    """The text of each token, decoded with what is before it; a character of several tokens comes with its last."""
+    """Decodes tokens one by one, each with those before it; a character of several tokens comes with its last one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = self._read = 0  # ids[context:read] are shown, as context for the ids after them
+        self._context = self._read = 0  # ids[context:read] are returned, and context of the ids after them
 
     def push(self, token: int) -> str:
+        """Add a token id and return the text that it completes."""
         self._ids.append(token)
         shown, text = self._decode(self._read), self._decode(len(self._ids))
         if text.endswith("\ufffd") and len(self._ids) - self._read < CHARACTER_TOKENS:
@@ -43,7 +44,7 @@ class TextStream:
         return text[len(shown) :]
 
     def flush(self) -> str:
-        """What is left of a character at the end of the text."""
+        """Return what is left of an incomplete character at the end."""
         shown, text = self._decode(self._read), self._decode(len(self._ids))
         self._context = self._read = len(self._ids)
         return text[len(shown) :]
@@ -54,29 +55,29 @@ class TextStream:
 
 
 class Parser(ABC):
-    """Reads one answer of a model."""
+    """A reader of one answer of a model."""
 
     timed = True  # whether utterances have times
 
     def __init__(self) -> None:
-        self.tail = ""  # text not given out yet
+        self.tail = ""  # text of no complete utterance yet
 
-    def push(self, text: str) -> list[Utterance]:
-        """The utterances that this text completes."""
+    def push(self, text: str) -> list[ParsedUtterance]:
+        """Add text and return the utterances that it completes."""
         self.tail += text
         return [utterance for utterance in self._read() if utterance is not None]
 
-    def close(self) -> list[Utterance]:
-        """The utterances left at the end of a whole answer; after a cut, leave them."""
+    def close(self) -> list[ParsedUtterance]:
+        """Return the utterances that are left at the end of a whole answer. After a cut answer, do not call it."""
         return []
 
     @staticmethod
     @abstractmethod
-    def write(utterances: Sequence[Utterance]) -> str:
-        """The answer that is read as these utterances."""
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
+        """Write the answer that is read as these utterances."""
 
     @abstractmethod
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         """Take complete utterances off the beginning of `tail`."""
 
 
@@ -84,13 +85,13 @@ class BracketParser(Parser):
     """`[0.00][S01]Hello there.[7.56][7.60][S02]...` of MOSS-Transcribe-Diarize.
 
     Brackets around anything but a time or a speaker are text. An utterance without a start begins where the one before
-    it ends; one without an end is given out without.
+    it ends; one without an end keeps none.
     """
 
     _MARK = re.compile(r"\[\s*(?:(?P<time>\d+(?:[:.]\d+)*)|S(?P<speaker>\d+))\s*\]")
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         return "".join(f"[{each.start:.2f}][{each.speaker or 'S01'}]{each.text}[{each.end:.2f}]" for each in utterances)
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class BracketParser(Parser):
         self._last_end = 0.0
         self._text = ""
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         while mark := self._MARK.search(self.tail):
             self._text += self.tail[: mark.start()]
             self.tail = self.tail[mark.end() :]
@@ -115,14 +116,14 @@ class BracketParser(Parser):
                     yield self._take(None)
                 self._speaker = f"S{int(mark['speaker']):02}"
 
-    def close(self) -> list[Utterance]:
+    def close(self) -> list[ParsedUtterance]:
         self._text += self.tail
         self.tail = ""
         return [self._take(None)] if self._text.strip() else []
 
-    def _take(self, end: float | None) -> Utterance:
+    def _take(self, end: float | None) -> ParsedUtterance:
         start = self._last_end if self._start is None else self._start
-        utterance = Utterance(" ".join(self._text.split()), start, end if end is None else max(start, end))
+        utterance = ParsedUtterance(" ".join(self._text.split()), start, end if end is None else max(start, end))
         utterance.speaker = self._speaker
         self._last_end = start if utterance.end is None else utterance.end
         self._start, self._speaker, self._text = None, None, ""
@@ -132,8 +133,8 @@ class BracketParser(Parser):
 class JsonParser(Parser):
     """`[{"Start":0.0,"End":7.56,"Speaker":0,"Content":"Hello there."}, ...` of VibeVoice-ASR.
 
-    Each object is read by itself. In a malformed one, with quotes in its text for instance, the fields are looked for;
-    if that fails too it is left out, and reading goes on with the next. `[Silence]` and the like are empty utterances.
+    Each object is read by itself. In a malformed one, with quotes in its text for instance, the fields are searched; if
+    that fails too it is left out, and reading goes on with the next one. `[Silence]` and the like are empty utterances.
     """
 
     _BEGIN = re.compile(r'\{\s*"(?:Start|End|Speaker|Content)"')
@@ -142,7 +143,7 @@ class JsonParser(Parser):
     _SOUND = re.compile(r"\[[^\[\]]*\]")
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         fields = [
             {
                 "Start": round(each.start, 2),
@@ -154,7 +155,7 @@ class JsonParser(Parser):
         ]
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         while begin := self._BEGIN.search(self.tail):
             following = self._BEGIN.search(self.tail, begin.end())
             limit = following.start() if following else len(self.tail)
@@ -169,7 +170,7 @@ class JsonParser(Parser):
                     return
                 self.tail = self.tail[limit:]
 
-    def _utterance(self, text: str) -> Utterance | None:
+    def _utterance(self, text: str) -> ParsedUtterance | None:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError:
@@ -184,7 +185,7 @@ class JsonParser(Parser):
         if not isinstance(fields.get("Content"), str):
             return None
         text = " ".join(fields["Content"].split())
-        utterance = Utterance("" if self._SOUND.fullmatch(text) else text)
+        utterance = ParsedUtterance("" if self._SOUND.fullmatch(text) else text)
         try:
             times = [None if fields.get(name) is None else parse_time(fields[name]) for name in ("Start", "End")]
         except ValueError:
@@ -198,7 +199,7 @@ class JsonParser(Parser):
 
 
 class PlainParser(Parser):
-    """Text without times, a sentence at a time; what frames it (`language English<asr_text>`, quotes) is taken off."""
+    """Text without times, a sentence at a time; a frame (`language English<asr_text>`, quotes) is removed."""
 
     timed = False
     _SENTENCE = re.compile(r"[.?!…]+[\"'”’)]*\s+|[。？！]+")
@@ -210,7 +211,7 @@ class PlainParser(Parser):
     _LONGEST_FRAME = 60  # characters
 
     @staticmethod
-    def write(utterances: Sequence[Utterance]) -> str:
+    def write(utterances: Sequence[ParsedUtterance]) -> str:
         return " ".join(each.text for each in utterances)
 
     def __init__(self) -> None:
@@ -218,13 +219,13 @@ class PlainParser(Parser):
         self._begun = False
         self._quote = ""  # the one that opens the whole answer
 
-    def _read(self) -> Iterator[Utterance | None]:
+    def _read(self) -> Iterator[ParsedUtterance | None]:
         if not self._begun and not self._begin(final=False):
             return
         while sentence := self._SENTENCE.search(self.tail):
             yield self._take(sentence.end())
 
-    def close(self) -> list[Utterance]:
+    def close(self) -> list[ParsedUtterance]:
         if not self._begun:
             self._begin(final=True)
         if self._quote:
@@ -234,7 +235,7 @@ class PlainParser(Parser):
         return utterances
 
     def _begin(self, final: bool) -> bool:
-        """Take the frame off; False if more text is needed to tell."""
+        """Remove the frame; False if more text is needed to tell."""
         frame = self._FRAME.match(self.tail)
         if frame is None:
             text = self.tail.lstrip().lower()
@@ -250,11 +251,11 @@ class PlainParser(Parser):
         self._begun = True
         return True
 
-    def _take(self, end: int) -> Utterance:
+    def _take(self, end: int) -> ParsedUtterance:
         text, self.tail = self.tail[:end], self.tail[end:]
-        return Utterance(" ".join(text.split()))
+        return ParsedUtterance(" ".join(text.split()))
 
 
 def parse_time(value: str | float) -> float:
-    """Seconds of 7.56, "7.56", "1:23" or "01:02:03"."""
+    """Read seconds from 7.56, "7.56", "1:23" or "01:02:03". Raises ValueError for anything else."""
     return sum(float(part) * 60**power for power, part in enumerate(reversed(str(value).strip().split(":"))))

@@ -1,4 +1,4 @@
-"""The vectors that a model reads before its answer: its request, with the audio encoded a bounded piece at a time."""
+"""Embedding the request that a model reads before its answer, with the audio encoded a bounded piece at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from torchaudio.functional import resample
 
 from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, KnownModel
-from unique_asr.models.pretrained.encoding import encode, insert
+from unique_asr.models.pretrained.encoding import encode, insert_audio
 
 
-def prompt_embeds(
+def embed_prompt(
     known_model: KnownModel,
     model: Any,
     processor: Any,
@@ -25,9 +25,23 @@ def prompt_embeds(
     windows: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """[1, N, hidden] of samples [S] at 16 kHz; gradients reach what trains of the encoder and the projector.
+    """Embed the request for the transcript of a pass. Gradients reach the encoder and the projector where they train.
 
-    windows: about so many of the encoder's are encoded at once; progress: is told the pieces done and their number.
+    Args:
+        known_model: entry of the model in the catalogue.
+        model, processor: of transformers.
+        samples: float32 [n] at 16 kHz.
+        prompt: an instruction, or text as context.
+        language: code of the spoken language, if the model can be told.
+        keywords: words to expect, for models that take keywords.
+        windows: encoder windows that are encoded at once, about.
+        progress: called with the number of pieces that are done and of all.
+
+    Returns:
+        Embeddings [1, N, hidden].
+
+    Raises:
+        ValueError: the processor cut audio that is longer than it knows.
     """
     if known_model.sample_rate != SAMPLE_RATE:
         samples = resample(torch.from_numpy(samples), SAMPLE_RATE, known_model.sample_rate).numpy()
@@ -38,4 +52,4 @@ def prompt_embeds(
         features.append(piece)
         if progress:
             progress(done, total)
-    return insert(known_model.encoding, model, torch.as_tensor(inputs["input_ids"]), features)
+    return insert_audio(known_model.encoding, model, torch.as_tensor(inputs["input_ids"]), features)

@@ -1,4 +1,4 @@
-"""Configuration of a speech LLM: an audio encoder, a projector and an LLM decoder."""
+"""The configuration of a speech LLM: an audio encoder, a projector and a causal LM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 
 class SpeechLLMConfig(PretrainedConfig):
-    """Composes any transformers audio encoder with any transformers causal LM.
+    """Configuration of a speech LLM of any audio encoder and any causal LM of transformers.
 
     Args:
         audio_config: configuration of the encoder (Whisper, wav2vec2-BERT, Parakeet ...).
@@ -16,17 +16,20 @@ class SpeechLLMConfig(PretrainedConfig):
         encoder_frame_seconds: seconds between two output frames of the encoder (Whisper: 0.02).
         stack_factor: encoder frames that the projector stacks into one frame.
         projector_size: hidden width of the projector.
-        context_layers: transformer layers in the projector, over the frames of a window; 0: each frame by itself.
-        context_dropout: of these layers, while they train.
+        context_layers: transformer layers in the projector, over the frames of a window; 0: none.
+        context_dropout: dropout of these layers in training.
         merge: `ctc` merges the frames between two CTC spikes into one position of the LLM, `none` keeps every frame,
-            `decoder` gives a position to each token that Whisper's own decoder hears.
-        listener: for `decoder`: prompt, stop, heads and suppressed, as in `Listener`.
+            `decoder` makes a position of each token that Whisper's own decoder writes.
+        listener: for `decoder`: `prompt`, `stop`, `heads` and `suppressed`, as in `Listener`.
         ctc_vocabulary_size: number of tokens that the CTC head may emit; None: all of the LLM's.
-        merge_frames: longest run of frames that one merged position covers.
-        window_seconds: audio that the encoder sees at once; longer recordings are encoded window by window.
-        margin_seconds: context at each inner end of a window, encoded with it and then dropped.
+        merge_frames: frames that one merged position covers, at most.
+        window_seconds: audio that the encoder gets at once; longer recordings are encoded window by window.
+        margin_seconds: audio at each inner end of a window that is encoded as context and then dropped.
         audio_token_id: the prompt's placeholder for the whole recording.
-        max_pass_seconds: longest audio for one pass of the LLM, from its training.
+        max_pass_seconds: audio in one pass of the LLM, at most; what it was trained for.
+
+    Raises:
+        ValueError: `merge` is unknown or lacks what it needs, or a window is no whole number of stacked frames.
     """
 
     model_type = "unique_speech_llm"

@@ -16,22 +16,22 @@ from typing import Any
 SPACES = "Ġ▁"  # how tokenizers of bytes and of sentences write the space before a word
 
 
-def ctc_text(text: str) -> str:
-    """Lower-case ASCII letters and apostrophes, words separated by a space; digits and all else are left out."""
+def normalize_ctc_text(text: str) -> str:
+    """Keep lower-case ASCII letters and apostrophes, words separated by a space; digits and all else are left out."""
     plain = unicodedata.normalize("NFKD", text.replace("\u2019", "'")).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z' ]+", " ", plain).split()
     return " ".join(word for word in words if word.strip("'"))
 
 
-def ctc_vocabulary(tokenizer: Any, texts: Iterable[str] = (), size: int | None = None) -> list[int]:
-    """Token ids in increasing order: the `size` most frequent in `texts` and every single letter; all without texts."""
+def choose_ctc_vocabulary(tokenizer: Any, texts: Iterable[str] = (), size: int | None = None) -> list[int]:
+    """List token ids in increasing order: the `size` most frequent in `texts` and every single letter; all for None."""
     pattern = re.compile(f"[{SPACES}]?[a-z']+")
     allowed = {token: index for token, index in tokenizer.get_vocab().items() if pattern.fullmatch(token)}
     if size is None:
         return sorted(allowed.values())
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(ctc_text(text).split())
+        words.update(normalize_ctc_text(text).split())
     tokens: Counter[int] = Counter()
     for word, count in words.items():
         for token in tokenizer(" " + word, add_special_tokens=False)["input_ids"]:
@@ -52,8 +52,8 @@ class CTCUnits:
         self.longest = max(map(len, vocabulary), default=0)
         self._cut: dict[str, list[int]] = {}
 
-    def ids(self, text: str) -> tuple[list[int], list[int]]:
-        """The units of a text, and for each the index of its white-space separated word.
+    def tokenize(self, text: str) -> tuple[list[int], list[int]]:
+        """Cut a text into units, and give for each the index of its white-space separated word.
 
         A word without letters has no unit.
         """
@@ -61,12 +61,14 @@ class CTCUnits:
         words: list[int] = []
         for index, word in enumerate(text.split()):
             if word not in self._cut:
-                self._cut[word] = [unit for part in ctc_text(word).split() for unit in self._units(self.space + part)]
+                self._cut[word] = [
+                    unit for part in normalize_ctc_text(word).split() for unit in self._cut_word(self.space + part)
+                ]
             ids += self._cut[word]
             words += [index] * len(self._cut[word])
         return ids, words
 
-    def _units(self, word: str) -> list[int]:
+    def _cut_word(self, word: str) -> list[int]:
         units = []
         while word:
             for length in range(min(self.longest, len(word)), 0, -1):

@@ -29,23 +29,20 @@ T = TypeVar("T")
 
 @dataclass
 class EncodedAudio:
-    """A recording (or a span of one) as the LLM and the aligner see it: M positions, T frames of `frame_seconds`.
-
-    `best` holds token ids of the LLM's vocabulary, or `blank_id`; log-probabilities are those of the CTC head.
-    """
+    """A recording, or a span of one, as the LLM and the aligner see it: M positions, T frames of `frame_seconds`."""
 
     embeds: Tensor  # [M, text hidden]
     frames: Tensor  # [M] first frame of each position, increasing
-    ctc: Tensor  # [T, text hidden]
+    ctc: Tensor  # [T, text hidden] states that the CTC head compares with the embeddings of tokens
     log_z: Tensor  # [T] log-sum-exp of the CTC logits
-    best: Tensor  # [T]
-    best_log_prob: Tensor  # [T]
-    blank_log_prob: Tensor  # [T]
+    best: Tensor  # [T] likeliest token ids of the LLM's vocabulary, or `blank_id`
+    best_log_prob: Tensor  # [T] of `best`, by the CTC head
+    blank_log_prob: Tensor  # [T] of the blank, by the CTC head
     duration: float  # seconds
     frame_seconds: float
 
     def slice(self, start_frame: int, end_frame: int | None = None) -> EncodedAudio:
-        """The frames [start_frame, end_frame) and the positions that begin in them, counted from start_frame."""
+        """Cut out the frames [start_frame, end_frame) and the positions that begin in them, counted from the first."""
         total = len(self.best)
         end = total if end_frame is None else min(end_frame, total)
         start = min(max(start_frame, 0), end)
@@ -105,39 +102,52 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    def ctc_embeddings(self) -> tuple[Tensor, Tensor]:
-        """Embeddings of the CTC tokens and their unit vectors, each [C, text hidden]."""
+    def get_ctc_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Look up the embeddings of the CTC tokens and their unit vectors, each [C, text hidden]."""
         embeddings = self.get_input_embeddings().weight[self.ctc_tokens]
         return embeddings, nn.functional.normalize(embeddings.float(), dim=-1).to(embeddings.dtype)
 
     def encode_windows(self, features: dict[str, Tensor]) -> Frames:
-        """Features of W windows -> frames [W, T', ...]; padding at a window's end is not removed."""
+        """Encode W windows.
+
+        Args:
+            features: what `SpeechLLMProcessor.extract_features` makes of them.
+
+        Returns:
+            Frames [W, T, ...]; the padding at the end of a window is still there.
+        """
         features = {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in features.items()
         }
         states = self.encoder(**features).last_hidden_state
-        frames = self.projector(states, self.ctc_embeddings()[1])
+        frames = self.projector(states, self.get_ctc_embeddings()[1])
         return replace(frames, states=states) if self.config.merge == "decoder" else frames
 
-    def window_positions(self, frames: Frames, spans: Tensor) -> Positions:
-        """Positions of the frames [start, end) of each window; spans: [W, 2]."""
+    def make_positions(self, frames: Frames, spans: Tensor) -> Positions:
+        """Make the LLM's positions of the frames [start, end) of each window; spans: [W, 2]."""
         if self.config.merge == "decoder":
             embeddings = self.get_input_embeddings().weight
-            return self.listener.positions(frames, spans, self.config.stack_factor, embeddings)
+            return self.listener.make_positions(frames, spans, self.config.stack_factor, embeddings)
         index = torch.arange(frames.logits.shape[1], device=frames.logits.device)
         spans = spans.to(index.device)
         keep = (index >= spans[:, :1]) & (index < spans[:, 1:])
-        return self.projector.positions(frames, keep, self.ctc_embeddings()[0])
+        return self.projector.make_positions(frames, keep, self.get_ctc_embeddings()[0])
 
     def embed_positions(self, positions: Positions) -> Tensor:
-        """The LLM's input embeddings [M, text hidden] of merged positions."""
+        """Make the LLM's input embeddings [M, text hidden] of merged positions."""
         return self.projector.embed(positions)
 
     def join_windows(self, frames: Frames, spans: Tensor, duration: float) -> EncodedAudio:
-        """Join windows of one recording, of which the frames [start, end) are kept; spans: [W, 2]."""
+        """Join consecutive windows of one recording.
+
+        Args:
+            frames: of W windows.
+            spans: the frames [start, end) that are kept of each window, [W, 2].
+            duration: seconds that they cover.
+        """
         spans = spans.clamp(max=frames.logits.shape[1])
-        positions = self.window_positions(frames, spans)
+        positions = self.make_positions(frames, spans)
         lengths = spans[:, 1] - spans[:, 0]
         shift = lengths.cumsum(0) - lengths - spans[:, 0]  # from a window's frames to the joined ones
         firsts = positions.frames + shift.to(positions.frames.device).repeat_interleave(positions.counts)
@@ -166,31 +176,39 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         progress: Callable[[float], None] | None = None,
         batch: int | None = None,
     ) -> EncodedAudio:
-        """Encode a recording given as blocks of float32 samples at 16 kHz.
+        """Encode a recording.
 
-        batch: windows at a time; None: 16 on a GPU, for which the next ones are made ready meanwhile, else 4.
-        progress: called with the seconds encoded so far. Raises ValueError for a recording without samples.
+        Args:
+            blocks: float32 samples at 16 kHz.
+            processor: of this model.
+            progress: called with the seconds that are encoded so far.
+            batch: windows at a time; None: 4, and 16 on a GPU, for which a thread prepares the next ones meanwhile.
+
+        Raises:
+            ValueError: the recording has no samples.
         """
         parts: list[EncodedAudio] = []
         on_gpu = self.device.type == "cuda"
-        groups = processor.window_batches(processor.windows(blocks), batch or (16 if on_gpu else 4))
-        for group in prefetched(groups) if on_gpu else groups:
+        groups = processor.batch_windows(processor.cut_windows(blocks), batch or (16 if on_gpu else 4))
+        for group in prefetch(groups) if on_gpu else groups:
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))
             if progress:
                 progress(sum(part.duration for part in parts))
         return concatenate(parts)
 
-    def ctc_log_probs(self, encoded: EncodedAudio, token_ids: Tensor, start: int = 0, end: int | None = None) -> Tensor:
-        """Log-probabilities [T, L] that the CTC head gives to L token ids at each of the frames [start, end)."""
+    def compute_ctc_log_probs(
+        self, encoded: EncodedAudio, token_ids: Tensor, start: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Compute the log-probabilities [T, L] that the CTC head gives to token ids [L] at the frames [start, end)."""
         table = self.get_input_embeddings().weight
         directions = nn.functional.normalize(table[token_ids.to(table.device)].float(), dim=-1)
         return encoded.ctc[start:end].float() @ directions.T - encoded.log_z[start:end, None]
 
-    def _inputs_embeds(
+    def _insert_audio(
         self, input_ids: Tensor, attention_mask: Tensor | None, audio: list[Tensor], labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put each row's audio positions in the place of its placeholder; rows are padded on the left."""
+        """Put the audio positions of each row in the place of its placeholder; rows are padded on the left."""
         table = self.get_input_embeddings()
         rows, row_labels = [], []
         for row, ids in enumerate(input_ids):
@@ -216,23 +234,29 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 padded[row, longest - len(values) :] = row_labels[row]
         return embeds, mask, padded
 
-    def audio_embeds(
+    def embed_audio(
         self,
         input_features: Tensor,
         window_frames: Tensor,
         window_counts: Tensor,
         feature_attention_mask: Tensor | None = None,
     ) -> list[Tensor]:
-        """Positions [M, text hidden] of each recording of a batch.
+        """Make the LLM's audio positions of each recording of a batch.
 
-        input_features: the W windows of all recordings, one after the other; window_frames: [W, 2], the frames kept of
-        each; window_counts: [B], windows of each recording; feature_attention_mask: the encoder's, if it has one.
+        Args:
+            input_features: the W windows of all recordings, one after the other.
+            window_frames: the frames [start, end) that are kept of each window, [W, 2].
+            window_counts: windows of each recording, [B].
+            feature_attention_mask: the encoder's, if it has one.
+
+        Returns:
+            [M, text hidden] for each recording.
         """
         features = {"input_features": input_features}
         if feature_attention_mask is not None:
             features["attention_mask"] = feature_attention_mask
         frames = self.encode_windows(features)
-        positions = self.window_positions(frames, window_frames)
+        positions = self.make_positions(frames, window_frames)
         recording = torch.repeat_interleave(window_counts).to(positions.counts.device)
         counts = torch.zeros_like(window_counts, device=recording.device).index_add_(0, recording, positions.counts)
         return list(self.embed_positions(positions).split(counts.tolist()))
@@ -249,10 +273,21 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """With features, input_ids [B, N] hold one audio placeholder a row; labels [B, N]: -100 where no loss is."""
+        """Run the LLM, over audio if features are given.
+
+        Args:
+            input_ids: [B, N]; with features, each row has one audio placeholder, which its positions replace.
+            input_features, window_frames, window_counts, feature_attention_mask: see `embed_audio`.
+            attention_mask: [B, N].
+            inputs_embeds: [B, N, text hidden], in place of input_ids.
+            labels: [B, N], -100 where there is no loss.
+
+        Raises:
+            ValueError: with features, a row has no placeholder or more than one.
+        """
         if input_features is not None:
-            audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
-            inputs_embeds, attention_mask, labels = self._inputs_embeds(input_ids, attention_mask, audio, labels)
+            audio = self.embed_audio(input_features, window_frames, window_counts, feature_attention_mask)
+            inputs_embeds, attention_mask, labels = self._insert_audio(input_ids, attention_mask, audio, labels)
             input_ids = None
         return self.language_model(
             input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
@@ -269,16 +304,19 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The new tokens [B, N'] only; every option of transformers' `generate` goes to the LLM."""
+        """Generate and return the new tokens alone, [B, new].
+
+        Arguments are those of `forward`; all others go to the `generate` of transformers.
+        """
         if input_features is None:
             return self.language_model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        audio = self.audio_embeds(input_features, window_frames, window_counts, feature_attention_mask)
-        embeds, mask, _ = self._inputs_embeds(input_ids, attention_mask, audio)
+        audio = self.embed_audio(input_features, window_frames, window_counts, feature_attention_mask)
+        embeds, mask, _ = self._insert_audio(input_ids, attention_mask, audio)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
-def prefetched(items: Iterator[T]) -> Iterator[T]:
-    """The same items; a thread makes the next one while the caller is busy with the last."""
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """Yield the same items; a thread makes the next one while the caller is busy with the last."""
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(next, items, None)
         while (item := waiting.result()) is not None:
@@ -287,7 +325,7 @@ def prefetched(items: Iterator[T]) -> Iterator[T]:
 
 
 def concatenate(parts: Sequence[EncodedAudio]) -> EncodedAudio:
-    """Join consecutive spans of one recording."""
+    """Join consecutive spans of one recording. Raises ValueError if there are none."""
     if not parts:
         raise ValueError("no audio to encode: the recording is empty")
     offsets = np.cumsum([0, *(len(part.best) for part in parts)])

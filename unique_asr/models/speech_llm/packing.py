@@ -19,23 +19,34 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 GROUP = 32  # values that share a scale
-INDEX = "packed_weights.json"
+INDEX = "packed_weights.json"  # the file that says how each weight is packed and where it is
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight [..., C] with C a multiple of 32 -> (packed uint8 [..., C * bits / 8], scale fp16 [..., C / 32])."""
-    integers, scale = _integers(weight, bits)
+    """Pack a weight.
+
+    Args:
+        weight: [..., C], with C a multiple of 32.
+        bits: 4, 5, 6 or 8.
+
+    Returns:
+        Packed values, uint8 [..., C * bits / 8], and scales, fp16 [..., C / 32].
+
+    Raises:
+        ValueError: `bits` is none of these.
+    """
+    integers, scale = _scale_to_integers(weight, bits)
     return _pack((integers.flatten(-2) + 2 ** (bits - 1) - 1).to(torch.uint8), bits), scale
 
 
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """What `quantize` keeps of a weight [..., C], float32."""
-    integers, scale = _integers(weight, bits)
+def round_to_bits(weight: Tensor, bits: int) -> Tensor:
+    """Round a weight [..., C] to the values that `quantize` keeps of it, float32."""
+    integers, scale = _scale_to_integers(weight, bits)
     return (integers * scale.float()[..., None]).flatten(-2)
 
 
-def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Integers [..., C / 32, 32], as floats, and scales fp16 [..., C / 32]."""
+def _scale_to_integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Compute the integers [..., C / 32, 32], as floats, and the scales fp16 [..., C / 32] of a weight."""
     groups = weight.float().unflatten(-1, (-1, GROUP))
     limit = 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(-1) / limit).half()
@@ -43,21 +54,21 @@ def _integers(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (groups / divisor[..., None]).round().clamp(-limit, limit), scale
 
 
-def bits_of(name: str, bits: Mapping[str, int]) -> int | None:
-    """Of a weight, by the longest matching prefix; None: it is not packed."""
+def find_bits(name: str, bits: Mapping[str, int]) -> int | None:
+    """Find the bits of a weight: those of the longest prefix of its name, or None if it is not packed."""
     prefix = max((prefix for prefix in bits if name.startswith(prefix)), key=len, default=None)
     return None if prefix is None else bits[prefix]
 
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `quantize` up to rounding: [..., C] in `dtype`."""
+    """Unpack what `quantize` made: [..., C] in `dtype`."""
     limit = 2 ** (bits - 1) - 1
     integers = _unpack(packed, bits).to(torch.int8 if bits < 8 else torch.int16) - limit
     return (integers.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2).to(dtype)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
-    """Integers [..., C] of uint8 below 2 ** bits -> bytes [..., C * bits / 8]."""
+    """Pack integers [..., C], uint8 below 2 ** bits, into bytes [..., C * bits / 8]."""
     if bits == 8:
         return values
     if bits == 6:
@@ -90,18 +101,22 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 def save_packed(
     state: Mapping[str, Tensor], folder: Path, bits: Mapping[str, int], shard_bytes: int = 45_000_000
 ) -> None:
-    """Write `state` to `folder` in shards.
+    """Write packed weights to a folder, in shards with an index.
 
-    bits: name prefix -> bits for its matrices, the longest matching prefix wins; vectors and everything else stay fp16
-    (integers as they are).
+    Args:
+        state: weights by name.
+        folder: it is created.
+        bits: bits of matrices by name prefix, of which the longest one counts. Vectors, and matrices without a
+            prefix or with rows that are no multiple of 32, stay fp16; integers stay as they are.
+        shard_bytes: size of a shard, unless a single weight is larger.
     """
     index: dict[str, dict] = {}
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in state.items():
-        width = bits_of(name, bits)
+        width = find_bits(name, bits)
         entry = {"bits": width} if width is not None and value.ndim == 2 and value.shape[-1] % GROUP == 0 else {}
-        parts = _stored(name, value, **entry)
+        parts = _make_entries(name, value, **entry)
         added = sum(part.numel() * part.element_size() for part in parts.values())
         if size + added > shard_bytes and shards[-1]:
             shards.append({})
@@ -118,8 +133,8 @@ def save_packed(
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _stored(name: str, value: Tensor, bits: int | None = None) -> dict[str, Tensor]:
-    """A weight as it lies in a file."""
+def _make_entries(name: str, value: Tensor, bits: int | None = None) -> dict[str, Tensor]:
+    """Make the tensors of a file that hold a weight."""
     if bits is None:
         return {name: (value.half() if value.is_floating_point() else value).contiguous()}
     packed, scale = quantize(value, bits)
@@ -127,19 +142,25 @@ def _stored(name: str, value: Tensor, bits: int | None = None) -> dict[str, Tens
 
 
 def save_packed_changes(changed: Mapping[str, Tensor], source: Path, folder: Path) -> None:
-    """The packed model in `source` with some of its weights changed: all else stays, byte for byte."""
+    """Copy a packed model with some of its weights changed; all else stays the same, byte for byte.
+
+    Args:
+        changed: new weights by name.
+        source: folder of the packed model.
+        folder: of the copy.
+    """
     shutil.copytree(source, folder, dirs_exist_ok=True)
     index = json.loads((source / INDEX).read_text())
     for file in sorted({index[name]["file"] for name in changed}):
         shard = load_file(source / file)
         for name, value in changed.items():
             if index[name]["file"] == file:
-                shard |= _stored(name, value.cpu(), index[name].get("bits"))
+                shard |= _make_entries(name, value.cpu(), index[name].get("bits"))
         save_file(shard, folder / file)
 
 
 def save_packed_model(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, bits: Mapping[str, int]) -> None:
-    """Model and processor in one folder that `unique_asr.models.load` reads."""
+    """Write a model and its processor to a folder that `unique_asr.models.load` reads; bits: see `save_packed`."""
     tied = set(model.all_tied_weights_keys)
     save_packed({name: value for name, value in model.state_dict().items() if name not in tied}, folder, bits)
     model.config.save_pretrained(folder)
@@ -152,7 +173,7 @@ def save_packed_model(model: PreTrainedModel, processor: ProcessorMixin, folder:
 
 
 def load_packed(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict in `folder`, floating-point values in `dtype`."""
+    """Load the weights in `folder` by name, floating-point values in `dtype`."""
     index = json.loads((folder / INDEX).read_text())
     state = {}
     for file in sorted({entry["file"] for entry in index.values()}):

@@ -18,38 +18,30 @@ from unique_asr.models.speech_llm.configuration import SpeechLLMConfig
 
 @dataclass
 class Frames:
-    """The projector's output for W windows of T frames.
+    """The projector's output for W windows of T frames."""
 
-    hidden [W, T, projector_size]; ctc [W, T, text hidden]; logits [W, T, C + 1] over the C CTC tokens and, last, the
-    blank; states [W, F, audio hidden]: what the encoder gave, if a listener needs it.
-    """
-
-    hidden: Tensor
-    ctc: Tensor
-    logits: Tensor
-    states: Tensor | None = None
+    hidden: Tensor  # [W, T, projector_size]
+    ctc: Tensor  # [W, T, text hidden] states that are compared with the embeddings of tokens
+    logits: Tensor  # [W, T, C + 1] over the C CTC tokens and, last, the blank
+    states: Tensor | None = None  # [W, F, audio hidden] the encoder's output, if a listener needs it
 
 
 @dataclass
 class Positions:
-    """M merged positions of W windows, in order: what the LLM's embeddings are made of.
+    """M merged positions of W windows, in order: what the LLM's embeddings are made of."""
 
-    expected [M, text hidden]: the embedding of what was heard; hidden [M, size]: the state that the residual maps;
-    frames [M]: first frame of each position in its window; counts [W]: positions of each window.
-    """
-
-    expected: Tensor
-    hidden: Tensor
-    frames: Tensor
-    counts: Tensor
+    expected: Tensor  # [M, text hidden] expected token embedding of what was heard
+    hidden: Tensor  # [M, size] the state that the residual maps
+    frames: Tensor  # [M] first frame of each position in its window
+    counts: Tensor  # [W] positions of each window
 
 
 class Residual(nn.Linear):
-    """Starts at zero: the LLM first reads what the CTC head reads, and then learns to use the rest."""
+    """A linear layer that starts at zero: the LLM first reads what the CTC head reads, then learns to use the rest."""
 
 
-def context(size: int, layers: int, dropout: float) -> nn.Module:
-    """Pre-norm transformer layers [W, T, size] -> [W, T, size]; the encoder's states carry positions already."""
+def make_context(size: int, layers: int, dropout: float) -> nn.Module:
+    """Make pre-norm transformer layers [W, T, size] -> [W, T, size]; the encoder's states carry positions already."""
     layer = nn.TransformerEncoderLayer(
         size, max(1, size // 64), 4 * size, dropout, activation="gelu", batch_first=True, norm_first=True
     )
@@ -59,7 +51,7 @@ def context(size: int, layers: int, dropout: float) -> nn.Module:
 class Projector(nn.Module):
     """LayerNorm and a two-layer MLP over stacked frames, with a CTC head tied to the LLM's token embeddings.
 
-    Transformer layers between the two let the encoder stay as it is: what a frame spells depends on its neighbours.
+    Transformer layers between the two let the encoder stay frozen: what a frame spells depends on its neighbours.
     """
 
     def __init__(self, config: SpeechLLMConfig) -> None:
@@ -73,32 +65,41 @@ class Projector(nn.Module):
         self.up = nn.Linear(stacked, config.projector_size)
         self.context = nn.Identity()
         if config.context_layers:
-            self.context = context(config.projector_size, config.context_layers, config.context_dropout)
+            self.context = make_context(config.projector_size, config.context_layers, config.context_dropout)
         self.down = nn.Linear(config.projector_size, text_size)
         self.blank = nn.Linear(config.projector_size, 1)
         listens = config.merge == "decoder"
         self.residual = Residual(config.audio_config.d_model if listens else config.projector_size, text_size)
 
     def forward(self, encoder_states: Tensor, directions: Tensor) -> Frames:
-        """encoder_states [W, F, audio hidden] -> frames [W, F // stack_factor, ...].
+        """Project the encoder's states.
 
-        directions: [C, text hidden], the unit vectors of the CTC tokens' embeddings.
+        Args:
+            encoder_states: [W, F, audio hidden].
+            directions: unit vectors of the embeddings of the CTC tokens, [C, text hidden].
+
+        Returns:
+            Frames [W, F // stack_factor, ...].
         """
         *batch, frames, size = encoder_states.shape
         frames -= frames % self.stack_factor
         stacked = encoder_states[..., :frames, :].reshape(*batch, frames // self.stack_factor, size * self.stack_factor)
         hidden = self.context(nn.functional.gelu(self.up(self.norm(stacked))))
         ctc = self.down(hidden)
-        return Frames(hidden, ctc, self.ctc_logits(hidden, ctc, directions))
+        return Frames(hidden, ctc, self.compute_ctc_logits(hidden, ctc, directions))
 
-    def ctc_logits(self, hidden: Tensor, ctc: Tensor, directions: Tensor) -> Tensor:
+    def compute_ctc_logits(self, hidden: Tensor, ctc: Tensor, directions: Tensor) -> Tensor:
+        """Compute the logits [W, T, C + 1] of the CTC tokens and, last, of the blank."""
         return torch.cat([ctc @ directions.T, self.blank(hidden)], dim=-1)
 
-    def positions(self, frames: Frames, keep: Tensor, embeddings: Tensor) -> Positions:
-        """Merge the kept frames of each window; keep: bool [W, T], one run of True in each window.
+    def make_positions(self, frames: Frames, keep: Tensor, embeddings: Tensor) -> Positions:
+        """Merge the kept frames of each window into positions.
 
-        embeddings: [C, text hidden], the CTC tokens'. A position expects the mean of them, weighted by how likely they
-        are; the weights' sum is at most 1.
+        Args:
+            frames: of W windows.
+            keep: bool [W, T], with one run of True in each window.
+            embeddings: of the CTC tokens, [C, text hidden]. The expected embedding of a position is their mean,
+                weighted by how likely they are; the weights sum to at most 1.
         """
         windows, length = keep.shape
         index = torch.arange(length, device=keep.device)
@@ -126,5 +127,5 @@ class Projector(nn.Module):
         return Positions(expected, hidden, index.expand(windows, -1)[start], counts)
 
     def embed(self, positions: Positions) -> Tensor:
-        """The LLM's inputs [M, text hidden]."""
+        """Make the LLM's input embeddings [M, text hidden]."""
         return positions.expected + self.residual(positions.hidden.to(self.residual.weight.dtype))

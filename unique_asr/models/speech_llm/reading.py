@@ -6,19 +6,15 @@ What the CTC head has heard, its spikes, keeps the decoder from ending early and
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from unique_asr.attention.cuda_graph import capture_graph
 
-if TYPE_CHECKING:
-    from unique_asr.models.speech_llm.listener import Listener
-
 ALTERNATIVES = 8  # tokens that an expected embedding is over
-UNHEARD = 6  # spikes of the CTC head that may lie between two tokens, and after the last one
-REFUSALS = 4  # times that a window is kept from ending, at most
+MAX_UNHEARD_SPIKES = 6  # spikes of the CTC head that may lie between two tokens, and after the last one
+MAX_REFUSALS = 4  # times that a window is kept from ending, at most
 MAX_PERIOD = 12  # tokens of a repetition of which no third copy may begin
 MIN_REPETITION = 8  # tokens that its copies have together, at least
 
@@ -39,12 +35,12 @@ class Heard:
     frames: Tensor
     counts: Tensor
 
-    def rows(self, which: Tensor) -> Heard:
-        """Some of the windows."""
+    def select(self, which: Tensor) -> Heard:
+        """Select some of the windows."""
         return Heard(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def replace(self, rows: Tensor, other: Heard, stop: int) -> Heard:
-        """Windows `rows` [R] are those of `other`; what is shorter ends in `stop`."""
+        """Replace windows `rows` [R] by those of `other`; what is shorter is padded with `stop`."""
         length = max(self.tokens.shape[1], other.tokens.shape[1])
         parts = {}
         for field in fields(self):
@@ -62,11 +58,12 @@ class Heard:
 class Reading:
     """One reading of W windows. Each step has the same shapes and reads nothing on the host, as a CUDA graph needs it.
 
-    spikes: whether it is told of the CTC head's. capture: run the step in a CUDA graph.
+    listener: the `Listener` whose decoder reads. spikes: whether the reading is told of the CTC head's spikes.
+    capture: run the step in a CUDA graph.
     """
 
     def __init__(
-        self, listener: Listener, windows: int, frames: int, limit: int, spikes: bool, capture: bool = False
+        self, listener: nn.Module, windows: int, frames: int, limit: int, spikes: bool, capture: bool = False
     ) -> None:
         decoder = listener.decoder
         weight = decoder.embed_positions.weight
@@ -99,7 +96,7 @@ class Reading:
         self.path = ForwardPath(windows, frames, limit, device)
 
     def begin(self, states: Tensor, unheard: Tensor | None, ahead: int | None) -> None:
-        """With windows [W' <= W, F, d] of the encoder; the others have ended."""
+        """Begin with encoder states [W' <= W, F, d]; windows beyond have ended."""
         real = len(states)
         self._hear(states)
         for state in (self.position, self.count, self.refused, self.left, self.path.best, self.unheard):
@@ -125,22 +122,22 @@ class Reading:
             self._graph = capture_graph(self._step, [*changed, self.unseen, self.path.best])
         self._graph.replay()
 
-    def heard(self, windows: int, count: int) -> Heard:
-        """What the first `windows` windows have in their first `count` tokens, which is how many were read."""
+    def collect(self, windows: int, count: int) -> Heard:
+        """Collect the first `count` tokens, all that were read, of the first `windows` windows."""
         tokens, weights, candidates, hidden = (
             values[:count, :windows].transpose(0, 1).clone()
             for values in (self.tokens, self.weights, self.candidates, self.hidden)
         )
-        frames = self.path.frames(count)[:windows]
+        frames = self.path.trace_frames(count)[:windows]
         return Heard(tokens, weights, candidates, hidden, frames, (tokens != self.stop).sum(1))
 
     def _step(self) -> None:
         state, attention = self._state()
         logits = state.float() @ self.table + self.allowed
         if self.spikes:
-            logits.masked_fill_(repeating(self.latest, logits.shape[1]), -torch.inf)
-            early = (self.left[:, 0] > UNHEARD) & (logits.argmax(-1) == self.stop)
-            early &= ~self.ended & (self.refused < REFUSALS)
+            logits.masked_fill_(find_repeating(self.latest, logits.shape[1]), -torch.inf)
+            early = (self.left[:, 0] > MAX_UNHEARD_SPIKES) & (logits.argmax(-1) == self.stop)
+            early &= ~self.ended & (self.refused < MAX_REFUSALS)
             self.refused += early
             logits[:, self.stop].masked_fill_(early, -torch.inf)
         weights, candidates = logits.softmax(-1).topk(ALTERNATIVES)
@@ -161,11 +158,11 @@ class Reading:
         self.count += 1
 
     def _look(self, left: Tensor) -> None:
-        """Of what has spikes after it, the next steps see only `ahead` spikes beyond the place with `left` [W, 1]."""
+        """Hide from the next steps what lies more than `ahead` spikes after the last token, which has `left` [W, 1]."""
         self.unseen.copy_((self.unheard > 0) & (self.unheard < left - self.ahead))
 
     def _state(self) -> tuple[Tensor, Tensor]:
-        """The decoder's last state [W, d] after `token`, and where in the audio its chosen heads look [W, F]."""
+        """Compute the decoder's last state [W, d] after `token`, and the attention [W, F] of its alignment heads."""
         decoder = self.decoder
         state = decoder.embed_tokens(self.token) * getattr(decoder, "embed_scale", 1.0)
         state = state + decoder.embed_positions.weight[self.position]
@@ -187,7 +184,7 @@ class Reading:
         return decoder.layer_norm(state), torch.stack([looks[layer][:, head] for layer, head in self.heads]).mean(0)
 
     def _hear(self, states: Tensor) -> None:
-        """Keys and values of the audio, in place where a graph holds their addresses."""
+        """Compute keys and values of the audio, in place where a graph holds their addresses."""
         audio = [self._project(layer.encoder_attn, states) for layer in self.decoder.layers]
         if not self.capture:
             self.audio = audio
@@ -225,7 +222,7 @@ class ForwardPath:
         self.sources = torch.zeros(limit, windows, frames, dtype=torch.int16, device=device)
 
     def add(self, at: Tensor, scores: Tensor, more: Tensor) -> None:
-        """Of token number `at` [1]; more: whether there is one, else nothing changes."""
+        """Add the scores [W, F] of token number `at` [1]; without `more`, nothing changes."""
         before, source = self.best.cummax(-1)
         self.sources.index_copy_(0, at, source[None].to(self.sources.dtype))
         self.best.copy_(torch.where(more, before + scores, self.best))
@@ -235,18 +232,16 @@ class ForwardPath:
         """The frame of the last token [W, 1]."""
         return self.best.argmax(-1, keepdim=True)
 
-    def frames(self, count: int) -> Tensor:
-        """Of as many tokens, which is how many there are."""
+    def trace_frames(self, count: int) -> Tensor:
+        """Trace the best-path frames [W, count] of all `count` tokens."""
         path = [self.last]
         for source in reversed(self.sources[1:count].unbind()):
             path.append(source.gather(1, path[-1]).long())
         return torch.cat(path[::-1], 1)[:, :count]
 
 
-def repeating(latest: Tensor, vocabulary: int) -> Tensor:
-    """Of the latest tokens [W, 2 * MAX_PERIOD], -1 where there are fewer: the tokens, bool [W, vocabulary], that would
-    begin a third copy of what they end with twice.
-    """
+def find_repeating(latest: Tensor, vocabulary: int) -> Tensor:
+    """Find the tokens, bool [W, vocabulary], that would begin a third copy of the end of `latest` [W, L]."""
     period = torch.arange(1, MAX_PERIOD + 1, device=latest.device)
     place = torch.arange(latest.shape[1], device=latest.device)
     length = (2 * period).clamp(min=MIN_REPETITION)  # of the repetition [MAX_PERIOD]
