@@ -64,12 +64,13 @@ PROGRAMS = {  # each a file of conf/
     "unique-asr-app": "app",
     "unique-asr-finetune": "finetune",
     "unique-asr-evaluate": "evaluate",
+    "unique-asr-generate": "generate",
     "scripts/transcribe.py": "transcribe",
     "scripts/finetune.py": "finetune",
     "scripts/evaluate.py": "evaluate",
     "scripts/generate.py": "generate",
     "scripts/benchmark.py": "benchmark",
-    "app": "app",
+    "unique_asr.app": "app",
 }
 TOOLS = {"pip", "docker", "ffmpeg", "python3", "ruff", "accelerate", ".ci/run"}  # everything else is ours, and checked
 FREE_TEXT = {  # options that the programs take as they are written, not as Hydra's own syntax
