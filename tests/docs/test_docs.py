@@ -453,6 +453,27 @@ def plain(text):
     return " ".join(text.replace("`", "").replace(r"\|", "|").split())
 
 
+def literals():
+    """All strings of the code, f-strings with a gap for each value."""
+    found = []
+    for folder in USER_CODE:
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return plain("\n".join(value for value in found if isinstance(value, str)))
+
+
+def test_no_remedy_is_stale():
+    """Of each message in a table, a piece of eight characters or more without CAPITALS and numbers stands in the code."""
+    code, stale = literals(), []
+    for line in page(DOCS / "troubleshooting.md").splitlines():
+        for message in re.findall(r"^\| `(.*?)` \|", line):
+            pieces = re.split(r"\b(?!JSON)[A-Z]{2,}|\b[A-Z]\b|'\w+'|\d|[();,]|\.\.\.", plain(message))
+            if not any(len(piece.strip()) >= 8 and piece.strip() in code for piece in pieces):
+                stale.append(message)
+    assert not stale, f"nothing says any more: {stale}"
+
+
 @pytest.mark.parametrize("found", messages())
 def test_every_error_message_has_a_remedy(found):
     troubleshooting = plain(page(DOCS / "troubleshooting.md"))
