@@ -428,13 +428,16 @@ USER_CODE = ("unique_asr", "app", "scripts", "kernels")
 
 
 def messages():
-    """What `raise` shows in each file: the longest piece of each message that does not vary."""
+    """What `raise` and `warnings.append` show in each file: the longest piece of each message that does not vary."""
     for folder in USER_CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = []
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                    found += fixed_part(node.exc.args[0])
+                call = node.exc if isinstance(node, ast.Raise) else node
+                if not isinstance(call, ast.Call) or not call.args:
+                    continue
+                if isinstance(node, ast.Raise) or ast.unparse(call.func).endswith("warnings.append"):
+                    found += fixed_part(call.args[0])
             if found:
                 yield pytest.param(found, id=name(path))
 
@@ -464,7 +467,7 @@ def literals():
 
 
 def test_no_remedy_is_stale():
-    """Of each message in a table, a piece of eight characters or more without CAPITALS and numbers stands in the code."""
+    """Of each message in a table, a piece of eight characters or more, without CAPITALS and numbers, is in the code."""
     code, stale = literals(), []
     for line in page(DOCS / "troubleshooting.md").splitlines():
         for message in re.findall(r"^\| `(.*?)` \|", line):
