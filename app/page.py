@@ -11,7 +11,7 @@ import gradio as gr
 
 from unique_asr.application.display import format_time
 from unique_asr.audio import check_vad, parse_time
-from unique_asr.models.pretrained import check_hotwords, check_language
+from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
 from .comparison import COLUMNS, DENSE, SPARSE, compare

@@ -21,7 +21,10 @@ class FakeTranscriber:
         self.stop, self.error, self.warnings, self.settings = stop, error, list(warnings), settings
         settings["progress"]("load", 1, 1)
 
-    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, **told):
+    def make_engine(self):
+        return None
+
+    def transcribe(self, audio, *, progress, unfinished, on_pass, reads=None, sequence=None, **told):
         if reads is not None:
             reads.duration = audio.duration
         info = TranscriptionInfo(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
 from unique_asr.models.speech_llm.ctc import ctc_text
 from unique_asr.models.speech_llm.modeling import EncodedAudio
 
@@ -119,6 +122,7 @@ class ScriptedDecoder:
         self.processor, self.script = processor, script
         self.passes: list[tuple[float, float]] = []
         self.log_probs: list[float] = []
+        self.engine_seconds: dict[str, float] = {}
 
     def reset(self) -> None:
         self.log_probs = []
@@ -138,3 +142,68 @@ class ScriptedDecoder:
 def said(words, start: float, end: float) -> str:
     """The text of the words that begin in a span."""
     return " ".join(word for word, begin, _ in words if start - 0.2 <= begin < end)
+
+
+VOCABULARY = re.findall(
+    r"\w+",
+    "river stone garden window letter morning winter captain silver market bridge candle forest island music "
+    "number picture shadow summer teacher village weather yellow doctor engine farmer harbor kitchen ladder mirror "
+    "needle orange pocket quiet rabbit saddle tailor uncle valley wagon",
+)
+
+
+def sentences(count: int, seed: int = 0, words: int = 8) -> str:
+    rng = random.Random(seed)
+    return " ".join(" ".join(rng.choices(VOCABULARY, k=words)).capitalize() + "." for _ in range(count))
+
+
+class SimulatedRecording:
+    """A simulated recording and the transcript that a script makes of it."""
+
+    def __init__(self, words, max_pass_seconds=1200.0, miss=0.0, duration=None):
+        self.words = words
+        self.model, self.processor = Model(max_pass_seconds), Processor()
+        self.encoded = encode(self.model, self.processor, words, duration, miss=miss)
+
+    def transcribe(self, script=None, config=None, segmentation=None):
+        """script(start, end, said): the text of a pass, given its span and what was said in it."""
+        self.report = LongformReport()
+
+        def write(start, end):
+            text = said(self.words, start, end)
+            return script(start, end, text) if script else text
+
+        self.decoder = ScriptedDecoder(self.processor, write)
+        runner = PassRunner(self.model, self.processor, config, segmentation=segmentation)
+        _, capacity = runner.count_positions(self.encoded)
+        self.segments = list(runner.run(self.encoded, self.decoder, self.report))
+        assert capacity >= max((end - start for start, end in self.decoder.passes), default=0) / 0.32
+        times = [time for segment in self.segments for word in segment.words for time in (word.start, word.end)]
+        assert times == sorted(times)
+        assert all(0 <= time <= self.encoded.duration for time in times)
+        assert [segment.id for segment in self.segments] == list(range(len(self.segments)))
+        assert self.report.passes == len(self.decoder.passes)
+        return " ".join(segment.text for segment in self.segments)
+
+    @property
+    def text(self):
+        return " ".join(word for word, _, _ in self.words)
+
+
+def noise(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
+
+
+def speech(seconds, pauses=()):
+    """Noise as loud as speech, with silence in `pauses`."""
+    samples = np.random.default_rng(0).standard_normal(int(16000 * seconds)).astype(np.float32) / 10
+    for start, end in pauses:
+        samples[int(start * 16000) : int(end * 16000)] = 0
+    return samples
+
+
+def describe(transcript):
+    """All but what rounding may touch."""
+    segments = [(each.text, each.start, each.end, [word.text for word in each.words]) for each in transcript.segments]
+    info = transcript.info
+    return segments, info.stop_reason, info.coverage, info.passes, info.warnings, info.duration

@@ -8,7 +8,8 @@ import torch
 
 from unique_asr import vad
 from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio
-from unique_asr.transcribers.speech_llm import open_audio, transcribe
+from unique_asr.pipeline import transcribe
+from unique_asr.transcribers.base import open_audio
 from unique_asr.vad import FRAME, MARGIN, SpeechFilter
 
 DATA = Path(__file__).parent / "data"

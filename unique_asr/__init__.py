@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unique_asr.attention import sparse_attention
-    from unique_asr.transcribers.batch import transcribe_batch
-    from unique_asr.transcribers.speech_llm import transcribe
+    from unique_asr.pipeline import transcribe, transcribe_batch
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "sparse_attention", "transcribe", "transcribe_batch"]
 
 _MODULES = {
     "sparse_attention": "unique_asr.attention",
-    "transcribe": "unique_asr.transcribers.speech_llm",
-    "transcribe_batch": "unique_asr.transcribers.batch",
+    "transcribe": "unique_asr.pipeline",
+    "transcribe_batch": "unique_asr.pipeline",
 }
 
 

@@ -18,14 +18,14 @@ import numpy as np
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioFile
 from unique_asr.evaluation.scoring import word_errors
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Transcript
 
 
 def timed(transcriber: SpeechLLMTranscriber, clips: list[np.ndarray], batch: int) -> tuple[list[Transcript], float]:
     begin = time.perf_counter()
-    transcripts = dict(side_by_side(transcriber, clips, batch))
+    transcripts = dict(transcribe_side_by_side(transcriber, clips, batch))
     return [transcripts[index] for index in range(len(clips))], time.perf_counter() - begin
 
 

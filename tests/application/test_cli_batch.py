@@ -14,29 +14,30 @@ import pytest
 import torch
 from command_line import DATA, ROOT, FakeTranscriber, names
 from rich.console import Console
-from test_speech_llm_transcriber import noise
+from simulated_speech import noise
 
 from unique_asr.application import cli
 from unique_asr.application.display import Bars
-from unique_asr.longform.passes import LongformConfig
+from unique_asr.decoding.engine import PENDING
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.writers import SegmentLog, read_transcript
 
 
-class Rows:
-    """Stands in for a BatchDecoder; raises `error` at a step, if `fails_at` is its number."""
+class FakeEngine:
+    """Stands in for a BatchEngine; raises `error` at a step, if `fails_at` is its number."""
 
     def __init__(self, fails_at=None, error=None, notice=""):
         self.fails_at, self.error, self.notice, self.device = fails_at, error, notice, "cpu"
-        self.rows, self.most, self.steps = [], 0, 0
+        self.sequences, self.most, self.steps = [], 0, 0
 
-    def row(self):
-        self.rows.append(object())
-        self.most = max(self.most, len(self.rows))
-        return self.rows[-1]
+    def new_sequence(self):
+        self.sequences.append(object())
+        self.most = max(self.most, len(self.sequences))
+        return self.sequences[-1]
 
-    def remove(self, row):
-        self.rows.remove(row)
+    def remove(self, sequence):
+        self.sequences.remove(sequence)
 
     def step(self):
         self.steps += 1
@@ -47,22 +48,22 @@ class Rows:
 class BesideTranscriber(FakeTranscriber):
     """Waits for a step before each segment; `breaks` has the segments before which recordings break off, and how."""
 
-    def __init__(self, rows, breaks=None, **settings):
+    def __init__(self, engine, breaks=None, **settings):
         super().__init__(**settings)
-        self.rows, self.breaks = rows, breaks or {}
+        self.engine, self.breaks = engine, breaks or {}
 
-    def batch_decoder(self):
-        return self.rows
+    def make_engine(self):
+        return self.engine
 
-    def transcribe(self, audio, *, row=None, **options):
+    def transcribe(self, audio, *, sequence=None, **options):
         iterator, info = super().transcribe(audio, **options)
         stop, error = self.breaks.get(audio.name, (None, None))
 
         def segments():
             for segment in iterator:
-                if row is not None:
-                    assert row in self.rows.rows
-                    yield None
+                if sequence is not None:
+                    assert sequence in self.engine.sequences
+                    yield PENDING
                 if segment.id == stop:
                     raise error
                 yield segment
@@ -81,16 +82,16 @@ def talks(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(capsys, monkeypatch):
-    """Runs the command; gives its exit code, standard output and standard error, and the rows that it decoded."""
+    """Runs the command; gives its exit code, standard output and standard error, and the engine that decoded."""
     monkeypatch.setattr(BesideTranscriber, "loaded", 0)
     monkeypatch.setattr(FakeTranscriber, "decoded", [])
 
-    def run(*arguments, rows=None, **behaviour):
-        rows = rows or Rows()
+    def run(*arguments, engine=None, **behaviour):
+        engine = engine or FakeEngine()
         with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments, lambda **settings: BesideTranscriber(rows, **behaviour, **settings))
-        assert rows.rows == []  # none is left behind
-        return exit_.value.code, *capsys.readouterr(), rows
+            cli.main(arguments, lambda **settings: BesideTranscriber(engine, **behaviour, **settings))
+        assert engine.sequences == []  # none is left behind
+        return exit_.value.code, *capsys.readouterr(), engine
 
     return run
 
@@ -101,9 +102,9 @@ def texts(folder="."):
 
 def test_the_files_are_those_of_one_by_one(talks, command):
     assert command("audio=.", "output.dir=alone", "output.format=all")[3].most == 0
-    code, out, err, rows = command("audio=.", "batch=2", "output.dir=beside", "output.format=all")
+    code, out, err, engine = command("audio=.", "batch=2", "output.dir=beside", "output.format=all")
     assert code == 0
-    assert (rows.most, BesideTranscriber.loaded) == (2, 2)
+    assert (engine.most, BesideTranscriber.loaded) == (2, 2)
     assert names("beside") == names("alone")
     assert texts("beside") == texts("alone")
     lines = out.splitlines()
@@ -117,8 +118,8 @@ def test_the_files_are_those_of_one_by_one(talks, command):
 
 
 def test_one_recording_looks_as_without_a_batch(talks, command):
-    _, _, err, rows = command("audio=a.opus", "batch=8")
-    assert rows.most == 1
+    _, _, err, engine = command("audio=a.opus", "batch=8")
+    assert engine.most == 1
     assert err == ""
 
 
@@ -166,7 +167,7 @@ def test_an_interrupt_keeps_what_there_is_of_each(talks, command):
     ],
 )
 def test_a_step_that_fails_is_that_of_the_recordings_in_it(talks, command, error, message):
-    code, _, err, _ = command("audio=.", "batch=2", rows=Rows(3, error))
+    code, _, err, _ = command("audio=.", "batch=2", engine=FakeEngine(3, error))
     assert code == 1
     for name in "ab":
         assert f"error: {name}.opus: {message}" in err
@@ -201,7 +202,7 @@ def test_warnings_name_their_recording(talks, command):
 
 
 def test_a_smaller_batch_is_said_once(talks, command):
-    _, _, err, _ = command("audio=.", "batch=3", rows=Rows(notice="3 recordings need 9 GB: 2 at a time"))
+    _, _, err, _ = command("audio=.", "batch=3", engine=FakeEngine(notice="3 recordings need 9 GB: 2 at a time"))
     assert err.count("3 recordings need 9 GB: 2 at a time") == 1
 
 
@@ -215,11 +216,11 @@ def test_a_model_that_takes_them_one_by_one_says_so(talks, capsys):
 
 SLOW = """
 import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_cli_batch import BesideTranscriber, Rows
+sys.path[:0] = [{root!r}, {tests!r}, {tests!r} + "/application"]
+from test_cli_batch import BesideTranscriber, FakeEngine
 from unique_asr.application import cli
 
-class Slow(Rows):
+class Slow(FakeEngine):
     def step(self):
         super().step()
         time.sleep(0.1 if self.steps < 4 else 60)
@@ -283,7 +284,7 @@ def transcribe(tiny, talks):
     for path, seconds in zip("abc", (7, 5, 9), strict=True):
         Path(f"{path}.opus").unlink()
         write_noise(f"{path}.wav", seconds)
-    longform = LongformConfig(retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+    longform = LongformConfig(retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
     def load(model, **settings):
         transcriber = SpeechLLMTranscriber(tiny, longform=longform, **settings)

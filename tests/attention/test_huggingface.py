@@ -23,7 +23,7 @@ from unique_asr.attention import (
     huggingface,
     sparse_attention,
 )
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.greedy import GreedyDecoder
 
 SMALL = {
@@ -196,7 +196,7 @@ def test_heads_that_normalise_their_queries_share(kind, configuration, normalise
     with sparse_attention(model) as sparse:
         assert (sparse.config.combine, sparse.cache().attention.combine) == (chosen, chosen)
     assert GreedyDecoder(model).cache.attention.combine == chosen
-    assert BatchDecoder(model).attention.combine == chosen
+    assert BatchEngine(model).attention.combine == chosen
     assert sparse_attention(model, combine="max").config.combine == "max"
     assert sparse_attention(model, combine="share").config.combine == "share"
     assert sparse_attention(model, score="mean").config.combine == "max"

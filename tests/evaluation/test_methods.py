@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from decoded_prompts import decode_together
 from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
-from test_transcribe_batch import together
 from transformers import LlamaConfig
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import unique_attention_forward
 from unique_asr.decoding import batch as batch_decoding
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
 from unique_asr.evaluation.methods import (
     H2O,
     METHODS,
@@ -21,7 +21,8 @@ from unique_asr.evaluation.methods import (
     rivals_active,
 )
 from unique_asr.evaluation.methods.base import rival_attention_forward
-from unique_asr.longform.passes import LongformReport, LongformTranscriber
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
 
 DIM, PROMPT, NEEDLE, BUDGET = 16, 512, 200, 64
 SCALING = DIM**-0.5
@@ -248,10 +249,10 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
     prompts = [torch.randn(1, length, 90, generator=generator) for length in (150, 137, 121)]
     config = rival(METHODS[name](), budget, page_size=8)
     with rivals_active():
-        eager, captured = (BatchDecoder(llama, config, static=value) for value in (False, True))
+        eager, captured = (BatchEngine(llama, config, static=value) for value in (False, True))
         for wave in (prompts, prompts[::-1]):
-            expected = [(tokens, row.counters) for tokens, row in together(eager, wave, [16] * 3, 3)]
-            assert [(tokens, row.counters) for tokens, row in together(captured, wave, [16] * 3, 3)] == expected
+            expected = [(tokens, row.counters) for tokens, row in decode_together(eager, wave, [16] * 3, 3)]
+            assert [(tokens, row.counters) for tokens, row in decode_together(captured, wave, [16] * 3, 3)] == expected
             assert any(counted.sparse_steps for _, counted in expected)
 
 
@@ -259,14 +260,14 @@ def test_static_steps_choose_what_eager_ones_do(llama, name, budget, monkeypatch
 @pytest.mark.parametrize("static", [False, True])
 def test_rows_that_begin_beside_others_read_what_they_read_alone(llama, name, static, monkeypatch):
     """Those whose pages are cut as they are alone; every row, if the method has no pages."""
-    starts, join = {}, BatchDecoder._join
+    starts, join = {}, BatchEngine._join
 
     def joined(rows, running, joining):
         chosen = join(rows, running, joining)
         starts.update((row, start) for row, start in zip(rows._places, rows._starts, strict=True) if row in joining)
         return chosen
 
-    monkeypatch.setattr(BatchDecoder, "_join", joined)
+    monkeypatch.setattr(BatchEngine, "_join", joined)
     generator = torch.Generator().manual_seed(3)
     lengths = [150, 137, 121, *torch.randint(100, 260, (21,), generator=generator).tolist()]
     counts = torch.randint(8, 40, (24,), generator=generator).tolist()
@@ -274,11 +275,11 @@ def test_rows_that_begin_beside_others_read_what_they_read_alone(llama, name, st
     config = rival(METHODS[name](), 96, page_size=8) if name in METHODS else SparseAttentionConfig(budget=96)
     compared = 0
     with rivals_active():
-        results = together(BatchDecoder(llama, config, static=static), prompts, counts, 3)
+        results = decode_together(BatchEngine(llama, config, static=static), prompts, counts, 3)
         for (tokens, row), prompt, count in zip(results, prompts, counts, strict=True):
             if name in ("unique", "infllm") and starts.get(row, 1) % 8:
                 continue
-            expected = together(BatchDecoder(llama, config, static=static), [prompt], [count], 1)[0]
+            expected = decode_together(BatchEngine(llama, config, static=static), [prompt], [count], 1)[0]
             assert tokens == expected[0]
             torch.testing.assert_close(row.log_probs, expected[1].log_probs, rtol=1e-3, atol=1e-4)
             assert row.counters == expected[1].counters
@@ -310,7 +311,9 @@ def test_sliding_windows_are_stitched_in_time():
     sliding = Sliding(seconds=20.0, overlap=4.0)
     report = LongformReport()
     decoder = ScriptedDecoder(processor, lambda start, end: said(words, start, end))
-    segments = list(sliding.transcribe(LongformTranscriber(model, processor), encoded, decoder, report))
+    runner = PassRunner(model, processor)
+    windows = sliding.transcribe(lambda part, own: runner.run(part, decoder, own), encoded, report)
+    segments = list(windows)
     heard = " ".join(segment.text for segment in segments).split()
     assert heard == text.split(), "no word twice, and none left out"
     times = [word.start for segment in segments for word in segment.words]

@@ -14,14 +14,14 @@ import torch
 from unique_asr import models
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
 from unique_asr.evaluation.cli import attention_settings, main
 from unique_asr.evaluation.decodings import Decodings, recording_key
+from unique_asr.evaluation.encoder import Encoder
 from unique_asr.evaluation.harness import evaluate
 from unique_asr.evaluation.methods import RivalConfig, StreamingLLM
 from unique_asr.evaluation.systems import (
     BatchedSpeechLLM,
-    Encoder,
     GreedyCTC,
     ParallelSpeechLLM,
     PretrainedLLM,
@@ -71,11 +71,11 @@ def test_a_batch_writes_what_single_recordings_do(speech_llm, recordings):
 
 def test_a_recording_begins_where_another_has_ended(speech_llm, monkeypatch):
     recordings = join(read_manifest(MANIFEST), seconds=4)[:5]
-    beside, heard, step = [], [], BatchDecoder.step
-    monkeypatch.setattr(BatchDecoder, "step", lambda rows: (beside.append(len(rows.rows)), step(rows))[1])
+    beside, heard, step = [], [], BatchEngine.step
+    monkeypatch.setattr(BatchEngine, "step", lambda engine: (beside.append(len(engine.sequences)), step(engine))[1])
     encoder = Encoder(*speech_llm, keep=False)
-    together = encoder.together
-    monkeypatch.setattr(encoder, "together", lambda group: (heard.append(len(group)), together(group))[1])
+    together = encoder.encode_together
+    monkeypatch.setattr(encoder, "encode_together", lambda group: (heard.append(len(group)), together(group))[1])
     system = BatchedSpeechLLM("it", encoder, BUDGET, batch=2)
     result = evaluate(system, recordings)
     assert all(each.passes for each in result.hypotheses)
@@ -100,7 +100,7 @@ def test_models_that_hear_the_same_share_a_folder(speech_llm, recordings, tmp_pa
     def results():
         encoder = Encoder(model, processor, folder=tmp_path)
         if together:
-            encoder.together(recordings)
+            encoder.encode_together(recordings)
         return [encoder(recording) for recording in recordings]
 
     first, windows = results(), sum(encoded)
@@ -328,9 +328,9 @@ def test_of_runs_side_by_side_one_encodes(speech_llm, recordings, tmp_path, monk
     monkeypatch.setattr(model, "encode_windows", slow)
     encoders = [Encoder(model, processor, folder=tmp_path) for _ in range(3)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda encoder: encoder.together(recordings), encoders))
+        list(pool.map(lambda encoder: encoder.encode_together(recordings), encoders))
     windows = sum(begun)
-    Encoder(model, processor).together(recordings)
+    Encoder(model, processor).encode_together(recordings)
     assert sum(begun) == 2 * windows > 0
     for encoder in encoders:
         assert len(encoder._encoded) == len(recordings)
@@ -338,7 +338,7 @@ def test_of_runs_side_by_side_one_encodes(speech_llm, recordings, tmp_path, monk
 
 def test_encoded_recordings_are_kept_for_other_runs(speech_llm, recordings, tmp_path, monkeypatch):
     expected = Encoder(*speech_llm)(recordings[0])[0]
-    Encoder(*speech_llm, folder=tmp_path).together(recordings)
+    Encoder(*speech_llm, folder=tmp_path).encode_together(recordings)
     monkeypatch.setattr(type(speech_llm[0]), "encode", lambda *_: pytest.fail("encoded again"))
     found, seconds = Encoder(*speech_llm, folder=tmp_path)(recordings[0])
     assert seconds > 0

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transcribe_batch import together as ragged_together
+from decoded_prompts import decode_together as ragged_together
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.cuda_graph import captured
 from unique_asr.decoding import batch as batch_decoding
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
+from unique_asr.decoding.engine import PENDING
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.methods import METHODS, RivalConfig, rivals_active
-from unique_asr.longform.passes import PENDING, LongformConfig
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.opus"
@@ -32,14 +33,14 @@ def together(rows, prompts, count):
     """All prompts at once."""
     decoding = []
     for prompt in prompts:
-        row = rows.row()
+        row = rows.new_sequence()
         row.prefill(prompt)
         decoding.append((row, row.tokens(count), []))
     while any(len(written) < count for _, _, written in decoding):
         rows.step()
         for _, tokens, written in decoding:
             for token in tokens:
-                if token == PENDING:
+                if token is PENDING:
                     break
                 written.append(token)
     for row, _, _ in decoding:
@@ -60,7 +61,7 @@ def test_rows_write_what_they_write_alone(llama, budget, backend):
         decoder = GreedyDecoder(llama, attention, capacity=1024)
         decoder.prefill(prompt)
         expected.append(list(decoder.tokens(24)))
-    rows = BatchDecoder(llama, attention)
+    rows = BatchEngine(llama, attention)
     assert rows.static
     assert together(rows, prompts, 24) == expected
     assert together(rows, prompts[::-1], 24) == expected[::-1]
@@ -72,7 +73,7 @@ def test_sparse_rows_are_those_of_uncaptured_steps(llama, backend):
     attention = SparseAttentionConfig(budget=64, backend=backend)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (300, 177, 223)]
-    captured, eager = (together(BatchDecoder(llama, attention, static=static), prompts, 24) for static in (True, False))
+    captured, eager = (together(BatchEngine(llama, attention, static=static), prompts, 24) for static in (True, False))
     assert captured == eager
 
 
@@ -90,9 +91,9 @@ def test_rows_that_begin_beside_others_write_what_they_write_alone(llama, budget
     llama.to("cuda")
     attention, (prompts, counts) = SparseAttentionConfig(budget=budget, backend=backend), ragged()
     for patience in (4, 1):
-        monkeypatch.setattr(batch_decoding, "PATIENCE", patience)
+        monkeypatch.setattr(batch_decoding, "RUNNING_PER_WAITING", patience)
         for (tokens, _), prompt, count in zip(
-            ragged_together(BatchDecoder(llama, attention), prompts, counts, 4), prompts, counts, strict=True
+            ragged_together(BatchEngine(llama, attention), prompts, counts, 4), prompts, counts, strict=True
         ):
             decoder = GreedyDecoder(llama, attention, capacity=1024)
             decoder.prefill(prompt)
@@ -103,11 +104,11 @@ def test_threads_decode_beside_each_other(llama):
     """Each on a stream of its own; captures of one do not disturb the others."""
     llama.to("cuda")
     attention = SparseAttentionConfig(budget=64)
-    expected = [tokens for tokens, _ in ragged_together(BatchDecoder(llama, attention), *ragged(), 4)]
+    expected = [tokens for tokens, _ in ragged_together(BatchEngine(llama, attention), *ragged(), 4)]
 
     def decoded(_):
         with torch.cuda.stream(torch.cuda.Stream()):
-            return [tokens for tokens, _ in ragged_together(BatchDecoder(llama, attention), *ragged(), 4)]
+            return [tokens for tokens, _ in ragged_together(BatchEngine(llama, attention), *ragged(), 4)]
 
     torch.cuda.synchronize()
     with ThreadPoolExecutor(4) as pool:
@@ -116,7 +117,7 @@ def test_threads_decode_beside_each_other(llama):
 
 @pytest.mark.parametrize("config", ["torch", "triton", *METHODS])
 def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llama, config, monkeypatch):
-    monkeypatch.setattr(batch_decoding, "PATIENCE", 1000)  # as uncaptured ones begin
+    monkeypatch.setattr(batch_decoding, "RUNNING_PER_WAITING", 1000)  # as uncaptured ones begin
     llama.to("cuda")
     if config in METHODS:
         attention = RivalConfig(budget=96, score="mean", method=METHODS[config]())
@@ -124,7 +125,7 @@ def test_sparse_rows_that_begin_beside_others_are_those_of_uncaptured_steps(llam
         attention = SparseAttentionConfig(budget=64, backend=config)
     with rivals_active():
         captured, eager = (
-            ragged_together(BatchDecoder(llama, attention, static=static), *ragged(), 4) for static in (True, False)
+            ragged_together(BatchEngine(llama, attention, static=static), *ragged(), 4) for static in (True, False)
         )
     assert [tokens for tokens, _ in captured] == [tokens for tokens, _ in eager]
     assert [row.counters for _, row in captured] == [row.counters for _, row in eager]
@@ -139,7 +140,7 @@ def test_captured_rivals_choose_what_eager_ones_do(llama, name, budget):
     prompts = [torch.randn(1, length, 90, generator=generator).cuda() for length in (250, 237, 301)]
     config = RivalConfig(budget=budget, score="mean", method=METHODS[name]())
     with rivals_active():
-        captured, eager = (BatchDecoder(llama, config, static=static) for static in (True, False))
+        captured, eager = (BatchEngine(llama, config, static=static) for static in (True, False))
         for wave in (prompts, prompts[::-1]):
             assert together(captured, wave, 40) == together(eager, wave, 40)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from unique_asr.models.pretrained import KNOWN_MODELS, estimate
-from unique_asr.models.pretrained.memory import pass_tokens, shape_of
+from unique_asr.decoding.memory import read_shape
+from unique_asr.models.pretrained import KNOWN_MODELS
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, estimate_pass_tokens
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +48,14 @@ def test_memory_is_as_estimated(name, minutes):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     transcriber = PretrainedTranscriber((model, processor), budget=512)
-    tokens = pass_tokens(known_model, 60 * minutes)
+    tokens = estimate_pass_tokens(known_model, 60 * minutes)
     features = [embeds_of(known_model, model, 60 * minutes)[0]]  # as they come from the encoder, kept beside the prompt
-    transcriber.prefill(torch.cat(features)[None].clone(), tokens)
+    transcriber.decoder.reserve(tokens)
+    transcriber.decoder.prefill(torch.cat(features)[None].clone())
     list(transcriber.decoder.tokens(32))
-    expected = estimate(known_model, 60 * minutes, shape_of(model), transcriber.attention, tokens=tokens).total
+    expected = estimate_pass_memory(
+        known_model, 60 * minutes, read_shape(model), transcriber.attention, tokens=tokens
+    ).total
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.1)
 
 
@@ -63,7 +67,8 @@ def test_captured_steps_of_a_whole_speech_llm(name):
     for capture in (True, False):
         transcriber = PretrainedTranscriber((model, processor), budget=512)
         transcriber.decoder.step.capture = capture
-        transcriber.prefill(embeds, 4096)
+        transcriber.decoder.reserve(4096)
+        transcriber.decoder.prefill(embeds)
         written.append(list(transcriber.decoder.tokens(16)))
         assert transcriber.decoder.counters.sparse_steps == 15
     assert written[0] == written[1]

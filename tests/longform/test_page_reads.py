@@ -11,7 +11,7 @@ import torch
 from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.longform.page_reads import PageReads, ticks
+from unique_asr.longform.page_reads import PageReads, choose_ticks
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parents[1] / "data"
@@ -149,8 +149,8 @@ def test_the_picture_has_time_on_both_axes(recording):
 
 
 @pytest.mark.parametrize(("duration", "last"), [(0, 0), (9, 8), (62, 60), (3600, 3600), (36000, 36000)])
-def test_ticks(duration, last):
-    times = ticks(duration)
+def test_choose_ticks(duration, last):
+    times = choose_ticks(duration)
     assert times[0] == 0
     assert times[-1] == last
     assert len(times) <= 7

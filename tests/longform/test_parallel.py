@@ -5,23 +5,24 @@ import random
 
 import numpy as np
 import pytest
-from simulated_speech import ScriptedDecoder, said, timeline
-from test_passes import Recording, sentences
-from test_speech_llm_transcriber import noise
-from test_transcribe_batch import described
+from simulated_speech import ScriptedDecoder, SimulatedRecording, describe, noise, said, sentences, timeline
 
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.longform.parallel import ParallelTranscriber
-from unique_asr.longform.passes import PENDING, LongformConfig, LongformReport, LongformTranscriber
-from unique_asr.transcribers.batch import side_by_side
-from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber
+from unique_asr.decoding.engine import PENDING
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.parallel import ParallelPassRunner
+from unique_asr.longform.passes import PassRunner
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.batch import transcribe_side_by_side
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 
-CONFIG = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+CONFIG = LongformConfig(max_pass_seconds=3.0, retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
 
 class HesitantDecoder(ScriptedDecoder):
-    """Has its tokens after some steps of a batch that is not there."""
+    """Has its tokens after some steps of an engine that is not there."""
 
     def __init__(self, processor, script, seed):
         super().__init__(processor, script)
@@ -35,22 +36,22 @@ class HesitantDecoder(ScriptedDecoder):
 
 
 def transcribe(recording, decoders, script=None, state=None, on_pass=None, progress=None):
-    """Segments, report and decoders; `script` as for `Recording.transcribe`."""
+    """Segments, report and decoders; `script` as for `SimulatedRecording.transcribe`."""
 
     def write(start, end):
         text = said(recording.words, start, end)
         return script(start, end, text) if script else text
 
     report = LongformReport()
-    rows = [HesitantDecoder(recording.processor, write, seed) for seed in range(decoders)]
-    transcriber = ParallelTranscriber(recording.model, recording.processor)
-    found = list(transcriber.transcribe(recording.encoded, rows, report, progress, state, on_pass))
-    segments = [segment for segment in found if segment is not None]
+    sequences = [HesitantDecoder(recording.processor, write, seed) for seed in range(decoders)]
+    runner = ParallelPassRunner(recording.model, recording.processor)
+    found = list(runner.run(recording.encoded, sequences, report, progress, state, on_pass))
+    segments = [segment for segment in found if segment is not PENDING]
     times = [time for segment in segments for word in segment.words for time in (word.start, word.end)]
     assert times == sorted(times)
     first = state["report"]["segments"] if state else 0
     assert [segment.id for segment in segments] == list(range(first, first + len(segments)))
-    return segments, report, rows, len(found) - len(segments)
+    return segments, report, sequences, len(found) - len(segments)
 
 
 def text_of(segments):
@@ -59,19 +60,19 @@ def text_of(segments):
 
 @pytest.fixture
 def recording():
-    return Recording(timeline(sentences(60), pause=0.8), max_pass_seconds=40.0)
+    return SimulatedRecording(timeline(sentences(60), pause=0.8), max_pass_seconds=40.0)
 
 
 @pytest.mark.parametrize("decoders", [1, 3, 20])
 def test_the_segments_are_those_of_one_pass_after_the_other(recording, decoders):
     assert recording.transcribe() == recording.text
-    segments, report, rows, waits = transcribe(recording, decoders)
+    segments, report, sequences, waits = transcribe(recording, decoders)
     assert [(each.text, each.start, each.end) for each in segments] == [
         (each.text, each.start, each.end) for each in recording.segments
     ]
     assert waits > 0
-    assert report.passes == recording.report.passes == sum(len(row.passes) for row in rows) > 4
-    assert sum(bool(row.passes) for row in rows) == min(decoders, report.passes)
+    assert report.passes == recording.report.passes == sum(len(sequence.passes) for sequence in sequences) > 4
+    assert sum(bool(sequence.passes) for sequence in sequences) == min(decoders, report.passes)
     assert (report.stop_reason, report.warnings, report.coverage) == ("end", [], recording.report.coverage)
     assert report.longest == recording.report.longest
 
@@ -99,13 +100,13 @@ class Astray:
 
 
 def test_a_pass_that_breaks_is_made_up_for_within_its_section(recording):
-    segments, report, rows, _ = transcribe(recording, 4, Astray())
+    segments, report, sequences, _ = transcribe(recording, 4, Astray())
     assert text_of(segments) == recording.text
     assert report.broken == len(report.warnings) > 2
     assert report.coverage > 0.99
     seconds = [60 * int(warning.split(":")[0]) + int(warning.split(":")[1]) for warning in report.warnings]
     assert seconds == sorted(seconds)
-    assert report.passes == sum(len(row.passes) for row in rows)
+    assert report.passes == sum(len(sequence.passes) for sequence in sequences)
 
 
 def test_what_is_skipped_or_dropped_is_told_as_ever(recording):
@@ -147,12 +148,12 @@ def test_either_way_goes_on_with_what_the_other_left(recording):
     states = []
     transcribe(recording, 3, on_pass=states.append)
     decoder = ScriptedDecoder(recording.processor, lambda start, end: said(recording.words, start, end))
-    transcriber = LongformTranscriber(recording.model, recording.processor)
-    rest = transcriber.transcribe(recording.encoded, decoder, LongformReport(), None, states[3])
+    runner = PassRunner(recording.model, recording.processor)
+    rest = runner.run(recording.encoded, decoder, LongformReport(), None, states[3])
     assert whole[: states[3]["report"]["segments"]] + list(rest) == whole
 
     states = []
-    segments = transcriber.transcribe(recording.encoded, decoder, LongformReport(), None, None, states.append)
+    segments = runner.run(recording.encoded, decoder, LongformReport(), None, None, states.append)
     assert list(segments) == whole
     rest, *_ = transcribe(recording, 3, state=states[3])
     assert whole[: states[3]["report"]["segments"]] + rest == whole
@@ -167,10 +168,10 @@ def test_progress_never_goes_back(recording):
 
 
 def test_silence_and_a_recording_with_speech_in_one_part_only():
-    silent = Recording([], duration=100.0, max_pass_seconds=40.0)
+    silent = SimulatedRecording([], duration=100.0, max_pass_seconds=40.0)
     segments, report, *_ = transcribe(silent, 4)
     assert (segments, report.stop_reason, report.passes) == ([], "silence", 0)
-    late = Recording(timeline(sentences(3), start=150.0), duration=300.0, max_pass_seconds=40.0)
+    late = SimulatedRecording(timeline(sentences(3), start=150.0), duration=300.0, max_pass_seconds=40.0)
     segments, report, *_ = transcribe(late, 4)
     assert text_of(segments) == late.text
     assert report.stop_reason == "end"
@@ -178,30 +179,30 @@ def test_silence_and_a_recording_with_speech_in_one_part_only():
 
 @pytest.mark.parametrize("attention", ["dense", "unique"])
 def test_random_weights(tiny, attention):
-    """However many run at a time. Sparse steps may write something else, as a padded row has its pages elsewhere."""
+    """However many run at a time. Sparse steps may write something else, as padding shifts pages."""
 
     def result(count):
         transcriber = SpeechLLMTranscriber(tiny, attention=attention, budget=32, longform=CONFIG, parallel_passes=count)
-        ((_, transcript),) = side_by_side(transcriber, [noise(20)], 1)
+        ((_, transcript),) = transcribe_side_by_side(transcriber, [noise(20)], 1)
         assert transcript.info.sparsity["steps"] > 0
         assert (transcript.info.sparsity["sparse_steps"] > 0) is (attention == "unique")
         assert all(transcript.info.timings[stage] > 0 for stage in ("encode", "prefill", "decode"))
         assert transcript.info.passes > 5
-        return described(transcript)
+        return describe(transcript)
 
     first, second = result(3), result(8)
     assert attention == "unique" or first == second
 
 
-def test_a_recording_of_one_pass_and_recordings_side_by_side_go_as_before(tiny, monkeypatch):
+def test_a_recording_of_one_pass_and_recordings_transcribe_side_by_side_go_as_before(tiny, monkeypatch):
     monkeypatch.setattr(
-        "unique_asr.transcribers.speech_llm.ParallelTranscriber", lambda *_: pytest.fail("passes side by side")
+        "unique_asr.transcribers.speech_llm.ParallelPassRunner", lambda *_: pytest.fail("passes side by side")
     )
     transcriber = SpeechLLMTranscriber(tiny, longform=CONFIG)
     segments, info = transcriber.transcribe(noise(2))
     list(segments)
     assert info.passes > 0
-    assert len(list(side_by_side(transcriber, [noise(8), noise(9)], 2))) == 2
+    assert len(list(transcribe_side_by_side(transcriber, [noise(8), noise(9)], 2))) == 2
     one = SpeechLLMTranscriber(tiny, longform=CONFIG, parallel_passes=1)
     list(one.transcribe(noise(8))[0])
 
@@ -230,7 +231,7 @@ def test_whoever_stops_listening_leaves_the_transcriber_usable(tiny):
     first = next(segments)
     segments.close()
     assert info.stop_reason == "interrupted"
-    assert transcriber._batch.rows == []
+    assert transcriber._engine.sequences == []
     assert list(transcriber.transcribe(noise(20))[0]) == whole
     assert first == whole[0]
 
@@ -245,7 +246,7 @@ def test_what_cannot_work(tiny, monkeypatch):
         raise RuntimeError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr("unique_asr.decoding.batch.BatchDecoder._decode", fails)
+        patch.setattr("unique_asr.decoding.batch.BatchEngine._decode", fails)
         with pytest.raises(RuntimeError, match="no more"):
             list(transcriber.transcribe(noise(20))[0])
     assert list(transcriber.transcribe(noise(20))[0]) == whole

@@ -1,62 +1,18 @@
 """Whole recordings with decoders that end early, loop, ramble and leave speech out."""
 
 import random
-import re
 
 import pytest
-from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
+from simulated_speech import VOCABULARY, ScriptedDecoder, SimulatedRecording, said, sentences, timeline
 
-from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber, LoopDetector, clock
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
 from unique_asr.longform.segmentation import SegmentationConfig
-
-VOCABULARY = re.findall(
-    r"\w+",
-    "river stone garden window letter morning winter captain silver market bridge candle forest island music "
-    "number picture shadow summer teacher village weather yellow doctor engine farmer harbor kitchen ladder mirror "
-    "needle orange pocket quiet rabbit saddle tailor uncle valley wagon",
-)
-
-
-def sentences(count: int, seed: int = 0, words: int = 8) -> str:
-    rng = random.Random(seed)
-    return " ".join(" ".join(rng.choices(VOCABULARY, k=words)).capitalize() + "." for _ in range(count))
-
-
-class Recording:
-    """A simulated recording and the transcript that a script makes of it."""
-
-    def __init__(self, words, max_pass_seconds=1200.0, miss=0.0, duration=None):
-        self.words = words
-        self.model, self.processor = Model(max_pass_seconds), Processor()
-        self.encoded = encode(self.model, self.processor, words, duration, miss=miss)
-
-    def transcribe(self, script=None, config=None, segmentation=None):
-        """script(start, end, said): the text of a pass, given its span and what was said in it."""
-        self.report = LongformReport()
-
-        def write(start, end):
-            text = said(self.words, start, end)
-            return script(start, end, text) if script else text
-
-        self.decoder = ScriptedDecoder(self.processor, write)
-        transcriber = LongformTranscriber(self.model, self.processor, config, segmentation=segmentation)
-        capacity = transcriber.capacity(self.encoded)
-        self.segments = list(transcriber.transcribe(self.encoded, self.decoder, self.report))
-        assert capacity >= max((end - start for start, end in self.decoder.passes), default=0) / 0.32
-        times = [time for segment in self.segments for word in segment.words for time in (word.start, word.end)]
-        assert times == sorted(times)
-        assert all(0 <= time <= self.encoded.duration for time in times)
-        assert [segment.id for segment in self.segments] == list(range(len(self.segments)))
-        assert self.report.passes == len(self.decoder.passes)
-        return " ".join(segment.text for segment in self.segments)
-
-    @property
-    def text(self):
-        return " ".join(word for word, _, _ in self.words)
 
 
 def test_one_pass_of_a_faithful_decoder():
-    recording = Recording(timeline(sentences(12)))
+    recording = SimulatedRecording(timeline(sentences(12)))
     assert recording.transcribe() == recording.text
     assert recording.report.stop_reason == "end"
     assert recording.report.passes == 1
@@ -70,38 +26,38 @@ def test_one_pass_of_a_faithful_decoder():
 
 
 def test_segments_come_while_the_text_is_written():
-    recording = Recording(timeline(sentences(12)))
+    recording = SimulatedRecording(timeline(sentences(12)))
     decoder = ScriptedDecoder(recording.processor, lambda start, end: recording.text)
-    transcriber = LongformTranscriber(recording.model, recording.processor)
-    segments = transcriber.transcribe(recording.encoded, decoder, LongformReport())
+    runner = PassRunner(recording.model, recording.processor)
+    segments = runner.run(recording.encoded, decoder, LongformReport())
     next(segments)
     assert len(decoder.log_probs) < 30
 
 
 def test_unpunctuated_text_is_cut_at_pauses_and_before_it_is_too_long():
     words = timeline(sentences(10).lower().replace(".", ""), long={30: 2.0})
-    recording = Recording(words)
+    recording = SimulatedRecording(words)
     assert recording.transcribe(segmentation=SegmentationConfig(max_segment_seconds=6.0)) == recording.text
     assert all(segment.end - segment.start <= 6 for segment in recording.segments)
     assert any(segment.words[-1].end == pytest.approx(words[30][2], abs=0.3) for segment in recording.segments)
 
 
 def test_silence_gives_an_empty_transcript():
-    recording = Recording([], duration=20.0)
+    recording = SimulatedRecording([], duration=20.0)
     assert recording.transcribe() == ""
     assert recording.report.stop_reason == "silence"
     assert recording.report.passes == 0
 
 
 def test_one_word():
-    recording = Recording(timeline("Yes.", start=4.0), duration=10.0)
+    recording = SimulatedRecording(timeline("Yes.", start=4.0), duration=10.0)
     assert recording.transcribe() == "Yes."
     assert recording.segments[0].start == pytest.approx(4.0, abs=0.2)
     assert recording.segments[0].end < 5
 
 
 def test_long_recordings_are_cut_at_pauses():
-    recording = Recording(timeline(sentences(40), pause=0.8), max_pass_seconds=40.0)
+    recording = SimulatedRecording(timeline(sentences(40), pause=0.8), max_pass_seconds=40.0)
     assert recording.transcribe() == recording.text
     assert recording.report.passes <= 5
     assert all(end - start <= 40.5 for start, end in recording.decoder.passes)
@@ -109,7 +65,7 @@ def test_long_recordings_are_cut_at_pauses():
 
 
 def test_decoding_goes_on_after_an_early_stop():
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
 
     def stops_early(start, end, text):
         return " ".join(text.split()[: 12 * 8])
@@ -123,7 +79,7 @@ def test_decoding_goes_on_after_an_early_stop():
 
 
 def test_a_loop_is_stopped_and_decoding_goes_on():
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
 
     def loops_once(start, end, text):
         if start > 5:
@@ -137,7 +93,7 @@ def test_a_loop_is_stopped_and_decoding_goes_on():
 
 
 def test_a_looped_sentence_is_kept_once():
-    recording = Recording(timeline(sentences(20)))
+    recording = SimulatedRecording(timeline(sentences(20)))
 
     def loops_once(start, end, text):
         kept = text.split()[: 10 * 8]
@@ -147,7 +103,7 @@ def test_a_looped_sentence_is_kept_once():
 
 
 def test_a_loop_at_the_end_of_the_speech():
-    recording = Recording(timeline(sentences(6)), duration=60.0)
+    recording = SimulatedRecording(timeline(sentences(6)), duration=60.0)
     assert recording.transcribe(lambda start, end, text: text + " Bye." * 300) == recording.text
     assert recording.report.stop_reason == "loop"
     assert len(recording.report.warnings) == 1
@@ -155,14 +111,14 @@ def test_a_loop_at_the_end_of_the_speech():
 
 @pytest.mark.parametrize("said_again", ["No, no. " * 40, "la " * 60, "We will rock you now. " * 12])
 def test_repetition_that_was_said_is_no_loop(said_again):
-    recording = Recording(timeline(sentences(4) + " " + said_again + sentences(4, seed=1)))
+    recording = SimulatedRecording(timeline(sentences(4) + " " + said_again + sentences(4, seed=1)))
     assert recording.transcribe() == recording.text
     assert recording.report.passes == 1
     assert recording.report.stop_reason == "end"
 
 
 def test_left_out_speech_is_gone_back_to():
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
 
     def leaves_out(start, end, text):
         words = text.split()
@@ -174,7 +130,7 @@ def test_left_out_speech_is_gone_back_to():
 
 
 def test_speech_that_no_pass_writes_down_is_accepted_as_a_gap():
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
     kept = recording.words[: 8 * 8] + recording.words[18 * 8 :]
     assert recording.transcribe(lambda start, end, text: said(kept, start, end)) == " ".join(word for word, *_ in kept)
     assert recording.report.coverage == pytest.approx(2 / 3, abs=0.03)
@@ -182,7 +138,7 @@ def test_speech_that_no_pass_writes_down_is_accepted_as_a_gap():
 
 
 def test_a_text_that_was_not_said_here_is_broken_off():
-    recording = Recording(timeline(sentences(60)))
+    recording = SimulatedRecording(timeline(sentences(60)))
     unsaid = [f"Unsaid{index}." for index in range(100)]
 
     def goes_astray(start, end, text):
@@ -195,7 +151,7 @@ def test_a_text_that_was_not_said_here_is_broken_off():
 
 
 def test_a_place_is_gone_back_to_twice_the_second_time_with_less_audio():
-    recording = Recording(timeline(sentences(60)))
+    recording = SimulatedRecording(timeline(sentences(60)))
     recording.transcribe(lambda start, end, text: " ".join(text.split()[: 8 * 8] + text.split()[18 * 8 :]))
     lengths = [end - start for start, end in recording.decoder.passes]
     assert lengths[0] > 100
@@ -204,13 +160,13 @@ def test_a_place_is_gone_back_to_twice_the_second_time_with_less_audio():
 
 
 def test_a_hallucinated_sentence_after_the_speech_is_dropped():
-    recording = Recording(timeline(sentences(6)), duration=40.0)
+    recording = SimulatedRecording(timeline(sentences(6)), duration=40.0)
     assert recording.transcribe(lambda *span: span[2] + " Thank you so much for watching this video.") == recording.text
     assert "Thank you" in recording.report.warnings[0]
 
 
 def test_words_that_the_ctc_head_misheard_keep_their_place():
-    recording = Recording(timeline(sentences(3)))
+    recording = SimulatedRecording(timeline(sentences(3)))
     words = recording.text.split()
     changed = words[:8] + ["Misheard", *(word[::-1] for word in words[9:15]), "too."] + words[16:]
     assert recording.transcribe(lambda *span: " ".join(changed)) == " ".join(changed)
@@ -221,7 +177,7 @@ def test_words_that_the_ctc_head_misheard_keep_their_place():
 
 @pytest.mark.parametrize("miss", [0.15, 0.35])
 def test_a_poor_ctc_head(miss):
-    recording = Recording(timeline(sentences(30)), miss=miss)
+    recording = SimulatedRecording(timeline(sentences(30)), miss=miss)
     assert recording.transcribe() == recording.text
     assert recording.report.passes == 1
     assert recording.report.coverage > 0.95
@@ -229,7 +185,7 @@ def test_a_poor_ctc_head(miss):
 
 @pytest.mark.parametrize("text", ["", "Nothing of this was ever said by anybody. " * 40, "Yes. " * 500, "!" * 900])
 def test_a_useless_decoder_comes_to_an_end(text):
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
     recording.transcribe(lambda start, end, said: text)
     assert recording.report.passes < 40
     assert len(recording.decoder.log_probs) < 350
@@ -237,7 +193,7 @@ def test_a_useless_decoder_comes_to_an_end(text):
 
 
 def test_a_stuck_spot_is_skipped_and_the_rest_transcribed():
-    recording = Recording(timeline(sentences(30)))
+    recording = SimulatedRecording(timeline(sentences(30)))
 
     def stuck(start, end, text):
         return " ".join(text.split()[:40]) if start < 1 else "" if start < 20 else text
@@ -249,7 +205,7 @@ def test_a_stuck_spot_is_skipped_and_the_rest_transcribed():
 
 
 def test_the_token_budget_bounds_a_pass():
-    recording = Recording(timeline(sentences(10)))
+    recording = SimulatedRecording(timeline(sentences(10)))
     rambling = " ".join(random.Random(1).choices(VOCABULARY, k=5000))
     recording.transcribe(
         lambda start, end, text: text + " " + rambling, LongformConfig(tokens_a_second=4, spare_tokens=10)
@@ -257,18 +213,3 @@ def test_the_token_budget_bounds_a_pass():
     assert recording.report.stop_reason == "length"
     assert len(recording.decoder.log_probs) < 400
     assert any("token budget" in warning for warning in recording.report.warnings)
-
-
-@pytest.mark.parametrize(
-    ("period", "copies", "expected"), [(1, 30, True), (1, 12, False), (10, 5, True), (10, 3, False)]
-)
-def test_loop_detector(period, copies, expected):
-    detector = LoopDetector()
-    found = [detector.push(token) for token in list(range(100, 140)) + list(range(period)) * copies]
-    assert any(found) is expected
-    if expected:
-        assert next(filter(None, found)) <= period * copies
-
-
-def test_clock():
-    assert [clock(seconds) for seconds in (5.4, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

@@ -14,13 +14,14 @@ import speech_models
 import transformers
 
 from unique_asr.application.cli import saved_attention
-from unique_asr.models.pretrained import KNOWN_MODELS, load, make_transcriber, merge_lora
+from unique_asr.models.pretrained import KNOWN_MODELS, load, merge_lora
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.corpus import Corpus, read_manifests
 from unique_asr.training.lora import LoraSettings, add_lora, without_lora
 from unique_asr.training.pretrained import PretrainedSpeech
 from unique_asr.training.trainer import Trainer
+from unique_asr.transcribers import make_transcriber
 
 KNOWN = [name for name in KNOWN_MODELS if hasattr(transformers, KNOWN_MODELS[name].model_class)]
 WORDS = {
@@ -235,8 +236,8 @@ def test_the_script_trains_what_transcribes(write_manifest, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import finetune
 
-    monkeypatch.setattr("unique_asr.training.validation.text_tokens", lambda *_: 8)
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.training.validation.limit_text_tokens", lambda *_: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.limit_text_tokens", lambda *_: 8)
     model, processor = speech_models.make(name)
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")

@@ -1,28 +1,28 @@
 """Recordings beyond a model's limit, early stops and loops, with scripted answers to a tiny model's requests."""
 
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
 import speech_models
 import transformers
+from simulated_speech import speech
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-from unique_asr.audio import spooled
+from unique_asr.decoding.engine import PENDING
+from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import PENDING
-from unique_asr.longform.timestamped import PassConfig, Speech
 from unique_asr.models.languages import LANGUAGES
-from unique_asr.models.pretrained import KNOWN_MODELS, check_language, make_transcriber
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.models.pretrained import KNOWN_MODELS
+from unique_asr.transcribers import check_language, make_transcriber
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
-from unique_asr.transcribers.speech_llm import PipelineError
 from unique_asr.transcript import Unfinished
 
 RATE = 16000
-QUICK = PassConfig(rest_seconds=2.0, retry_seconds=6.0, cut_seconds=3.0)
+QUICK = TimestampedConfig(rest_seconds=2.0, retry_seconds=6.0, cut_seconds=3.0)
 
 
 class Script:
@@ -31,7 +31,8 @@ class Script:
     def __init__(self, tokenizer, answers, reasons=()):
         self.tokenizer, self.answers, self.reasons = tokenizer, list(answers), list(reasons)
         self.counters, self.step, self.cache = SparsityCounters(), self, self
-        self.capacity, self.length, self.log_probs, self.stop_reason, self.held = 1 << 30, 0, [], None, 0
+        self.capacity, self.length, self.log_probs, self.stop_reason = 1 << 30, 0, [], None
+        self.cache_bytes, self.engine_seconds = 0, {}
         self.prompts = []
 
     def reserve(self, tokens):
@@ -51,24 +52,26 @@ class Script:
         self.stop_reason = self.reasons.pop(0) if self.reasons else "end"
 
 
-class ScriptedRows:
-    """Stands in for a `BatchDecoder`, each row with its own answers; a token comes at every other step."""
+class ScriptedEngine:
+    """Stands in for a `BatchEngine`, each sequence with its own answers; a token comes at every other step."""
 
     def __init__(self, tokenizer, answers):
         self.tokenizer, self.answers = tokenizer, [list(each) for each in answers]
 
-    def row(self):
-        return ScriptedRow(self.tokenizer, self.answers.pop(0))
+    def new_sequence(self):
+        return ScriptedSequence(self.tokenizer, self.answers.pop(0))
 
     def step(self):
         pass
 
-    def remove(self, row):
+    def remove(self, sequence):
         pass
 
 
-class ScriptedRow(Script):
-    seconds = {"prefill": 1.0, "decode": 2.0}
+class ScriptedSequence(Script):
+    def __init__(self, tokenizer, answers):
+        super().__init__(tokenizer, answers)
+        self.engine_seconds = {"prefill": 1.0, "decode": 2.0}
 
     def tokens(self, budget, stop_ids):
         for token in super().tokens(budget, stop_ids):
@@ -96,20 +99,12 @@ def transcribe(models, name, samples, answers, reasons=(), limit=None, prompt=No
     transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=limit, passes=QUICK)
     transcriber.decoder = Script(processor.tokenizer, answers, reasons)
     asked = []
-    request = transcriber.prompt_embeds
-    transcriber.prompt_embeds = lambda samples, prompt, *more: (
+    request = transcriber.embed_prompt
+    transcriber.embed_prompt = lambda samples, prompt, *more: (
         asked.append((len(samples) / RATE, prompt)) or request(samples, prompt, *more)
     )
     segments, info = transcriber.transcribe(samples, prompt=prompt)
     return list(segments), info, asked
-
-
-def speech(seconds, pauses=()):
-    """Noise as loud as speech, with silence in `pauses`."""
-    samples = np.random.default_rng(0).standard_normal(int(RATE * seconds)).astype(np.float32) / 10
-    for start, end in pauses:
-        samples[int(start * RATE) : int(end * RATE)] = 0
-    return samples
 
 
 def test_segments_of_one_pass(models):
@@ -211,8 +206,8 @@ def test_recordings_side_by_side_with_loops_and_passes(models):
     answers = [["One.", "Two."], [loops, "Three.", "Four."], ["Five."]]
     audios = [speech(18), speech(9), speech(5)]
     transcriber = PretrainedTranscriber((model, processor), max_pass_seconds=10, passes=QUICK)
-    transcriber.batch_decoder = lambda: ScriptedRows(processor.tokenizer, answers)
-    results = dict(side_by_side(transcriber, audios, 3))
+    transcriber.make_engine = lambda: ScriptedEngine(processor.tokenizer, answers)
+    results = dict(transcribe_side_by_side(transcriber, audios, 3))
     assert [results[index].text for index in range(3)] == ["One. Two.", "Three. Four.", "Five."]
     assert [results[index].info.passes for index in range(3)] == [2, 3, 1]
     assert "shorter passes" in results[1].info.warnings[0]
@@ -285,7 +280,7 @@ def test_the_language_reaches_the_model_or_is_refused(models, name, monkeypatch)
         assert "\n" not in str(error.value)
     if taken:
         asked = []
-        monkeypatch.setattr(transcriber, "prompt_embeds", lambda *arguments: asked.append(arguments[2]))
+        monkeypatch.setattr(transcriber, "embed_prompt", lambda *arguments: asked.append(arguments[2]))
         segments, info = transcriber.transcribe(speech(1), language="English")
         assert info.settings["language"] == "en"
         with pytest.raises(AttributeError):  # for want of embeddings
@@ -336,12 +331,12 @@ def test_a_pass_beside_others_counts_their_cache_as_room(models, monkeypatch):
     model, processor = models["qwen3_asr"]
     transcriber = PretrainedTranscriber((model, processor), attention="dense")
     _, info = transcriber.transcribe(speech(5))
-    row = transcriber.batch_decoder().row()
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
+    sequence = transcriber.make_engine().new_sequence()
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.measure_free_memory", lambda device: 1000)
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
-        transcriber._check_memory(1000, 5, info, row)
-    monkeypatch.setattr(type(row), "held", 1 << 40)
-    transcriber._check_memory(1000, 5, info, row)
+        transcriber._check_memory(1000, 5, info, sequence)
+    monkeypatch.setattr(type(sequence), "cache_bytes", 1 << 40)
+    transcriber._check_memory(1000, 5, info, sequence)
 
 
 def test_silence_has_no_text(models):
@@ -351,31 +346,13 @@ def test_silence_has_no_text(models):
 
 
 def test_too_little_memory_is_said_before_decoding(models, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.free_memory", lambda device: 1000)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.measure_free_memory", lambda device: 1000)
     model, processor = models["qwen3_asr"]
     segments, _ = PretrainedTranscriber((model, processor)).transcribe(speech(5))
     with pytest.raises(PipelineError, match=r"free on cpu; try max_pass_seconds="):
         next(segments)
 
 
-def test_a_long_recording_does_not_fill_the_memory():
-    """Ten minutes, 38 MB: what is kept of them, and what is worked on, is a few MB."""
-    second = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    tracemalloc.start()
-    samples = spooled(second * (index % 2) for index in range(600))
-    speech = Speech(samples)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (len(samples), speech.duration) == (600 * 16000, 600)
-    np.testing.assert_array_equal(samples[16000:32000], second)
-    assert speech.total == pytest.approx(300, abs=1)
-    assert peak < 16e6
-
-
-def test_speech_is_found_by_loudness():
-    found = Speech(speech(10, pauses=[(2, 4), (7, 7.5)]))
-    assert found.total == pytest.approx(7.5, abs=0.1)
-    assert found.between(1, 5) == pytest.approx(2, abs=0.1)
-    assert 2 < found.quietest(0, 6) < 4
-    assert found.spread(0, 10)(0.5) == pytest.approx(5.75, abs=0.1)
-    assert Speech(np.zeros(100, np.float32)).total == 0
+def test_recordings_are_encoded_pass_by_pass(models):
+    with pytest.raises(PipelineError, match="encodes each pass by itself"):
+        PretrainedTranscriber(models["qwen3_asr"]).transcribe_encoded(None)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated_speech import ScriptedDecoder, said, timeline
-from test_passes import Recording, sentences
-from test_speech_llm_transcriber import noise
+from simulated_speech import ScriptedDecoder, SimulatedRecording, noise, said, sentences, timeline
 
-from unique_asr.longform.passes import LongformConfig, LongformReport, LongformTranscriber
-from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber
+from unique_asr.longform.configuration import LongformConfig
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.longform.passes import PassRunner
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 from unique_asr.transcript import Unfinished
 from unique_asr.writers import SegmentLog
 
@@ -35,7 +36,7 @@ def test_half_of_a_file_is_corrupt(tiny, tmp_path):
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_every_pass_can_be_resumed(offset):
     """A decoder that ends early, loops and leaves speech out: text, times, warnings and counts are the same."""
-    recording = Recording(timeline(sentences(40)), max_pass_seconds=60.0)
+    recording = SimulatedRecording(timeline(sentences(40)), max_pass_seconds=60.0)
 
     def write(start, end):
         text = said(recording.words, start, end)
@@ -45,8 +46,8 @@ def test_every_pass_can_be_resumed(offset):
 
     def transcribe(state=None, on_pass=None):
         report, decoder = LongformReport(), ScriptedDecoder(recording.processor, write)
-        transcriber = LongformTranscriber(recording.model, recording.processor, offset=offset)
-        return transcriber.transcribe(recording.encoded, decoder, report, None, state, on_pass), report
+        runner = PassRunner(recording.model, recording.processor, offset=offset)
+        return runner.run(recording.encoded, decoder, report, None, state, on_pass), report
 
     states = []
     segments, whole_report = transcribe(on_pass=lambda state: states.append(json.loads(json.dumps(state))))
@@ -62,7 +63,7 @@ def test_every_pass_can_be_resumed(offset):
 
 def test_through_the_log_a_real_decoder_gives_the_same(tiny, tmp_path):
     """With sparse attention; the log is cut off in the middle of a line."""
-    config = LongformConfig(max_pass_seconds=3.0, retry_pass_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
+    config = LongformConfig(max_pass_seconds=3.0, retry_seconds=1.0, skip_seconds=1.0, min_progress_seconds=0.1)
 
     def transcribe(**options):
         return SpeechLLMTranscriber(tiny, budget=32, longform=config, parallel_passes=1).transcribe(noise(9), **options)

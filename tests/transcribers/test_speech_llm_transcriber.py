@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated_speech import Model, Processor, ScriptedDecoder, encode, said, timeline
+from simulated_speech import Model, Processor, ScriptedDecoder, encode, noise, said, timeline
 
 import unique_asr
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.transcribers import speech_llm as pipeline
-from unique_asr.transcribers.speech_llm import PipelineError, SpeechLLMTranscriber, transcribe
+from unique_asr.longform.coverage import LongformReport
+from unique_asr.pipeline import transcribe
+from unique_asr.transcribers import speech_llm
+from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT = "A boy came up the road with a basket of bread. Nobody had opened the shutters. He knocked and waited politely!"
@@ -31,13 +34,9 @@ def scripted(monkeypatch):
         def __init__(self, language_model, attention, capacity, prefill_chunk):
             super().__init__(processor, lambda start, end: said(words, start, end))
 
-    monkeypatch.setattr(pipeline, "GreedyDecoder", Decoder)
-    monkeypatch.setattr(pipeline, "check_memory", lambda *arguments: None)
+    monkeypatch.setattr(speech_llm, "GreedyDecoder", Decoder)
+    monkeypatch.setattr(SpeechLLMTranscriber, "_check_memory", lambda *arguments: None)
     return model, processor
-
-
-def noise(seconds: float) -> np.ndarray:
-    return np.random.default_rng(0).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
 
 
 def test_segments_stream_and_info_is_complete_after_them(scripted):
@@ -170,7 +169,21 @@ def test_audio_without_samples(tiny):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(speech_llm, "measure_free_memory", lambda device: 1000)
     segments, _ = transcribe(noise(3), model=tiny)
     with pytest.raises(PipelineError, match="max_pass_seconds"):
         next(segments)
+
+
+def test_what_was_encoded_is_transcribed_as_the_recording_is(tiny):
+    transcriber = SpeechLLMTranscriber(tiny, budget=64)
+    segments, info = transcriber.transcribe(noise(6))
+    expected = list(segments)
+    model, processor = tiny
+    encoded, report = model.encode(iter([noise(6)]), processor), LongformReport()
+    segments, again = transcriber.transcribe_encoded(encoded, report=report)
+    assert list(segments) == expected
+    for name in ("duration", "stop_reason", "coverage", "passes", "sparsity", "attention"):
+        assert getattr(again, name) == getattr(info, name)
+    assert (report.passes, report.stop_reason) == (info.passes, info.stop_reason)
+    assert report.longest > 0

@@ -22,6 +22,7 @@ from unique_asr.application.display import Display, JSONLines, format_time, spee
 from unique_asr.application.jobs import STDIN, Job, OutputError, find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import run, whole_number
 from unique_asr.audio import AudioError, AudioFile, parse_time
+from unique_asr.decoding.engine import PENDING
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import SegmentLog, read_transcript
@@ -39,7 +40,8 @@ class Transcriber(Protocol):
 
     name: str
     records_reads: bool  # whether `transcribe` takes `reads`, a PageReads, too
-    # batch_decoder(), if it has one, gives what decodes recordings side by side; `transcribe` takes a `row` of it.
+
+    def make_engine(self) -> Any: ...
 
     def transcribe(
         self,
@@ -88,7 +90,7 @@ def saved_attention(arguments: Sequence[str]) -> list[str]:
 
 
 def load_transcriber(**settings: Any) -> Transcriber:
-    from unique_asr.models.pretrained import make_transcriber
+    from unique_asr.transcribers import make_transcriber
 
     return make_transcriber(**settings)
 
@@ -150,7 +152,7 @@ class Run:
         self.config, self.formats, self.settings, self.told, self.part = config, formats, settings, told, part
         self._load, self.display, self.temporary = load, display, temporary
         self.transcriber: Transcriber | None = None  # from the first recording that needs it
-        self.rows: Any = None  # the BatchDecoder, if they are decoded side by side
+        self.engine: Any = None  # if they are decoded side by side
         self.code = SUCCESS
         self.done: list[float] = []  # seconds of the recordings that were transcribed
         self._unusable = False  # a model that does not load for one recording does not load for the next one
@@ -160,7 +162,7 @@ class Run:
         """One recording to its files; yields where its next token waits for `step`. An error ends it alone."""
         if self._unusable:
             return
-        config, row = self.config, None
+        config, sequence = self.config, None
         display = self.display.beside(job.name) if config.batch > 1 else self.display
         if total > 1:
             display.note(f"{job.name} ({number} of {total})")
@@ -176,13 +178,13 @@ class Run:
                 return
             unfinished, keep = job.unfinished(source.duration, made_from) if config.resume else (None, 0)
             self.load()
-            row = self.rows.row() if self.rows else None
+            sequence = self.engine.new_sequence() if self.engine else None
             log = SegmentLog(job.partial_path("jsonl"), keep)
             reads = PageReads() if config.output.reads else None
             keep_log = config.output.keep_log
             info = yield from transcription(
                 *(job, source, missing, log, keep_log, self.transcriber),
-                *(self.told, unfinished, display, begin, reads, row),
+                *(self.told, unfinished, display, begin, reads, sequence),
             )
             self.done.append(info.duration)
         except Exception as error:
@@ -192,28 +194,28 @@ class Run:
             self.code = FAILED
             self._unusable = self.transcriber is None and not isinstance(error, AudioError | OutputError)
         finally:
-            if row is not None:
-                self.rows.remove(row)
+            if sequence is not None:
+                self.engine.remove(sequence)
 
     def load(self) -> None:
         """The model, if it is not there yet."""
         if self.transcriber is not None:
             return
-        from unique_asr.transcribers.batch import batch_rows
+        from unique_asr.transcribers.batch import make_engine
 
         with self.display as display:
             self.transcriber = self._load(**self.settings, progress=display.progress)
-        self.rows = batch_rows(self.transcriber, self.config.batch)
-        if self.config.batch > 1 and self.rows is None:
+        self.engine = make_engine(self.transcriber, self.config.batch)
+        if self.config.batch > 1 and self.engine is None:
             self.display.note(f"batch={self.config.batch}: {self.transcriber.name} takes recordings one by one")
 
     def step(self) -> None:
         """Give every recording that waits its next token."""
         from unique_asr.transcribers.batch import step
 
-        step(self.rows)
-        if self.rows.notice != self._noticed:
-            self._noticed = self.rows.notice
+        step(self.engine)
+        if self.engine.notice != self._noticed:
+            self._noticed = self.engine.notice
             self.display.note(self._noticed)
 
 
@@ -228,7 +230,7 @@ def told_of_recordings(config: DictConfig) -> dict[str, str | None]:
     """What the model is told: prompt, code of the language, and hotwords; the last two only if it can be told them."""
     told = {"prompt": config.decoding.prompt, "language": None, "hotwords": None}
     if config.language or config.hotwords:
-        from unique_asr.models.pretrained import check_hotwords, check_language
+        from unique_asr.transcribers import check_hotwords, check_language
 
         model = config.model.name_or_path
         told["language"] = check_language(config.language and str(config.language), model)
@@ -326,21 +328,21 @@ def transcription(
     display: Display,
     begin: float,
     reads: PageReads | None = None,
-    row: Any = None,
+    sequence: Any = None,
 ) -> Generator[None, None, TranscriptionInfo]:
     """One recording to its files. Whatever stops it, the segments decoded until then are on disk.
 
     told: prompt, language and hotwords for the model.
     begin: the clock when work on the recording began; loading the model for it counts.
     reads: is drawn as one of the files; see `unique_asr.longform.page_reads.PageReads`.
-    row: of a `BatchDecoder`, which decodes: the generator yields where the batch has to make a step.
+    sequence: of the engine that decodes; the generator yields where the engine has to make a step.
     """
     transcript: Transcript | None = None
     try:
         with display:
             if reads is not None and not transcriber.records_reads:
                 raise ValueError(f"reads=true: model={transcriber.name} does not record what its steps read")
-            more = ({} if reads is None else {"reads": reads}) | ({} if row is None else {"row": row})
+            more = ({} if reads is None else {"reads": reads}) | ({} if sequence is None else {"sequence": sequence})
             iterator, info = transcriber.transcribe(
                 source,
                 **told,
@@ -357,8 +359,8 @@ def transcription(
                     transcript.segments.append(segment)
                     display.segment(segment, job.name)
             for segment in iterator:
-                if segment is None:
-                    yield
+                if segment is PENDING:
+                    yield PENDING
                     continue
                 transcript.segments.append(segment)
                 log.append(segment)

@@ -32,8 +32,9 @@ from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark.decode import WARM_UP, measure
 from unique_asr.benchmark.flash import FLASH
 from unique_asr.benchmark.timing import attempt, describe
-from unique_asr.models.pretrained import KNOWN_MODELS, KnownModel, Memory, estimate
-from unique_asr.models.pretrained.memory import prompt_tokens, shape_of
+from unique_asr.decoding.memory import Memory, read_shape
+from unique_asr.models.pretrained import KNOWN_MODELS, KnownModel
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, estimate_prompt_tokens
 
 # The name of an adapter, and its LLM: from the configurations of the checkpoints named in the catalogue.
 LLMS: dict[str, tuple[str, PreTrainedConfig]] = {
@@ -193,12 +194,15 @@ def measure_case(
 ) -> Iterator[Result]:
     """Dense steps by either attention, then each configuration over a cache of its own; what fails is left out."""
     seconds, device = 60 * minutes, model.device
-    prompt, answer = prompt_tokens(known_model, seconds), round(settings.answer_tokens_an_hour * seconds / 3600)
+    prompt, answer = (
+        estimate_prompt_tokens(known_model, seconds),
+        round(settings.answer_tokens_an_hour * seconds / 3600),
+    )
     context = prompt + answer // 2
 
     def memory(attention: SparseAttentionConfig) -> Memory:
         how = attention, model.dtype, settings.prefill_chunk, prompt + answer, batch, device.type
-        return estimate(known_model, seconds, shape_of(model), *how)
+        return estimate_pass_memory(known_model, seconds, read_shape(model), *how)
 
     release(device)
     free = free_memory(device)

@@ -1,18 +1,16 @@
-"""Recordings side by side: one decode step writes a token for each of them.
+"""Sequences side by side: one decode step writes a token for each of them.
 
-Every recording keeps its own transcription with its own passes, and asks a `Row` for tokens as it would ask a
-`GreedyDecoder`. While its token is not there yet, it is set aside. Once all wait, the batch makes a step. Where a pass
-has ended, the next one takes its place in the cache while the others go on: its prompt is read beside them and ends
-where they are. A static step begins before the tokens of the one before it are looked at, so that the device works
-while the rows place their words.
+Every recording, or pass over one, asks a `BatchSequence` for tokens as it would ask a `GreedyDecoder`. While its token
+is not there yet, it is set aside. Once all are pending, the engine makes a step. Where a text has ended, the next one
+takes its place in the cache while the others go on: its prompt is read beside them and ends where they are. A static
+step begins before the tokens of the one before it are looked at, so that the device works while the host places words.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,47 +21,50 @@ from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.attention.static_step import page_sizes
-from unique_asr.decoding.memory import decoding_memory, free_memory, held, shape_of
-from unique_asr.longform.passes import PENDING
+from unique_asr.decoding.engine import PENDING, Engine, Pending, PrefillProgress, Sequence
+from unique_asr.decoding.memory import estimate_memory, measure_cache, measure_free_memory, read_shape
 
-PATIENCE = 4  # captured steps are held up to read prompts once one row waits for so many that run
-THIN, THIN_CAPTURED = 2, 8  # see `BatchDecoder`; a capture takes as long as many steps
+RUNNING_PER_WAITING = 4  # captured steps are held up to read prompts once one sequence waits for so many that run
+SPARE_PLACES = 2  # the batch gets narrower once it has so many places for each sequence that runs;
+SPARE_PLACES_CAPTURED = 8  # more where it is captured anew then, which takes as long as many steps
 
 
-class Row:
-    """The decoder of one recording in a batch; see `unique_asr.longform.passes.Decoder`."""
+class BatchSequence(Sequence):
+    """One sequence of a `BatchEngine`; `next`, `start` and what says where it is in the cache are the engine's."""
 
-    def __init__(self, batch: BatchDecoder) -> None:
-        self.batch = batch
+    def __init__(self, engine: BatchEngine) -> None:
+        self.engine = engine
         self.log_probs: list[float] = []
-        self.counters = SparsityCounters()  # its share of the batch's
-        self.seconds = {"prefill": 0.0, "decode": 0.0}  # its share of the time
+        self.stop_reason: str | None = None
+        self.counters = SparsityCounters()
+        self.engine_seconds = {"prefill": 0.0, "decode": 0.0}
         self.embeds: Tensor | None = None  # [1, N, hidden], a prompt that waits for its prefill
         self.prompt = self.length = 0  # tokens of the prompt in the cache, and of all that is there
-        self.max_new_tokens = 0  # of its answer
-        self.progress: Callable[[int, int], None] | None = None
-        self.running = False
-        self.stop_reason: str | None = None  # of the last `tokens`, as of `GreedyDecoder`
+        self.max_new_tokens = 0
+        self.progress: PrefillProgress | None = None
+        self.running = False  # whether each step of the engine writes a token of it
         self.next: tuple[int, float] | None = None  # token and log-probability that nobody took yet
 
     @property
-    def held(self) -> int:
-        """Bytes of the batch's cache, whose place the next one takes."""
-        return self.batch.held
+    def cache_bytes(self) -> int:
+        return self.engine.cache_bytes
 
     def reset(self) -> None:
         self.running, self.next, self.embeds = False, None, None
 
-    def begin(self) -> None:
-        """Its prompt is in the cache."""
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: the engine makes room when it reads the prompt."""
+
+    def prefill(self, inputs_embeds: Tensor, progress: PrefillProgress | None = None) -> None:
+        """Hand in a prompt [1, N, hidden], which one of the engine's next steps reads."""
+        self.embeds, self.progress, self.log_probs = inputs_embeds, progress, []
+
+    def start(self) -> None:
+        """Note that the prompt is in the cache (for the engine)."""
         self.prompt = self.length = self.embeds.shape[1]
         self.embeds, self.running = None, True
 
-    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
-        self.embeds, self.progress, self.log_probs = inputs_embeds, progress, []
-
-    def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
-        """As `GreedyDecoder.tokens`, with PENDING where the batch has to make a step first."""
+    def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int | Pending]:
         self.stop_reason, self.max_new_tokens = None, max_new_tokens
         for _ in range(max_new_tokens):
             while self.next is None:
@@ -78,37 +79,21 @@ class Row:
         self.running = False
 
 
-class Rows(list[Row]):
-    """The decoders of several passes over one recording."""
+class BatchEngine(Engine):
+    """Greedy decoding of several sequences over one paged cache, padded on the left.
 
-    @property
-    def counters(self) -> SparsityCounters:
-        counted = SparsityCounters()
-        for row in self:
-            counted.add(row.counters)
-        return counted
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {stage: sum(row.seconds[stage] for row in self) for stage in ("prefill", "decode")}
-
-    def step(self) -> None:
-        self[0].batch.step()
-
-
-class BatchDecoder:
-    """Greedy decoding of several rows over one paged cache, padded on the left.
-
-        rows = BatchDecoder(model.language_model, SparseAttentionConfig(budget=512))
-        first, second = rows.row(), rows.row()
+        engine = BatchEngine(model.language_model, SparseAttentionConfig(budget=512))
+        first, second = engine.new_sequence(), engine.new_sequence()
         ...                                   # prefill each, and ask them for tokens until they are PENDING
-        rows.step()
+        engine.step()
 
-    Rows that would not fit into the free memory beside the others wait; `notice` says so. With models whose layers are
-    not all paged, no pass begins before all that are under way have ended.
+    Sequences that would not fit into the free memory beside the others wait; `notice` says so. With models whose layers
+    are not all paged, no text begins before all that are under way have ended.
 
-    `static` and `prefill_chunk` as for `GreedyDecoder`.
-    thin: the batch gets narrower, and on CUDA is captured anew, once it has as many places for each row in use.
+    Args:
+        static, prefill_chunk: as for `GreedyDecoder`.
+        spare_places: the batch gets narrower, and on CUDA is captured anew, once it has as many places for each
+            sequence that runs.
     """
 
     def __init__(
@@ -117,7 +102,7 @@ class BatchDecoder:
         attention: SparseAttentionConfig | None = None,
         prefill_chunk: int = 2048,
         static: bool | None = None,
-        thin: int | None = None,
+        spare_places: int | None = None,
     ) -> None:
         self.model, self.prefill_chunk = language_model, prefill_chunk
         self.attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
@@ -125,223 +110,220 @@ class BatchDecoder:
         self._paged = pages_every_layer(language_model.config)
         self.static = self._paged and self.device.type == "cuda" if static is None else static
         set_attention(language_model, NAME)
-        self.rows: list[Row] = []
-        self._places: list[Row | None] = []  # the row of each place in the cache, if it has one
+        self.sequences: list[BatchSequence] = []
+        self._places: list[BatchSequence | None] = []  # the sequence in each row of the cache; None: it is free
         self._starts: list[int] = []  # slots of padding on the left of each place
-        self._made: DecodeStep | None = None  # for as many places
+        self._decode_step: DecodeStep | None = None  # for as many places, with the cache
         self._ahead: Chosen | None = None  # a step that nobody has looked at yet
-        self._shape = shape_of(language_model)
+        self._shape = read_shape(language_model)
         self._unit = math.lcm(2, *page_sizes(self.attention))  # slots by which all rows may be moved
-        self._thin = thin or (THIN_CAPTURED if self.static else THIN)
-        self._limit: int | None = None  # rows, the last time that memory had no room for all
-        self.notice = ""  # one line about it
+        self._spare_places = spare_places or (SPARE_PLACES_CAPTURED if self.static else SPARE_PLACES)
+        self._limit: int | None = None  # sequences, the last time that memory had no room for all
+        self.notice = ""
 
-    def row(self) -> Row:
-        self.rows.append(Row(self))
-        return self.rows[-1]
+    def new_sequence(self) -> BatchSequence:
+        self.sequences.append(BatchSequence(self))
+        return self.sequences[-1]
 
-    @contextmanager
-    def rows_of(self, count: int) -> Iterator[Rows]:
-        """Rows for the passes over one recording, until they are left."""
-        rows = Rows(self.row() for _ in range(count))
-        try:
-            yield rows
-        finally:
-            for row in rows:
-                self.remove(row)
-
-    def remove(self, row: Row) -> None:
-        row.reset()
-        self.rows.remove(row)
+    def remove(self, sequence: BatchSequence) -> None:
+        sequence.reset()
+        self.sequences.remove(sequence)
 
     @property
-    def held(self) -> int:
-        """Bytes of the cache."""
-        return held(self._made.cache) if self._made is not None else 0
+    def cache_bytes(self) -> int:
+        return measure_cache(self._decode_step.cache) if self._decode_step is not None else 0
 
     def step(self) -> None:
-        """Give every row that runs its next token, and begin with those that wait, as far as memory has room for them.
+        """Write a token of every sequence that runs, and begin those that wait as far as memory has room for them.
 
         After an error the cache is gone, and with it all that was under way.
         """
         try:
             self._step()
         except BaseException:
-            self._places, self._made, self._ahead = [], None, None
+            self._places, self._decode_step, self._ahead = [], None, None
             raise
 
     @torch.no_grad()
     def _step(self) -> None:
         begin = time.perf_counter()
-        running = {place: row for place, row in enumerate(self._places) if row is not None and row.running}
-        waiting = [row for row in self.rows if row.embeds is not None]
+        running = {place: each for place, each in enumerate(self._places) if each is not None and each.running}
+        waiting = [sequence for sequence in self.sequences if sequence.embeds is not None]
         if not running:
-            fitting = self._fitting(waiting)
+            fitting = self._fit_alone(waiting)
             chosen = self._begin(fitting).tolist()
-            self._give(fitting, chosen, "prefill", time.perf_counter() - begin)
+            self._hand_out(fitting, chosen, "prefill", time.perf_counter() - begin)
             return
         chosen, joined, reading = self._ahead or self._decode(), None, 0.0
-        joining = self._joining(running, waiting)
+        joining = self._fit_beside(running, waiting)
         if joining:
             joined = self._join(running, joining)
             reading = time.perf_counter() - begin
-        elif self._paged and len(running) * self._thin <= len(self._places):
+        elif self._paged and len(running) * self._spare_places <= len(self._places):
             self._resize(running, 0)
         self._ahead = self._decode() if self.static else None
         if joined is not None:
-            self._give(joining, joined.tolist(), "prefill", reading)
-        for row in running.values():
-            row.length += 1
-            row.counters.add(self._made.cache.counted(row.length, row.prompt))
-        of_places = chosen.tolist()  # of those before any row joined
+            self._hand_out(joining, joined.tolist(), "prefill", reading)
+        for sequence in running.values():
+            sequence.length += 1
+            sequence.counters.add(self._decode_step.cache.counted(sequence.length, sequence.prompt))
+        of_places = chosen.tolist()  # of the places as they were before any sequence joined
         chosen = [[values[place] for place in running] for values in of_places]
-        self._give(running.values(), chosen, "decode", time.perf_counter() - begin - reading)
+        self._hand_out(running.values(), chosen, "decode", time.perf_counter() - begin - reading)
 
-    def _give(self, rows: Collection[Row], chosen: list[list[float]], stage: str, seconds: float) -> None:
-        """Each row its token and log-probability, and its share of the seconds."""
-        for row, token, log_prob in zip(rows, *chosen, strict=True):
-            row.next = int(token), log_prob
-            row.seconds[stage] += seconds / len(rows)
+    def _hand_out(
+        self, sequences: Collection[BatchSequence], chosen: list[list[float]], stage: str, seconds: float
+    ) -> None:
+        """Give each sequence its token and log-probability, and its share of the seconds."""
+        for sequence, token, log_prob in zip(sequences, *chosen, strict=True):
+            sequence.next = int(token), log_prob
+            sequence.engine_seconds[stage] += seconds / len(sequences)
 
-    def _fitting(self, rows: list[Row]) -> list[Row]:
-        """As many of the first rows as memory has room for, one at least: a recording checks that it fits alone."""
-        free = self._free()
+    def _fit_alone(self, waiting: list[BatchSequence]) -> list[BatchSequence]:
+        """As many of the first that wait as memory has room for; at least one, whose recording checks that it fits."""
+        free = self._free_bytes()
         if free is None:
-            return rows
-        count = len(rows)
-        while count > 1 and self._memory(rows[:count]) > free:
+            return waiting
+        count = len(waiting)
+        while count > 1 and self._bytes_alone(waiting[:count]) > free:
             count -= 1
-        if count < len(rows) and count != self._limit:
+        if count < len(waiting) and count != self._limit:
             self._limit = count
             self.notice = (
-                f"{len(rows)} recordings side by side need {self._memory(rows) / 1e9:.1f} GB and "
+                f"{len(waiting)} recordings side by side need {self._bytes_alone(waiting) / 1e9:.1f} GB and "
                 f"{free / 1e9:.1f} GB are free on {self.device}: {count} at a time"
             )
-        return rows[:count]
+        return waiting[:count]
 
-    def _joining(self, running: dict[int, Row], waiting: list[Row]) -> list[Row]:
-        """Those that may begin beside the rows that run, by their places."""
-        if not waiting or not self._paged or (self.static and len(waiting) * PATIENCE < len(running)):
+    def _fit_beside(self, running: dict[int, BatchSequence], waiting: list[BatchSequence]) -> list[BatchSequence]:
+        """Those that may begin now beside the sequences that run, which are given by their places."""
+        few = self.static and len(waiting) * RUNNING_PER_WAITING < len(running)
+        if not waiting or not self._paged or few:
             return []
-        free, count = self._free(), len(waiting)
-        while free is not None and count and self._memory_beside(running, waiting[:count]) > free:
+        free, count = self._free_bytes(), len(waiting)
+        while free is not None and count and self._bytes_beside(running, waiting[:count]) > free:
             count -= 1
         return waiting[:count]
 
-    def _free(self) -> int | None:
-        """Bytes, those of the cache included; None where the system does not tell."""
-        free = free_memory(self.device)
-        return None if free is None else free + self.held
+    def _free_bytes(self) -> int | None:
+        """Free memory with that of the cache; None where the system does not tell."""
+        free = measure_free_memory(self.device)
+        return None if free is None else free + self.cache_bytes
 
-    def _memory(self, rows: list[Row]) -> int:
-        """Bytes that these rows may take alone."""
-        prompt = longest_prompt(rows)
-        return self._bytes(rows, len(rows), prompt + max(HEADROOM, *(row.max_new_tokens for row in rows)))
+    def _bytes_alone(self, sequences: list[BatchSequence]) -> int:
+        """What these sequences may take with the cache to themselves."""
+        prompt = count_longest_prompt(sequences)
+        most = max(HEADROOM, *(sequence.max_new_tokens for sequence in sequences))
+        return self._estimate_bytes(sequences, len(sequences), prompt + most)
 
-    def _memory_beside(self, running: dict[int, Row], joining: list[Row]) -> int:
-        """Bytes that all of them may take, with the cache in which the prompts are read."""
-        rows = [*running.values(), *joining]
-        length = self._made.cache.length + self._shift(running, joining)
-        tokens = max(self._made.cache.capacity, length + max(row.max_new_tokens for row in rows))
-        return self._bytes(joining, max(len(self._places), len(rows)) + len(joining), tokens)
+    def _bytes_beside(self, running: dict[int, BatchSequence], joining: list[BatchSequence]) -> int:
+        """What all of them may take, with the second cache into which the new prompts are read."""
+        sequences = [*running.values(), *joining]
+        cache = self._decode_step.cache
+        length = cache.length + self._shift(running, joining)
+        tokens = max(cache.capacity, length + max(sequence.max_new_tokens for sequence in sequences))
+        return self._estimate_bytes(joining, max(len(self._places), len(sequences)) + len(joining), tokens)
 
-    def _bytes(self, prompts: list[Row], places: int, tokens: int) -> int:
-        prompt = longest_prompt(prompts)
+    def _estimate_bytes(self, prompts: list[BatchSequence], places: int, tokens: int) -> int:
+        prompt = count_longest_prompt(prompts)
         how = self.attention, prompts[0].embeds.dtype, self.prefill_chunk, places, self.device.type
-        return decoding_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
+        return estimate_memory(self._shape, prompt, tokens, prompt, *how).pass_bytes
 
-    def _begin(self, rows: list[Row]) -> Chosen:
-        """Rows that have the cache to themselves."""
-        longest = longest_prompt(rows)
-        self._places, self._starts, self._ahead = list(rows), [longest - row.embeds.shape[1] for row in rows], None
-        if self._made is None or len(self._made.token) != len(rows):
+    def _begin(self, sequences: list[BatchSequence]) -> Chosen:
+        """Read the prompts of sequences that have the cache to themselves."""
+        longest = count_longest_prompt(sequences)
+        self._places, self._ahead = list(sequences), None
+        self._starts = [longest - sequence.embeds.shape[1] for sequence in sequences]
+        if self._decode_step is None or len(self._decode_step.token) != len(sequences):
             cache = PagedCache(self.model.config, self.attention)
-            self._made = DecodeStep(self.model, cache, batch=len(rows), starts=self._tensor(self._starts))
-        made = self._made
-        made.starts.copy_(self._tensor(self._starts))  # captured steps read it there
-        made.cache.reset()
-        made.reserve(longest + HEADROOM)
-        made.choose(self._read(rows, made.cache, made.starts, longest))
-        return made.chosen()
+            starts = self._tensor(self._starts)
+            self._decode_step = DecodeStep(self.model, cache, batch=len(sequences), starts=starts)
+        step = self._decode_step
+        step.starts.copy_(self._tensor(self._starts))  # captured steps read it there
+        step.cache.reset()
+        step.reserve(longest + HEADROOM)
+        step.choose(self._read(sequences, step.cache, step.starts, longest))
+        return step.chosen()
 
-    def _join(self, running: dict[int, Row], rows: list[Row]) -> Chosen:
-        """Read the prompts of rows beside those that run, so that they end where these are."""
-        by = self._shift(running, rows)
-        free = self._resize(running, len(rows))
-        made = self._made
-        made.reserve(made.cache.length + by)
-        made.cache.move(by)
-        length = made.cache.length
-        # Pages of the prompts are pages there.
-        longest = longest_prompt(rows)
+    def _join(self, running: dict[int, BatchSequence], joining: list[BatchSequence]) -> Chosen:
+        """Read new prompts beside the sequences that run, so that they end where these are."""
+        by = self._shift(running, joining)
+        free = self._resize(running, len(joining))
+        step = self._decode_step
+        step.reserve(step.cache.length + by)
+        step.cache.move(by)
+        length = step.cache.length
+        # The pages of the new cache have to be pages of the old one.
+        longest = count_longest_prompt(joining)
         longest += (length - longest) % self._unit
-        starts = self._tensor([longest - row.embeds.shape[1] for row in rows])
+        starts = self._tensor([longest - sequence.embeds.shape[1] for sequence in joining])
         self._starts = [max(0, start + by) for start in self._starts]
-        for place, row in zip(free, rows, strict=True):
-            self._places[place], self._starts[place] = row, length - row.embeds.shape[1]
-        made.starts.copy_(self._tensor(self._starts))
+        for place, sequence in zip(free, joining, strict=True):
+            self._places[place], self._starts[place] = sequence, length - sequence.embeds.shape[1]
+        step.starts.copy_(self._tensor(self._starts))
         cache, places = PagedCache(self.model.config, self.attention, capacity=longest), self._tensor(free)
-        logits = self._read(rows, cache, starts, longest)
-        made.cache.take(places, cache, starts)
-        return Chosen(made.choose_for(places, logits))
+        logits = self._read(joining, cache, starts, longest)
+        step.cache.take(places, cache, starts)
+        return Chosen(step.choose_for(places, logits))
 
-    def _shift(self, running: Iterable[int], joining: list[Row]) -> int:
-        """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where nobody is."""
-        length, unit = self._made.cache.length, self._unit
-        longest = longest_prompt(joining)
+    def _shift(self, running: Iterable[int], joining: list[BatchSequence]) -> int:
+        """Slots by which the cache moves to the right, so that the prompts fit, or to the left, where all is empty."""
+        length, unit = self._decode_step.cache.length, self._unit
+        longest = count_longest_prompt(joining)
         longest += (length - longest) % unit
         empty = min(self._starts[place] for place in running) // unit * unit
         return max(longest - length, -empty if 4 * empty >= length else 0)
 
-    def _resize(self, running: dict[int, Row], count: int) -> list[int]:
-        """Places for `count` rows beside those that run, in a wider batch if need be, or a narrower one (`thin`)."""
+    def _resize(self, running: dict[int, BatchSequence], count: int) -> list[int]:
+        """Return free places for `count` sequences beside those that run, in a wider or narrower batch if need be."""
         width = len(running) + count
-        if len(self._places) < width * self._thin and width <= len(self._places):
+        if len(self._places) < width * self._spare_places and width <= len(self._places):
             free = [place for place in range(len(self._places)) if place not in running]
             for place in free:
                 self._places[place] = None
             return free[:count]
         kept = list(running)
         kept += kept[:1] * count  # what is there will be written over
-        made, indices = self._made, self._tensor(kept)
-        made.cache.batch_select_indices(indices)
+        former, indices = self._decode_step, self._tensor(kept)
+        former.cache.batch_select_indices(indices)
         self._starts = [self._starts[place] for place in kept]
         self._places = [*running.values(), *[None] * count]
-        self._made = DecodeStep(self.model, made.cache, batch=width, starts=self._tensor(self._starts))
-        self._made.token.copy_(made.token[indices])
+        self._decode_step = DecodeStep(self.model, former.cache, batch=width, starts=self._tensor(self._starts))
+        self._decode_step.token.copy_(former.token[indices])
         return list(range(width - count, width))
 
-    def _read(self, rows: list[Row], cache: PagedCache, starts: Tensor, length: int) -> Tensor:
-        """Prefill the prompts densely and in chunks, padded on the left to `length`: the last logits [rows, V]."""
-        embeds = rows[0].embeds.new_zeros(len(rows), length, rows[0].embeds.shape[-1])
-        for row, padded in zip(rows, embeds, strict=True):
-            padded[length - row.embeds.shape[1] :] = row.embeds[0]
-        size = math.ceil(length / math.ceil(length / self.prefill_chunk))  # equal: one token were a decode step
+    def _read(self, sequences: list[BatchSequence], cache: PagedCache, starts: Tensor, length: int) -> Tensor:
+        """Prefill prompts densely and in chunks, padded on the left to `length`; return the last logits [B, V]."""
+        first = sequences[0].embeds
+        embeds = first.new_zeros(len(sequences), length, first.shape[-1])
+        for sequence, padded in zip(sequences, embeds, strict=True):
+            padded[length - sequence.embeds.shape[1] :] = sequence.embeds[0]
+        size = math.ceil(length / math.ceil(length / self.prefill_chunk))  # equal: one token would be a decode step
         for start in range(0, length, size):
             logits = self._forward(cache, starts, start, inputs_embeds=embeds[:, start : start + size])
-            for row in rows:
-                if row.progress is not None:
-                    row.progress(min(length, start + size), length)
-        for row in rows:
-            row.begin()
+            for sequence in sequences:
+                if sequence.progress is not None:
+                    sequence.progress(min(length, start + size), length)
+        for sequence in sequences:
+            sequence.start()
         return logits
 
     def _decode(self) -> Chosen:
-        made = self._made
+        step = self._decode_step
         if self.static:
-            made.run()
+            step.run()
         else:
-            made.choose(self._forward(made.cache, made.starts, made.cache.length, input_ids=made.token))
-        return made.chosen()
+            step.choose(self._forward(step.cache, step.starts, step.cache.length, input_ids=step.token))
+        return step.chosen()
 
     def _forward(self, cache: PagedCache, starts: Tensor, start: int, **inputs: Tensor) -> Tensor:
         """Logits [B, V] of the last of the positions that begin at `start`."""
         end = start + next(iter(inputs.values())).shape[1]
-        place = torch.arange(end, device=self.device) - starts[:, None]  # [B, end]
+        position = torch.arange(end, device=self.device) - starts[:, None]  # [B, end]
         output = self.model(
             **inputs,
-            attention_mask=(place >= 0).long(),
-            position_ids=place[:, start:].clamp(min=0),
+            attention_mask=(position >= 0).long(),
+            position_ids=position[:, start:].clamp(min=0),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -352,6 +334,6 @@ class BatchDecoder:
         return torch.tensor(numbers, device=self.device)
 
 
-def longest_prompt(rows: Iterable[Row]) -> int:
-    """Tokens."""
-    return max(row.embeds.shape[1] for row in rows)
+def count_longest_prompt(sequences: Iterable[BatchSequence]) -> int:
+    """Return the tokens of the longest prompt that waits."""
+    return max(sequence.embeds.shape[1] for sequence in sequences)

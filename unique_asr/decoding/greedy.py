@@ -7,7 +7,7 @@ token of the last is looked at, so that the device does not wait for the host. E
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, 
 from unique_asr.attention.cache import HEADROOM, pages_every_layer
 from unique_asr.attention.decode_step import Chosen
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
-from unique_asr.decoding.memory import held
+from unique_asr.decoding.engine import PrefillProgress, Sequence
+from unique_asr.decoding.memory import measure_cache
 
 
-class GreedyDecoder:
-    """Decodes with a transformers causal LM, whose attention it switches to UNIQUE (the same as sdpa elsewhere).
+class GreedyDecoder(Sequence):
+    """A sequence alone, of a transformers causal LM whose attention it switches to UNIQUE (sdpa but for sparse steps).
 
         decoder = GreedyDecoder(model.language_model, SparseAttentionConfig(budget=512), capacity=32768)
         decoder.prefill(inputs_embeds)                       # [1, N, hidden]
@@ -29,10 +30,15 @@ class GreedyDecoder:
             ...
         print(decoder.stop_reason, decoder.counters)
 
-    `capacity` is the largest number of positions, prompt and answer together; memory grows as they fill.
-    `static` runs the step whose shapes never change, which is what a CUDA graph needs (the default on CUDA if every
-    layer has full attention), `capture` captures it, and `compile` runs it through torch.compile first. Static steps
-    begin ahead unless a layer keeps its selection, which is that of the token last yielded.
+    Static steps begin ahead unless a layer keeps its selection, which is that of the token last yielded.
+
+    Args:
+        capacity: the largest number of positions, prompt and answer together; memory grows as they fill.
+        prefill_chunk: positions of the prompt that are read at once.
+        static: run the step whose shapes never change, which is what a CUDA graph needs; the default on CUDA if every
+            layer has full attention.
+        capture: capture it in a CUDA graph; the default on CUDA.
+        compile: run it through torch.compile first.
     """
 
     def __init__(
@@ -56,8 +62,9 @@ class GreedyDecoder:
         attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.cache = PagedCache(language_model.config, attention)
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
-        self.log_probs: list[float] = []  # of the tokens yielded since the last prefill
-        self.stop_reason: str | None = None  # of the last `tokens`: "end" (a stop id), "length" or None (closed early)
+        self.log_probs: list[float] = []
+        self.stop_reason: str | None = None
+        self.engine_seconds: dict[str, float] = {}
         self._chosen: Chosen | None = None  # a token that nobody has looked at yet
 
     @property
@@ -70,17 +77,25 @@ class GreedyDecoder:
         return self.cache.counters
 
     @property
-    def held(self) -> int:
-        """Bytes of the cache."""
-        return held(self.cache)
+    def cache_bytes(self) -> int:
+        return measure_cache(self.cache)
 
     def reset(self) -> None:
-        """Forget the sequence; memory, captured graphs and counters are kept."""
+        """Drop prompt and text; memory, captured graphs and counters are kept."""
         self.cache.reset()
 
+    def reserve(self, tokens: int) -> None:
+        """Allocate the cache for `tokens` positions at once, so that it neither grows on the way nor fails late."""
+        self.capacity = max(self.capacity, tokens)
+        self.step.reserve(tokens)
+
     @torch.no_grad()
-    def prefill(self, inputs_embeds: Tensor, progress: Callable[[int, int], None] | None = None) -> None:
-        """Append vectors [1, N, hidden] to the sequence, densely and in chunks; `progress(done, total)` counts them."""
+    def prefill(self, inputs_embeds: Tensor, progress: PrefillProgress | None = None) -> None:
+        """Append vectors [1, N, hidden] to the sequence, densely and in chunks; `progress(done, total)` counts them.
+
+        Raises:
+            ValueError: if they are more than the capacity.
+        """
         total = inputs_embeds.shape[1]
         needed = self.length + total
         if needed > self.capacity:
@@ -103,8 +118,8 @@ class GreedyDecoder:
     def tokens(self, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Iterator[int]:
         """Yield the answer token by token, without the stop id; `log_probs` grows beside it.
 
-        The first token after a prefill needs no step. A later call goes on after the last token yielded. When the
-        generator ends, `stop_reason` says why.
+        The first token after a prefill needs no step. A later call goes on after the last token yielded. A full cache
+        ends the answer as `max_new_tokens` does.
         """
         self.stop_reason = None
         ahead = self.static and not any(layer.keeps_selection for layer in self.cache.paged_layers)

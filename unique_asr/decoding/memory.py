@@ -1,4 +1,7 @@
-"""What decoding takes on a device, before it begins, and what is free there. All in bytes."""
+"""What decoding takes on a device, before it begins, and what is free there. All in bytes.
+
+`estimate_memory` is the one estimate: of a sequence alone and of an engine, of our speech LLM and of known models.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from unique_asr.attention.static_step import page_sizes
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What memory depends on."""
+    """What memory depends on: the shape of an LLM."""
 
     hub_id: str
     parameters: float  # billions
@@ -31,26 +34,27 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """Bytes that a model and the decoding of some sequences take."""
 
     weights: int
     cache: int  # keys and values
-    statistics: int  # of their pages
+    statistics: int  # of pages and super-pages
     audio: int  # embeddings, and the copy of them in the prompt
     scratch: int  # of the largest operation on a prefill chunk
 
     @property
     def total(self) -> int:
+        """Bytes of all."""
         return self.weights + self.cache + self.statistics + self.audio + self.scratch
 
     @property
     def pass_bytes(self) -> int:
-        """What comes on top of a loaded model."""
+        """Bytes that come on top of a loaded model."""
         return self.total - self.weights
 
 
-def shape_of(model: Any) -> DecoderShape:
-    """What memory depends on, of a loaded model."""
+def read_shape(model: Any) -> DecoderShape:
+    """Return the shape of a loaded model's LLM."""
     config = model.config.get_text_config(decoder=True)
     return DecoderShape(
         hub_id=getattr(config, "name_or_path", ""),
@@ -64,7 +68,7 @@ def shape_of(model: Any) -> DecoderShape:
     )
 
 
-def decoding_memory(
+def estimate_memory(
     shape: DecoderShape,
     prompt: int,
     tokens: int,
@@ -75,9 +79,14 @@ def decoding_memory(
     batch: int = 1,
     device: str = "cuda",
 ) -> Memory:
-    """For `batch` rows of `tokens` positions, of which `prompt` are the prompt's and `audio` those of audio.
+    """Estimate the memory of a model that decodes `batch` sequences side by side.
 
-    prefill_chunk: None where a prompt is read as a whole; device: its type.
+    Args:
+        prompt: positions of the longest prompt.
+        tokens: positions of the longest sequence, prompt and text.
+        audio: positions of the prompt that are audio, whose embeddings are kept beside it.
+        prefill_chunk: positions that are read at once; None where a prompt is read as a whole.
+        device: its type, "cuda" or "cpu".
     """
     attention = attention or SparseAttentionConfig()
     capacity = -(-tokens // PARTIAL_SUM) * PARTIAL_SUM
@@ -106,15 +115,15 @@ def decoding_memory(
     )
 
 
-def held(cache: PagedCache) -> int:
-    """What a cache has allocated."""
+def measure_cache(cache: PagedCache) -> int:
+    """Return the bytes that a cache has allocated: keys, values, and statistics of pages and super-pages."""
     layers = [layer for layer in cache.paged_layers if layer.is_initialized]
-    buffers = (each for layer in layers for each in (layer.keys, layer.values, *layer.statistics))
-    return sum(each.nbytes for each in buffers)
+    statistics = sum(each.nbytes for layer in layers for level in layer.levels for each in level.statistics)
+    return statistics + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """None where the system does not tell."""
+def measure_free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None where the system does not tell."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
         return torch.cuda.mem_get_info(device)[0] + kept

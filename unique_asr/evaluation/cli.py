@@ -304,7 +304,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, dict[str, Any]]]
 
         def make(kind=kind, label=label, attention=attention, options=options) -> System:
             with loading:
-                own = loaded().shared() if concurrent > 1 else loaded()
+                own = loaded().share() if concurrent > 1 else loaded()
             return kind(label, own, attention, **options)
 
         yield systems.Deferred(label, make), made_of | about

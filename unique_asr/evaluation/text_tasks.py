@@ -17,10 +17,10 @@ from torch import Tensor
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
-from unique_asr.decoding.batch import BatchDecoder
+from unique_asr.decoding.batch import BatchEngine
+from unique_asr.decoding.engine import PENDING
 from unique_asr.evaluation.ruler import Item, Sources, listed, make_item, sentences
 from unique_asr.generation import load_text_model, load_text_tokenizer
-from unique_asr.longform.passes import PENDING
 from unique_asr.transcribers.batch import interleave
 
 PREFILL_CHUNK = 2048  # tokens
@@ -51,7 +51,7 @@ class RulerRun:
         self.sources = Sources(sentences(text), tuple(json.loads(line) for line in questions if line.strip()))
         self.tasks = [task for task in options.tasks if task != "qa" or questions]
         self._items: dict[tuple[str, int, int], Item] = {}  # every method gets the same
-        self._last: tuple[SparseAttentionConfig, BatchDecoder] | None = None
+        self._last: tuple[SparseAttentionConfig, BatchEngine] | None = None
 
     def sets(self) -> Iterator[tuple[str, int, dict[str, Callable[[], Item]]]]:
         """Task, length, and by their keys what makes the samples."""
@@ -92,18 +92,18 @@ class RulerRun:
         answers = dict(interleave((self._answer(item, decoder) for item in items), len(items), decoder.step))
         return [answers[index] for index in range(len(items))]
 
-    def _answer(self, item: Item, decoder: BatchDecoder) -> Generator[None, None, dict[str, Any]]:
+    def _answer(self, item: Item, decoder: BatchEngine) -> Generator[None, None, dict[str, Any]]:
         """Yields where the batch has to make a step."""
         model = self.language_model.model
         ids = self._ids(item).to(model.device)
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        row, tokens = decoder.row(), []
+        row, tokens = decoder.new_sequence(), []
         try:
             row.prefill(model.get_input_embeddings()(ids))
             for token in row.tokens(item.answer_tokens, ends):
-                if token == PENDING:
-                    yield
+                if token is PENDING:
+                    yield PENDING
                 else:
                     tokens.append(token)
         finally:
@@ -117,10 +117,10 @@ class RulerRun:
             "pages_total": row.counters.pages_total,
         }
 
-    def _decoder(self, attention: SparseAttentionConfig) -> BatchDecoder:
+    def _decoder(self, attention: SparseAttentionConfig) -> BatchEngine:
         """The last one, if it is for the same method: its memory and CUDA graphs are kept."""
         if self._last is None or self._last[0] is not attention:
-            self._last = attention, BatchDecoder(self.language_model.model, attention, PREFILL_CHUNK)
+            self._last = attention, BatchEngine(self.language_model.model, attention, PREFILL_CHUNK)
         return self._last[1]
 
 

@@ -56,10 +56,12 @@ class SpokenText:
 
 
 class SpeechFrames:
-    """The text-independent evidence of a recording: T frames, on the CPU.
+    """The text-independent evidence of a recording, a `planner.SpeechEvidence`: T frames, on the CPU.
 
     A spike is the first frame of a run of frames whose best CTC symbol is the same token: about one token of speech.
     """
+
+    is_certain = True  # a CTC head that hears nothing is right
 
     def __init__(self, encoded: Any, blank_id: int) -> None:
         best = encoded.best.cpu().numpy()
@@ -89,14 +91,29 @@ class SpeechFrames:
         index = int(np.searchsorted(self.spikes, frame)) + count - 1
         return int(self.spikes[index]) + 1 if index < len(self.spikes) else len(self)
 
-    def pause(self, start: int, end: int) -> int:
-        """The middle of the longest run without speech in the frames [start, end)."""
-        edges = np.concatenate([[start - 1], start + np.flatnonzero(self.speech[start:end]), [end]])
+    @property
+    def end(self) -> float:
+        """Seconds at which the last frame ends; a little after the recording does."""
+        return len(self) * self.frame_seconds
+
+    def next_speech(self, time: float) -> float:
+        """When the first spike at or after a time is; the end if there is none."""
+        return self.next_spike(self.frame_at(time)) * self.frame_seconds
+
+    def find_pause(self, start: float, end: float) -> float:
+        """The middle of the longest run of frames without speech between two times."""
+        first, last = self.frame_at(start), self.frame_at(end)
+        edges = np.concatenate([[first - 1], first + np.flatnonzero(self.speech[first:last]), [last]])
         longest = int(np.argmax(np.diff(edges)))
-        return int(edges[longest] + edges[longest + 1] + 1) // 2
+        return int(edges[longest] + edges[longest + 1] + 1) // 2 * self.frame_seconds
 
     def seconds(self, frame: float) -> float:
+        """When a frame begins, within the recording."""
         return min(frame * self.frame_seconds, self.duration)
+
+    def frame_at(self, time: float) -> int:
+        """The frame in which a time lies."""
+        return int(time / self.frame_seconds + 1e-6)  # a frame's own beginning must not be rounded down
 
 
 @dataclass

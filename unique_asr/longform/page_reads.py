@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 class PageReads:
-    """Give it to `transcribe` as `reads`; `shares` is complete once the segments are exhausted.
+    """What the decode steps of a recording read; give it to `transcribe` as `reads`.
 
-    Forced pages count too: the newest text is read always, and so is the first page, which holds the prompt.
+    `shares` is complete once the segments are exhausted. Forced pages count too: the newest text is read always, and so
+    is the first page, which holds the prompt.
 
-    bins: time steps that the recording is divided into, on both axes.
+    Args:
+        bins: time steps that the recording is divided into, on both axes.
     """
 
     def __init__(self, bins: int = 240) -> None:
@@ -42,10 +44,12 @@ class PageReads:
     def begin_pass(
         self, before: int, seconds: np.ndarray, duration: float, cache: PagedCache, offset: float = 0.0
     ) -> None:
-        """A prompt of `before` tokens of text and M audio positions is in the cache.
+        """Begin a pass whose prompt, `before` tokens of text and M audio positions, is in the cache.
 
-        seconds: [M + 1], where each position begins and the last one ends; offset: where the recording does, in its
-        file.
+        Args:
+            seconds: [M + 1], where each audio position begins and the last one ends.
+            duration: of the recording, in seconds.
+            offset: the second of the file at which the recording begins.
         """
         self.duration, self.offset = duration, offset
         self._open.clear()
@@ -56,7 +60,7 @@ class PageReads:
                 layer.selected.fill_(-1)  # of the pass before
 
     def step(self, token: int) -> None:
-        """The step that gave a token is done; waits for the device."""
+        """Note what the step read that wrote a token, given by its index in the pass; waits for the device."""
         import torch  # late: the command line shows its usage without it
 
         selected = [layer.selected for layer in self._cache.paged_layers if layer.selected is not None]
@@ -78,7 +82,7 @@ class PageReads:
         return np.diff(np.interp(np.linspace(0, self.duration, self.bins + 1), self._seconds, integral))
 
     def place(self, first: int, last: int, start: float, end: float) -> None:
-        """The tokens first .. last are a word that was said from `start` to `end`, in seconds."""
+        """Add what the tokens first .. last read: a word that was said from `start` to `end`, in seconds."""
         rows = [row for token in range(first, last + 1) if (row := self._open.pop(token, None)) is not None]
         if rows:
             low, high = (min(int(time / max(self.duration, 1e-9) * self.bins), self.bins - 1) for time in (start, end))
@@ -87,7 +91,7 @@ class PageReads:
             self._tokens[low : high + 1] += len(rows) / span
 
     def svg(self, size: int = 480) -> str:
-        """The picture, with the recording's time on both axes."""
+        """Draw the shares as an SVG picture of `size` pixels, with the recording's time on both axes."""
         from PIL import Image
 
         shares = np.nan_to_num(self.shares)
@@ -106,7 +110,7 @@ class PageReads:
             f'<text x="{left + size / 2}" y="{size + 42}" text-anchor="middle">audio that was read</text>',
             f'<text transform="translate(12 {8 + size / 2}) rotate(-90)" text-anchor="middle">text, when said</text>',
         ]
-        for tick in ticks(self.duration):
+        for tick in choose_ticks(self.duration):
             place = tick / max(self.duration, 1e-9) * size
             second = int(tick + self.offset)
             label = f"{second // 60}:{second % 60:02}"
@@ -115,8 +119,8 @@ class PageReads:
         return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def ticks(duration: float) -> list[float]:
-    """Round times from 0 on, at most seven."""
+def choose_ticks(duration: float) -> list[float]:
+    """Return round times in seconds for an axis, from 0 on, at most seven."""
     steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
     step = next((step for step in steps if duration / step <= 6), 4 * 3600)
     return [float(tick) for tick in np.arange(0, duration + 1e-9, step)]

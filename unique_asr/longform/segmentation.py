@@ -18,6 +18,8 @@ CLOSING = "\"'”’)]»"  # may follow the sign that ends a sentence
 
 @dataclass(frozen=True)
 class SegmentationConfig:
+    """Where segments end."""
+
     pause_seconds: float = 1.0  # a silence that ends a segment even inside a sentence
     max_segment_seconds: float = 15.0  # longer sentences are cut at a comma or at their longest pause
 
@@ -29,12 +31,12 @@ class DraftWord:
     text: str
     log_probs: list[float] = field(default_factory=list)  # one for each token
     ends_sentence: bool = False
-    first: int = 0  # index of its first token in the text,
-    last: int = 0  # and of its last one
+    first: int = 0  # index of its first token in the text
+    last: int = 0  # index of its last token
 
 
 def ends_sentence(word: str, following: str | None) -> bool:
-    """Whether a sentence ends after a word, given the word after it (None at the end of the text)."""
+    """Return whether a sentence ends after a word, given the word after it (None at the end of the text)."""
     stem = word.rstrip(CLOSING)
     if not stem or stem[-1] not in ".?!…。？！":
         return False
@@ -63,7 +65,7 @@ class WordStream:
         self._open = False  # whether the last word can still grow
 
     def push(self, token: int, log_prob: float) -> list[DraftWord]:
-        """The words that this token completes."""
+        """Add a token; return the words that it completes."""
         self._ids.append(token)
         shown = self._decode(self._context, self._read)
         text = self._decode(self._context, len(self._ids))
@@ -85,12 +87,12 @@ class WordStream:
         return self._complete(keep=1)
 
     @property
-    def held_tokens(self) -> int:
+    def open_tokens(self) -> int:
         """Tokens of the words that are not given out yet."""
         return sum(len(word.log_probs) for word in self._words)
 
     def flush(self) -> list[DraftWord]:
-        """The words that are left at the end of the text."""
+        """Return the words that are left at the end of the text."""
         return self._complete(keep=0)
 
     def _complete(self, keep: int) -> list[DraftWord]:
@@ -118,6 +120,7 @@ class Segmenter:
         self._words: list[Word] = []
 
     def push(self, word: Word, ends_sentence: bool) -> Iterator[list[Word]]:
+        """Add a word; yield the groups that are complete."""
         if self._words and word.start - self._words[-1].end > self.config.pause_seconds:
             yield from self.flush()
         self._words.append(word)
@@ -129,6 +132,7 @@ class Segmenter:
             yield from self.flush()
 
     def flush(self) -> Iterator[list[Word]]:
+        """Yield the group that is open."""
         if self._words:
             yield self._words
         self._words = []

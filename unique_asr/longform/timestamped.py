@@ -1,4 +1,4 @@
-"""A recording on its way through the passes of a speech LLM: what to hear next, and what becomes of the answer.
+"""A recording on its way through the passes of a known speech LLM: what to hear next, and what becomes of the answer.
 
 A model that writes times is checked against the audio: where its text ends early, loops or runs out of tokens, the next
 pass begins after the last complete segment. The text of a model without times is placed by its share of the speech.
@@ -7,37 +7,24 @@ pass begins after the last complete segment. The text of a model without times i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from unique_asr.longform.passes import LoopDetector, clock
+from unique_asr.longform.configuration import TimestampedConfig
+from unique_asr.longform.coverage import BREAKS, format_clock
+from unique_asr.longform.loops import LoopDetector
+from unique_asr.longform.planner import Continuation, PassPlanner
+from unique_asr.longform.speech_activity import SpeechActivity
 from unique_asr.models.pretrained.catalogue import SAMPLE_RATE, KnownModel
 from unique_asr.models.pretrained.formats import TextStream, Utterance
 from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
 
-REASONS = {
-    "end": "the text ended before the speech",
-    "length": "the token limit was reached",
-    "loop": "the text began to repeat itself",
-}
-
-
-@dataclass(frozen=True)
-class PassConfig:
-    max_pass_seconds: float | None = None  # None: what the model's authors say
-    cut_seconds: float = 30.0  # a pass that is not the last one ends in the quietest moment of its last seconds
-    retry_seconds: float = 60.0  # a pass that made no progress is tried again on this much audio, then skipped
-    rest_seconds: float = 10.0  # speech after the end of the text that is worth another pass
-    min_progress_seconds: float = 2.0  # less than this is no progress
-    carried_characters: int = 400  # of the text before, for models that take it
-    encode_windows: int = 8  # of the encoder at once
-
 
 @dataclass
-class Place:
+class PassState:
     """Where a transcription is when a pass begins, for JSON: enough to go on with it later."""
 
     limit: float  # s, of the next pass
@@ -51,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassRequest:
     """What the LLM is asked for."""
 
     start: float  # s
@@ -60,16 +47,20 @@ class Pass:
     samples: np.ndarray  # [N] at 16 kHz
 
 
-class Recording:
+class TimestampedRecording:
     """The samples of a recording and how far they are transcribed.
 
-        while recording.unheard:
-            asked = recording.begin()
-            for token, log_prob in ...:                    # the answer to asked.samples and asked.prompt
+        while recording.has_speech_left:
+            request = recording.begin()
+            for token, log_prob in ...:                    # the answer to request.samples and request.prompt
                 yield from recording.push(token, log_prob)
             yield from recording.end("end")                # or "length", or "loop" if recording.looped
 
-    `info` is kept up to date; times of segments count from `offset` seconds before the recording.
+    Args:
+        samples: [N] at 16 kHz.
+        info: kept up to date.
+        offset: seconds of the file before the recording; times of segments count from the file's beginning.
+        unfinished: what an earlier transcription left.
     """
 
     def __init__(
@@ -77,147 +68,154 @@ class Recording:
         samples: np.ndarray,
         known_model: KnownModel,
         tokenizer: Any,
-        config: PassConfig,
+        config: TimestampedConfig,
         info: TranscriptionInfo,
         prompt: str | None = None,
         offset: float = 0.0,
         unfinished: Unfinished | None = None,
     ) -> None:
-        self.samples, self.speech = samples, Speech(samples)
+        self.samples, self.speech = samples, SpeechActivity(samples)
         self.known_model, self.tokenizer, self.config = known_model, tokenizer, config
         self.info, self.prompt, self.offset = info, prompt, offset
-        self.max_pass_seconds = config.max_pass_seconds or known_model.pass_seconds
-        self.place = Place(**unfinished.state) if unfinished else Place(self.max_pass_seconds)
-        self.number = len(unfinished.segments) if unfinished else 0
-        self.warnings_before = len(info.warnings)  # of the audio itself
-        info.duration, info.passes = self.speech.duration, self.place.passes
-        info.warnings += self.place.warnings
+        longest, duration = config.max_pass_seconds or known_model.pass_seconds, self.speech.duration
+        self._state = PassState(**unfinished.state) if unfinished else PassState(longest)
+        self.planner = PassPlanner(self.speech, config, longest, self._state.position, duration, self._state.limit)
+        self.segments = len(unfinished.segments) if unfinished else 0  # so far
+        self._own_warnings = len(info.warnings)  # those before are of the audio itself
+        self._is_timed = known_model.parser.timed
+        info.duration, info.passes = duration, self._state.passes
+        info.warnings += self._state.warnings
         if self.speech.total == 0:
             info.stop_reason, info.coverage = "silence", 1.0
 
     @property
-    def unheard(self) -> bool:
+    def has_speech_left(self) -> bool:
         """Whether another pass is to be made."""
-        return self.speech.between(self.place.position, self.speech.duration) > 0
+        return self.planner.has_speech_left
 
-    def state(self, sparsity: dict[str, int]) -> dict[str, Any]:
-        """What `Unfinished` needs to go on before the next pass."""
-        warnings = self.info.warnings[self.warnings_before :]
-        return asdict(replace(self.place, passes=self.info.passes, warnings=warnings, sparsity=sparsity))
+    @property
+    def earlier_sparsity(self) -> dict[str, int]:
+        """Counters of the transcription that this one goes on with."""
+        return self._state.sparsity
 
-    def begin(self) -> Pass:
-        start, end = self.place.position, self._pass_end()
+    def make_state(self, sparsity: dict[str, int]) -> dict[str, Any]:
+        """Return what `Unfinished` needs to go on with the next pass; `sparsity`: the counters until then."""
+        progress = {"limit": self.planner.limit, "position": self.planner.start, "passes": self.info.passes}
+        warnings = self.info.warnings[self._own_warnings :]
+        return asdict(replace(self._state, **progress, warnings=warnings, sparsity=sparsity))
+
+    def begin(self) -> PassRequest:
+        """Begin the next pass."""
+        start, end = self.planner.plan()
         self.info.passes += 1
         self._parser, self._stream, self._loops = self.known_model.parser(), TextStream(self.tokenizer), LoopDetector()
         self._placer = Placer(start, end, self.speech, self.info.passes)
         self._segments: list[Segment] = []  # of this pass
         self._log_probs: list[float] = []  # of the tokens since the last utterance
         self.looped = False
-        words = " ".join(filter(None, (self.prompt, self.place.carried[-self.config.carried_characters :])))
+        words = " ".join(filter(None, (self.prompt, self._state.carried[-self.config.carried_characters :])))
         samples = self.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        self.current = Pass(start, end, words or None, samples)
-        return self.current
+        self._request = PassRequest(start, end, words or None, samples)
+        return self._request
 
     def push(self, token: int, log_prob: float) -> Iterator[Segment]:
-        """Segments that a token completes; `looped` says that it is of no use to go on."""
+        """Yield the segments that a token completes; `looped` says that it is of no use to go on."""
         self._log_probs.append(log_prob)
         for utterance in self._parser.push(self._stream.push(token)):
-            yield from self._placed(utterance)
+            yield from self._place(utterance)
         self.looped = bool(self._loops.push(token))
 
     def end(self, reason: str) -> Iterator[Segment]:
-        """The last segments of a pass, and where the next one begins."""
+        """Yield the last segments of a pass, and decide where the next one begins.
+
+        reason: "end", "length" or "loop", see `unique_asr.transcript.STOP_REASONS`.
+        """
         if reason == "end":
             for utterance in self._parser.close():
-                yield from self._placed(utterance)
-        yield from self._given(self._placer.close(whole=reason == "end"))
-        yield from self._place_next(reason)
-        if not self.unheard:
-            self._sum_up()
+                yield from self._place(utterance)
+        yield from self._keep(self._placer.close(whole=reason == "end"))
+        self.info.stop_reason = reason
+        yield from self._go_on(reason)
+        if not self.has_speech_left:
+            self._warn_of_passes()
 
     @property
     def reached(self) -> float:
         """Seconds, of the text so far."""
         return self._placer.reached
 
-    def _placed(self, utterance: Utterance) -> Iterator[Segment]:
+    def _place(self, utterance: Utterance) -> Iterator[Segment]:
         confidence = math.exp(np.mean(self._log_probs)) if self._log_probs else None
         self._log_probs = []
-        yield from self._given(self._placer.push(utterance, confidence))
+        yield from self._keep(self._placer.push(utterance, confidence))
 
-    def _given(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        """Segments of a model that writes no times are held back until its answer is found good."""
+    def _keep(self, segments: Iterable[Segment]) -> Iterator[Segment]:
+        """Keep segments of the pass; those of a model without times are not given out before its answer is good."""
         for segment in segments:
             self._segments.append(segment)
-            if self.known_model.parser.timed:
-                yield self._counted(segment)
+            if self._is_timed:
+                yield self._count(segment)
 
-    def _counted(self, segment: Segment) -> Segment:
-        place, info = self.place, self.info
-        place.covered += self.speech.between(max(segment.start, place.reached), segment.end)
-        place.reached = max(segment.end, place.reached)
-        info.coverage = place.covered / max(self.speech.total, 1e-9)
-        self.number += 1
+    def _count(self, segment: Segment) -> Segment:
+        """The segment as it is given out; its speech is counted."""
+        state, info = self._state, self.info
+        state.covered += self.speech.count_seconds(max(segment.start, state.reached), segment.end)
+        state.reached = max(segment.end, state.reached)
+        info.coverage = state.covered / max(self.speech.total, 1e-9)
+        self.segments += 1
         start, end = segment.start + self.offset, segment.end + self.offset
-        return replace(segment, id=self.number - 1, start=start, end=end)
+        return replace(segment, id=self.segments - 1, start=start, end=end)
 
-    def _place_next(self, ended: str) -> Iterator[Segment]:
-        config, place, info, timed = self.config, self.place, self.info, self.known_model.parser.timed
-        position, end, reached = self.current.start, self.current.end, self._placer.reached
-        info.stop_reason, reason = ended, REASONS[ended]
-        if not timed and ended != "end" and end - position > config.retry_seconds:
-            place.limit = (end - position) / 2  # again in halves; nothing of it was given out
-            info.warnings.append(f"{clock(position)}: {reason}; again in shorter passes")
+    def _go_on(self, reason: str) -> Iterator[Segment]:
+        """Plan the next pass; an answer without times is given out, or asked for again in shorter passes."""
+        start, end, reached, planner = self._request.start, self._request.end, self._placer.reached, self.planner
+        failed = reason != "end" and not self._is_timed
+        if failed and planner.retry((end - start) / 2) is Continuation.RETRIED:
+            self._warn(f"{format_clock(start)}: {BREAKS[reason]}; again in shorter passes")
             return
-        if not timed:
-            yield from map(self._counted, self._segments)
+        if not self._is_timed:
+            yield from map(self._count, self._segments)
         if self.known_model.carries_text:
-            place.carried = " ".join(segment.text for segment in self._segments)
-
-        done = reached - position
-        if ended == "end" and self.speech.between(reached, end) < config.rest_seconds:
-            place.position, place.limit = end, self.max_pass_seconds
-        elif timed and done >= config.min_progress_seconds:
-            info.warnings.append(f"{clock(reached)}: {reason}; went on from there")
-            # Not the whole rest after a pass that got over a small part of its audio.
-            place.limit = min(max(4 * done, config.retry_seconds), self.max_pass_seconds)
-            place.position = reached
-        elif timed and min(place.limit, end - position) > config.retry_seconds:
-            place.limit = config.retry_seconds
+            self._state.carried = " ".join(segment.text for segment in self._segments)
+        if failed:
+            outcome = Continuation.SKIPPED
+        elif reason == "end" and self.speech.count_seconds(reached, end) < self.config.rest_seconds:
+            planner.complete()
+            return
         else:
-            info.warnings.append(f"{clock(position)}-{clock(end)}: {reason}; the rest of it is missing")
-            place.position, place.limit = end, min(config.retry_seconds, self.max_pass_seconds)
+            outcome = planner.continue_from(reached) if self._is_timed else planner.skip()
+        if outcome is Continuation.CONTINUED:
+            self._warn(f"{format_clock(reached)}: {BREAKS[reason]}; went on from there")
+        elif outcome is Continuation.SKIPPED:
+            self._warn(f"{format_clock(start)}-{format_clock(end)}: {BREAKS[reason]}; the rest of it is missing")
 
-    def _sum_up(self) -> None:
-        if not self.known_model.parser.timed:
-            self.info.warnings.append(
-                "the model gives no times: they are estimates, which a smaller max_pass_seconds narrows"
-            )
+    def _warn(self, message: str) -> None:
+        self.info.warnings.append(message)
+
+    def _warn_of_passes(self) -> None:
+        """Say what the times or the speakers of the transcript are worth."""
+        if not self._is_timed:
+            self._warn("the model gives no times: they are estimates, which a smaller max_pass_seconds narrows")
         elif self.info.passes > 1:
-            self.info.warnings.append(
-                "speakers are told apart within a pass only: P2-S01, of pass 2, may be any of pass 1"
-            )
-
-    def _pass_end(self) -> float:
-        """In the quietest moment near the end of an even share of what is left."""
-        start, limit = self.place.position, self.place.limit
-        left = self.speech.duration - start
-        if left <= limit:
-            return self.speech.duration
-        share = min(1.05 * left / math.ceil(left / limit), limit)
-        return self.speech.quietest(start + share - min(self.config.cut_seconds, share / 6), start + share)
+            self._warn("speakers are told apart within a pass only: P2-S01, of pass 2, may be any of pass 1")
 
 
 class Placer:
-    """From utterances of a pass to segments of the recording: times inside the pass, never running backwards."""
+    """Turns utterances of a pass into segments of the recording, with times inside the pass.
 
-    def __init__(self, start: float, end: float, speech: Speech, number: int) -> None:
+    Args:
+        start, end: of the pass, in seconds.
+        number: of the pass in the recording, from 1.
+    """
+
+    def __init__(self, start: float, end: float, speech: SpeechActivity, number: int) -> None:
         self.start, self.end, self.speech, self.number = start, end, speech, number
-        self.reached = start
+        self.reached = start  # s, the latest end of a segment
         self._waiting: tuple[Utterance, float | None] | None = None  # without an end until the next one begins
         self._untimed: list[tuple[Utterance, float | None]] = []
 
     def push(self, utterance: Utterance, confidence: float | None) -> Iterator[Segment]:
+        """Yield the segments that are complete with an utterance; one without an end waits for the next one."""
         if utterance.start is None and utterance.end is None:
             self._untimed.append((utterance, confidence))
             return
@@ -231,7 +229,10 @@ class Placer:
             yield from self._segment(utterance, confidence)
 
     def close(self, whole: bool) -> Iterator[Segment]:
-        """What waits; untimed text is spread over the speech that is left, if the answer was whole over all of it."""
+        """Yield what waits; text without times is spread over the speech that is left.
+
+        whole: whether the text came to its end by itself, so that its last utterance ends with the pass.
+        """
         if self._waiting is not None and whole:
             self._waiting[0].end = self.end - self.start
             yield from self._segment(*self._waiting)
@@ -254,53 +255,3 @@ class Placer:
         if speaker is not None and self.number > 1:
             speaker = f"P{self.number}-{speaker}"
         yield Segment(0, start, end, utterance.text, confidence=confidence, speaker=speaker)
-
-
-class Speech:
-    """Where a recording is loud enough to be speech, in frames of 20 ms: a rough guide to cut and to check by."""
-
-    FRAME = 0.02  # s
-    SMOOTH = 15  # frames over which loudness is averaged to find a pause
-    THRESHOLD = 0.1  # of the loudness that 5 % of the frames exceed
-    SILENCE = 1e-4  # loudness, of 1, below which nothing is speech
-    BLOCK = 3000  # frames that are measured at once
-
-    def __init__(self, samples: np.ndarray) -> None:
-        size = round(self.FRAME * SAMPLE_RATE)
-        step = self.BLOCK * size
-        firsts = range(0, max(1, len(samples)), step)
-        loudness = np.concatenate([self._loudness(samples[first : first + step], size) for first in firsts])
-        loud = loudness > max(self.THRESHOLD * np.quantile(loudness, 0.95), self.SILENCE)
-        self.duration = len(samples) / SAMPLE_RATE
-        self._smooth = np.convolve(loudness, np.full(self.SMOOTH, 1 / self.SMOOTH), mode="same")[: len(loudness)]
-        self._before = np.concatenate([[0.0], np.cumsum(loud) * self.FRAME])  # seconds of speech before each frame
-
-    @staticmethod
-    def _loudness(samples: np.ndarray, size: int) -> np.ndarray:
-        """Of every `size` samples, one frame at least; the last one is filled up with silence."""
-        missing = max(1, math.ceil(len(samples) / size)) * size - len(samples)
-        frames = np.pad(samples, (0, missing)).reshape(-1, size)
-        return np.sqrt(np.einsum("fs,fs->f", frames, frames) / size)
-
-    @property
-    def total(self) -> float:
-        return float(self._before[-1])
-
-    def between(self, start: float, end: float) -> float:
-        """Seconds of speech."""
-        first, last = (min(max(round(time / self.FRAME), 0), len(self._before) - 1) for time in (start, end))
-        return float(max(self._before[last] - self._before[first], 0.0))
-
-    def quietest(self, start: float, end: float) -> float:
-        """The middle of the quietest third of a second."""
-        first, last = round(start / self.FRAME), round(end / self.FRAME)
-        return (first + int(np.argmin(self._smooth[first:last])) + 0.5) * self.FRAME
-
-    def spread(self, start: float, end: float) -> Callable[[float], float]:
-        """A function from a share of the speech between two times, 0 to 1, to a time."""
-        first, last = (min(round(time / self.FRAME), len(self._before) - 1) for time in (start, end))
-        before = self._before[first : last + 1]
-        if len(before) < 2 or before[-1] == before[0]:
-            return lambda share: start + share * (end - start)
-        shares = (before - before[0]) / (before[-1] - before[0])
-        return lambda share: float(min(start + np.interp(share, shares, np.arange(len(shares))) * self.FRAME, end))

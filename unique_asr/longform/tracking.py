@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 from math import exp, isnan
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +20,9 @@ from unique_asr.longform.alignment import (
     word_frames,
     word_times,
 )
+from unique_asr.longform.configuration import LongformConfig
 from unique_asr.longform.segmentation import DraftWord
 from unique_asr.transcript import Word
-
-if TYPE_CHECKING:
-    from unique_asr.longform.passes import LongformConfig
 
 
 class TextTracker:
@@ -45,15 +43,15 @@ class TextTracker:
         self._returns: list[int] = []  # frames that passes were sent back to
         self._previous_end = 0.0  # seconds
 
-    def beginning(self, start: int) -> TextTracker:
-        """Another one over the same recording, for text from the frame `start` on."""
+    def branch(self, start: int) -> TextTracker:
+        """Return another tracker over the same recording, for text from the frame `start` on."""
         other = copy(self)
         other.dropped, other.waiting, other._returns = [], [], []
         other._previous_end = self.frames.seconds(start)
         return other
 
-    def follow(self, earlier: TextTracker) -> None:
-        """Go on after the text of another one."""
+    def continue_from(self, earlier: TextTracker) -> None:
+        """Take over the dropped text and the end time of the tracker of an earlier section."""
         self.dropped += earlier.dropped
         self._previous_end = earlier._previous_end
 
@@ -62,8 +60,8 @@ class TextTracker:
         self.cursor, self.end, self.gap = start, end, 0
         self.waiting = []
 
-    def state(self) -> dict[str, Any]:
-        """What one pass leaves to the next; for JSON."""
+    def make_state(self) -> dict[str, Any]:
+        """Return what one pass leaves to the next; for JSON."""
         return {
             "dropped": list(self.dropped),
             "returns": [int(frame) for frame in self._returns],
@@ -71,15 +69,17 @@ class TextTracker:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `make_state` returned."""
         self.dropped, self._returns = list(state["dropped"]), list(state.get("returns", []))
         self._previous_end = state["previous_end"]
 
     @property
     def waiting_tokens(self) -> int:
+        """Tokens of the text that has no place yet."""
         return sum(max(len(word.log_probs), 1) for word in self.waiting)
 
     def place(self, drafts: list[DraftWord]) -> list[tuple[DraftWord, Word]]:
-        """Words that have their place now, earlier calls' first. Sets `gap` if speech is left out before them."""
+        """Return the words that have their place now, earlier calls' first; set `gap` if they leave speech out."""
         text = SpokenText.from_words([word.text for word in drafts], self.processor)
         found = self._find(text)
         if found is None:
@@ -104,8 +104,8 @@ class TextTracker:
         """Place the text that still waits in the speech that is left."""
         return self._place_waiting(self.end)
 
-    def rest(self) -> tuple[int, float]:
-        """Speech of the pass after the placed text: spikes, and seconds from the first to the last."""
+    def measure_rest(self) -> tuple[int, float]:
+        """Return the speech of the pass after the placed text: spikes, and seconds from the first to the last."""
         spikes = self.frames.spikes
         left = spikes[(spikes >= self.cursor) & (spikes < self.end)]
         return len(left), float(left[-1] - left[0] + 1) * self.frames.frame_seconds if len(left) else 0.0
@@ -121,8 +121,8 @@ class TextTracker:
                 return None
         return None
 
-    def lost(self) -> bool:
-        """Whether so much text waits that it was hardly said here: a later pass should write this place anew."""
+    def is_lost(self) -> bool:
+        """Return whether so much text waits that it was hardly said here: a later pass should write this place anew."""
         return self.waiting_tokens >= self.config.lost_tokens and self._go_back()
 
     def _leaves_gap(self, first: int) -> bool:

@@ -19,7 +19,7 @@ from unique_asr.evaluation.scoring import Score
 from unique_asr.generation import stop_ids
 from unique_asr.models import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from unique_asr.models.pretrained import find
-from unique_asr.models.pretrained.memory import text_tokens
+from unique_asr.models.pretrained.pass_memory import limit_text_tokens
 from unique_asr.models.pretrained.prompting import prompt_embeds
 from unique_asr.training.precision import rounded
 
@@ -95,7 +95,7 @@ def validate_pretrained(
                 embeds = prompt_embeds(known_model, model, processor, recording.audio())
                 decoder.reset()
                 decoder.prefill(embeds)
-                tokens = list(decoder.tokens(text_tokens(known_model, recording.duration), stops))
+                tokens = list(decoder.tokens(limit_text_tokens(known_model, recording.duration), stops))
                 parser = known_model.parser()
                 text = processor.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 score.add(recording.text, " ".join(found.text for found in (*parser.push(text), *parser.close())))

@@ -1,4 +1,4 @@
-"""Many recordings: `transcribe_batch` decodes several side by side."""
+"""Many recordings with one transcriber, several of them side by side."""
 
 from __future__ import annotations
 
@@ -7,69 +7,21 @@ from contextlib import closing, suppress
 from functools import partial
 from itertools import islice, starmap
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from unique_asr.attention import SparseAttentionConfig
-from unique_asr.decoding.batch import BatchDecoder
-from unique_asr.longform.passes import Progress
-from unique_asr.transcribers.speech_llm import Audio, PipelineError, open_audio
-from unique_asr.transcript import Segment, Transcript, TranscriptionInfo
+from unique_asr.decoding.engine import PENDING, Engine, Pending
+from unique_asr.transcribers.base import Audio, PipelineError, Transcriber, open_audio
+from unique_asr.transcript import Progress, Segment, Transcript, TranscriptionInfo
 
 BatchProgress = Callable[[int, str, float, float], None]  # index of the recording, stage, done, total
 OnSegment = Callable[[int, Segment], None]  # index of the recording, and what was just decoded of it
 Result = TypeVar("Result")
 
 
-def transcribe_batch(
-    audios: Iterable[Audio],
-    model: str | PathLike[str] | tuple[Any, Any] = "default",
-    *,
-    batch: int = 8,
-    attention: str | SparseAttentionConfig = "unique",
-    budget: int | None = 512,
-    device: str = "auto",
-    dtype: str = "auto",
-    prompt: str | None = None,
-    language: str | None = None,
-    hotwords: str | None = None,
-    vad: bool = False,
-    progress: BatchProgress | None = None,
-    on_segment: OnSegment | None = None,
-    **options: Any,
-) -> Iterator[tuple[int, Transcript]]:
-    """Transcribe recordings side by side: one decode step writes a token for each of `batch` of them.
-
-        for index, transcript in transcribe_batch(files, batch=8):
-            print(files[index], transcript.text, transcript.info.coverage)
-
-    Yields (index, transcript) as recordings are complete, which need not be their order. One that cannot be read or
-    decoded has `info.stop_reason == "error"`, and its last warning says why.
-
-    Dense steps write what they write one by one. Sparse ones may not: padding shifts a row's pages, and so what is
-    selected. Phi-4-multimodal decodes one by one, as the length of one recording would change the text of another.
-
-    Args:
-        batch: recordings that are in memory and decoded at once; fewer where their KV caches would not fit beside
-            each other into the memory that is free.
-        progress: called as progress(index, stage, done, total).
-        on_segment: called as on_segment(index, segment), the moment a segment is decoded.
-        all else: as for `transcribe`.
-    """
-    from unique_asr.models.pretrained import check_hotwords, check_language, make_transcriber
-
-    if batch < 1:
-        raise PipelineError(f"batch={batch}: give at least 1")
-    if not isinstance(model, tuple):
-        check_language(language, model)
-        check_hotwords(hotwords, model)
-    transcriber = make_transcriber(model, attention=attention, budget=budget, device=device, dtype=dtype, **options)
-    return side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment, language, hotwords)
-
-
-def side_by_side(
-    transcriber: Any,
+def transcribe_side_by_side(
+    transcriber: Transcriber,
     audios: Iterable[Audio],
     batch: int,
     prompt: str | None = None,
@@ -79,37 +31,44 @@ def side_by_side(
     language: str | None = None,
     hotwords: str | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
-    """See `transcribe_batch`; with batch=1, any transcriber does."""
-    rows = batch_rows(transcriber, batch)
+    """Transcribe recordings with a transcriber, `batch` at a time; see `unique_asr.transcribe_batch`.
+
+    With batch=1, and with transcribers that make no engine, they go one by one.
+    """
+    engine = make_engine(transcriber, batch)
     told = {"prompt": prompt, "language": language, "hotwords": hotwords}
 
-    def begun(index: int, audio: Audio) -> Generator[None, None, Transcript]:
+    def transcribe(index: int, audio: Audio) -> Generator[Pending, None, Transcript]:
         callbacks = (partial(callback, index) if callback else None for callback in (progress, on_segment))
-        return recording(transcriber, audio, told, vad, *callbacks, rows)
+        return transcribe_recording(transcriber, audio, told, vad, *callbacks, engine)
 
-    return interleave(starmap(begun, enumerate(audios)), batch if rows else 1, partial(step, rows))
-
-
-def batch_rows(transcriber: Any, batch: int) -> BatchDecoder | None:
-    """What decodes `batch` recordings side by side; None if they go one by one."""
-    make = getattr(transcriber, "batch_decoder", None)
-    return make() if make and batch > 1 else None
+    return interleave(starmap(transcribe, enumerate(audios)), batch if engine else 1, partial(step, engine))
 
 
-def step(rows: BatchDecoder) -> None:
+def make_engine(transcriber: Transcriber, batch: int) -> Engine | None:
+    """Return the engine that decodes `batch` recordings side by side; None if they go one by one."""
+    return transcriber.make_engine() if batch > 1 else None
+
+
+def step(engine: Engine) -> None:
+    """Make a step of an engine.
+
+    Raises:
+        PipelineError: if memory runs out.
+    """
     try:
-        rows.step()
+        engine.step()
     except torch.OutOfMemoryError as error:
-        raise PipelineError(f"out of memory on {rows.device}; lower batch or max_pass_seconds") from error
+        raise PipelineError(f"out of memory on {engine.device}; lower batch or max_pass_seconds") from error
 
 
 def interleave(
-    tasks: Iterable[Generator[None, None, Result]], batch: int, step: Callable[[], None]
+    tasks: Iterable[Generator[Pending, None, Result]], batch: int, step: Callable[[], None]
 ) -> Iterator[tuple[int, Result]]:
-    """Advances `batch` generators in turn, and calls `step` whenever all of them wait for it.
+    """Advance `batch` generators in turn, and call `step` whenever all of them are pending.
 
     Yields (index, what a generator returned) as they end, which need not be their order. What `step` raises is raised
-    in each generator that waits. What a generator raises, or an interrupt, ends them all, each with that error.
+    in each generator that is pending. What a generator raises, or an interrupt, ends them all, each with that error.
     """
     waiting, running, failure = enumerate(tasks), {}, None
     try:
@@ -138,25 +97,28 @@ def interleave(
         raise
 
 
-def recording(
-    transcriber: Any,
+def transcribe_recording(
+    transcriber: Transcriber,
     audio: Audio,
     told: dict[str, str | None],
     vad: bool,
     progress: Progress | None,
     on_segment: Callable[[Segment], None] | None,
-    rows: BatchDecoder | None,
-) -> Generator[None, None, Transcript]:
-    """Yields where the batch has to make a step; returns the transcript, of which an error says why it is not whole."""
+    engine: Engine | None,
+) -> Generator[Pending, None, Transcript]:
+    """Transcribe one recording with a sequence of an engine, or alone; yields where the engine has to make a step.
+
+    Returns the transcript; an error that cut it short is its stop reason and its last warning.
+    """
     transcript = Transcript([], TranscriptionInfo(str(audio) if isinstance(audio, str | PathLike) else "<array>"))
-    row = rows.row() if rows else None
+    sequence = engine.new_sequence() if engine else None
     try:
-        source, where = open_audio(audio, vad=vad), {"row": row} if row else {}
-        segments, transcript.info = transcriber.transcribe(source, **told, progress=progress, **where)
+        source = open_audio(audio, vad=vad)
+        segments, transcript.info = transcriber.transcribe(source, **told, progress=progress, sequence=sequence)
         with closing(segments):
             for segment in segments:
-                if segment is None:
-                    yield
+                if segment is PENDING:
+                    yield PENDING
                     continue
                 transcript.segments.append(segment)
                 if on_segment is not None:
@@ -165,6 +127,6 @@ def recording(
         transcript.info.stop_reason = "error"
         transcript.info.warnings.append(str(error))
     finally:
-        if row is not None:
-            rows.remove(row)
+        if sequence is not None:
+            engine.remove(sequence)
     return transcript

@@ -1,14 +1,13 @@
 """Recordings of any length with a pretrained speech LLM: passes as long as the model knows, one by one or side by side.
 
-`recording.py` says what a pass hears and what becomes of its answer; here it is encoded, prefilled and decoded.
+`longform/timestamped.py` says what a pass hears and what becomes of its answer; here it is encoded and decoded.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -19,31 +18,30 @@ import torch
 from torch import Tensor
 
 from unique_asr.attention import SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.huggingface import resolve_combine
-from unique_asr.audio import spooled
-from unique_asr.decoding.batch import BatchDecoder, Row
+from unique_asr.audio import AudioFile, spooled
+from unique_asr.decoding.batch import BatchEngine
+from unique_asr.decoding.engine import PENDING, Pending, Sequence
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.decoding.memory import free_memory, shape_of
+from unique_asr.decoding.memory import measure_free_memory, read_shape
 from unique_asr.generation import stop_ids
+from unique_asr.longform.configuration import TimestampedConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.longform.passes import PENDING, Progress
-from unique_asr.longform.timestamped import Pass, PassConfig, Recording
+from unique_asr.longform.timestamped import PassRequest, TimestampedRecording
 from unique_asr.models.languages import chosen_hotwords, chosen_language
 from unique_asr.models.pretrained import find, load
-from unique_asr.models.pretrained.memory import estimate, text_tokens
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory, limit_text_tokens
 from unique_asr.models.pretrained.prompting import prompt_embeds
-from unique_asr.transcribers.speech_llm import Audio, LoadedModel, PipelineError, open_audio
-from unique_asr.transcript import Segment, TranscriptionInfo, Unfinished
+from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
+from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished
 
 
-class PretrainedTranscriber(LoadedModel):
-    """A pretrained speech LLM with its settings; used as `unique_asr.transcribers.speech_llm.SpeechLLMTranscriber`.
+class PretrainedTranscriber(Transcriber):
+    """A known speech LLM of transformers (`unique_asr.models.pretrained`) with its settings.
 
     Args:
         model: a folder, a hub id, or a (model, processor) pair.
-        attention, budget, device, dtype, progress: see `unique_asr.transcribe`.
-        max_pass_seconds: the longest audio that the LLM gets at once; by default what its authors say.
-        prefill_chunk: positions that the LLM reads at once, which bounds the memory of the prefill.
+        attention, budget, device, dtype, progress, max_pass_seconds, prefill_chunk: see `Transcriber`; by default a
+            pass is as long as the model's authors say.
         passes: finer settings.
     """
 
@@ -57,36 +55,33 @@ class PretrainedTranscriber(LoadedModel):
         dtype: str = "auto",
         max_pass_seconds: float | None = None,
         prefill_chunk: int = 2048,
-        passes: PassConfig | None = None,
+        passes: TimestampedConfig | None = None,
         progress: Progress | None = None,
     ) -> None:
         known_model = find(model)
         if known_model is None:
             raise PipelineError(f"model={model}: is no speech LLM that has an adapter; see conf/model/")
-        self.known_model, self.languages, self.passes = known_model, known_model.languages, passes or PassConfig()
+        self.known_model, self.languages, self.passes = (
+            known_model,
+            known_model.languages,
+            passes or TimestampedConfig(),
+        )
         if max_pass_seconds is None:
             max_pass_seconds = self.passes.max_pass_seconds
         super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
         self.passes = replace(self.passes, max_pass_seconds=max_pass_seconds)
         self.stop_ids = stop_ids(self.model, self.processor.tokenizer)
-        self.decoder = self.make_decoder()
+        self._prepare_decoding()
 
-    def make_decoder(self) -> GreedyDecoder:
-        """For one recording after the other: it keeps its memory and CUDA graphs."""
+    def _prepare_decoding(self) -> None:
+        """Make the decoder for one recording after the other, which keeps its memory and CUDA graphs."""
         chunk = self.prefill_chunk if self.known_model.chunked else 1 << 30
         static = None if self.known_model.static else False
-        return GreedyDecoder(self.model, self.attention, capacity=0, prefill_chunk=chunk, static=static)
-
-    def with_attention(self, attention: SparseAttentionConfig) -> PretrainedTranscriber:
-        """A transcriber with the same model in memory that reads its KV cache in another way."""
-        other = copy(self)
-        other.attention, other.load_seconds = resolve_combine(attention, self.model), 0.0
-        other.decoder = other.make_decoder()
-        return other
+        self.decoder = GreedyDecoder(self.model, self.attention, capacity=0, prefill_chunk=chunk, static=static)
 
     def transcribe(
         self,
-        audio: Audio,
+        audio: Audio | AudioFile | Samples,
         *,
         prompt: str | None = None,
         language: str | None = None,
@@ -94,19 +89,16 @@ class PretrainedTranscriber(LoadedModel):
         progress: Progress | None = None,
         unfinished: Unfinished | None = None,
         on_pass: Callable[[Any], None] | None = None,
-        row: Row | None = None,
+        sequence: Sequence | None = None,
         reads: PageReads | None = None,
-    ) -> tuple[Iterator[Segment | None], TranscriptionInfo]:
-        """Segments of one recording as they are decoded, and how they were made; see `SpeechLLMTranscriber.transcribe`.
-
-        row: of a `BatchDecoder`, which decodes; None comes among the segments where the batch has to make a step.
-        """
+    ) -> tuple[Iterator[Segment | Pending], TranscriptionInfo]:
         if reads is not None:
             raise PipelineError(f"reads: {self.name} gives no times of words to draw them at; leave it out")
         source = open_audio(audio)
         language = chosen_language(language, self.languages, self.name)
         hotwords = chosen_hotwords(hotwords, self.known_model.hotwords is not None, self.name)
-        info = self.describe(source, self.model, prompt=prompt, language=language, hotwords=hotwords)
+        told = {"prompt": prompt, "language": language, "hotwords": hotwords}
+        info = self._describe(source.name, source.duration, self.model, AudioPart.of(source), **told)
         info.timings |= {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         keywords: list[str] = []
         if hotwords and self.known_model.hotwords == "keywords":
@@ -114,44 +106,45 @@ class PretrainedTranscriber(LoadedModel):
         elif hotwords:
             prompt = ", ".join(filter(None, (prompt, hotwords)))
         told = prompt, language, keywords
-        return self._segments(source, *told, info, progress, unfinished, on_pass, row), info
+        return self._segments(source, *told, info, progress, unfinished, on_pass, sequence), info
 
-    def batch_decoder(self) -> BatchDecoder | None:
-        """For recordings side by side; None where the length of one would change the text of another."""
+    def make_engine(self) -> BatchEngine | None:
+        """Return an engine for recordings side by side; None if the length of one would change the text of another."""
         if not self.known_model.static:
             return None
-        return BatchDecoder(self.model, self.attention, self.prefill_chunk)
+        return BatchEngine(self.model, self.attention, self.prefill_chunk)
 
     def _segments(
         self,
         source: Any,
         prompt: str | None,
         language: str | None,
-        keywords: Sequence[str],
+        keywords: Collection[str],
         info: TranscriptionInfo,
         progress: Progress | None,
         unfinished: Unfinished | None,
         on_pass: Callable[[Any], None] | None,
-        row: Row | None,
-    ) -> Iterator[Segment | None]:
+        sequence: Sequence | None,
+    ) -> Iterator[Segment | Pending]:
         samples = spooled(source.blocks())
         info.warnings += source.warnings
         info.dropped = source.dropped
-        tokenizer, decoder = self.processor.tokenizer, row or self.decoder
-        recording = Recording(samples, self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished)
-        earlier = SparsityCounters(**recording.place.sparsity)
-        before = decoder.counters.copy()
+        tokenizer, sequence = self.processor.tokenizer, sequence or self.decoder
+        how = self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished
+        recording = TimestampedRecording(samples, *how)
+        earlier = SparsityCounters(**recording.earlier_sparsity)
+        before = sequence.counters.copy()
 
-        def sparsity() -> SparsityCounters:
-            counted = decoder.counters.since(before)
-            counted.add(earlier)
-            return counted
+        def count_sparsity() -> SparsityCounters:
+            counters = sequence.counters.since(before)
+            counters.add(earlier)
+            return counters
 
         try:
-            while recording.unheard:
+            while recording.has_speech_left:
                 if on_pass is not None:
-                    on_pass(recording.state(vars(sparsity())))
-                yield from self._decode(recording, decoder, language, keywords, info, progress)
+                    on_pass(recording.make_state(vars(count_sparsity())))
+                yield from self._decode(recording, sequence, language, keywords, info, progress)
             if progress:
                 progress("decode", info.duration, info.duration)
         except torch.OutOfMemoryError as error:
@@ -160,90 +153,79 @@ class PretrainedTranscriber(LoadedModel):
             ) from error
         finally:
             info.stop_reason = info.stop_reason or "interrupted"
-            info.sparsity = sparsity().to_dict()
-            if row is not None:
-                info.timings |= row.seconds
+            info.sparsity = count_sparsity().to_dict()
+            for stage, seconds in sequence.engine_seconds.items():
+                info.timings[stage] += seconds
 
     def _decode(
         self,
-        recording: Recording,
-        decoder: GreedyDecoder | Row,
+        recording: TimestampedRecording,
+        sequence: Sequence,
         language: str | None,
-        keywords: Sequence[str],
+        keywords: Collection[str],
         info: TranscriptionInfo,
         progress: Progress | None,
-    ) -> Iterator[Segment | None]:
+    ) -> Iterator[Segment | Pending]:
         """Segments of the next pass."""
-        asked = recording.begin()
-        with clocked(info, "encode"):
+        request = recording.begin()
+        with measure(info, "encode"):
             report = partial(progress, "encode") if progress else None
-            embeds = self.prompt_embeds(asked.samples, asked.prompt, language, report, keywords)
-        budget = self._token_budget(embeds.shape[1], asked, info, decoder)
+            embeds = self.embed_prompt(request.samples, request.prompt, language, report, keywords)
+        limit = self._limit_tokens(embeds.shape[1], request, info, sequence)
         report = partial(progress, "prefill") if progress else None
-        with clocked(info, "prefill"):
-            if decoder is self.decoder:
-                self.prefill(embeds, embeds.shape[1] + budget, report)
-            else:
-                decoder.reset()
-                decoder.prefill(embeds, report)
-        tokens = decoder.tokens(budget, self.stop_ids)
+        with measure(info, "prefill"):
+            sequence.reserve(embeds.shape[1] + limit)
+            sequence.reset()
+            sequence.prefill(embeds, report)
+        tokens = sequence.tokens(limit, self.stop_ids)
         while not recording.looped:
-            with clocked(info, "decode"):
+            with measure(info, "decode"):
                 token = next(tokens, None)
             if token is None:
                 break
-            if token == PENDING:
-                yield None
+            if token is PENDING:
+                yield PENDING
                 continue
-            yield from recording.push(token, decoder.log_probs[-1])
+            yield from recording.push(token, sequence.log_probs[-1])
             if progress:
                 progress("decode", recording.reached, info.duration)
         tokens.close()
-        yield from recording.end("loop" if recording.looped else decoder.stop_reason)
+        yield from recording.end("loop" if recording.looped else sequence.stop_reason)
 
-    def _token_budget(self, prompt: int, asked: Pass, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> int:
+    def _limit_tokens(self, prompt: int, request: PassRequest, info: TranscriptionInfo, sequence: Sequence) -> int:
         """The most tokens of the answer, or an error if a prompt of so many positions leaves no room for one."""
-        seconds, room = asked.end - asked.start, self.known_model.context - prompt
+        seconds, room = request.end - request.start, self.known_model.context - prompt
         if room <= 0:
             raise PipelineError(
                 f"{info.audio}: {seconds / 60:.0f} minutes are {prompt} positions and {self.name} knows "
                 f"{self.known_model.context}; lower max_pass_seconds"
             )
-        budget = min(text_tokens(self.known_model, seconds), room)
-        self._check_memory(prompt + budget, seconds, info, decoder)
-        return budget
+        limit = min(limit_text_tokens(self.known_model, seconds), room)
+        self._check_memory(prompt + limit, seconds, info, sequence)
+        return limit
 
     @torch.no_grad()
-    def prompt_embeds(
+    def embed_prompt(
         self,
         samples: np.ndarray,
         prompt: str | None = None,
         language: str | None = None,
         progress: Any = None,
-        keywords: Sequence[str] = (),
+        keywords: Collection[str] = (),
     ) -> Tensor:
-        """[1, N, hidden]: the request for samples at 16 kHz, with the audio encoded a piece at a time."""
+        """Return the request for samples [S] at 16 kHz as vectors [1, N, hidden], encoded piece by piece."""
         told = prompt, language, keywords, self.passes.encode_windows, progress
         return prompt_embeds(self.known_model, self.model, self.processor, samples, *told)
 
-    def prefill(self, embeds: Tensor, capacity: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Begin a sequence of `capacity` tokens with [1, N, hidden].
-
-        The cache is allocated at once: it neither grows on the way nor fails after an hour.
-        """
-        self.decoder.capacity = max(self.decoder.capacity, capacity)
-        self.decoder.step.reserve(capacity)
-        self.decoder.reset()
-        self.decoder.prefill(embeds, progress)
-
-    def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, decoder: GreedyDecoder | Row) -> None:
-        if decoder is self.decoder and tokens <= decoder.cache.capacity:
+    def _check_memory(self, tokens: int, seconds: float, info: TranscriptionInfo, sequence: Sequence) -> None:
+        if sequence is self.decoder and tokens <= sequence.cache.capacity:
             return
-        shape, known_model = shape_of(self.model), self.known_model
+        shape, known_model = read_shape(self.model), self.known_model
         how = self.attention, self.model.dtype, self.prefill_chunk
-        needed = estimate(known_model, seconds, shape, *how, tokens, device=self.model.device.type).pass_bytes
-        free = free_memory(self.model.device)
-        room = None if free is None else free + decoder.held  # the pass before leaves its place to the next
+        device = self.model.device.type
+        needed = estimate_pass_memory(known_model, seconds, shape, *how, tokens, device=device).pass_bytes
+        free = measure_free_memory(self.model.device)
+        room = None if free is None else free + sequence.cache_bytes  # the pass before leaves its place to the next
         if room is not None and needed > room:
             fits = int(seconds * room / needed * 0.9)
             raise PipelineError(
@@ -253,7 +235,7 @@ class PretrainedTranscriber(LoadedModel):
 
 
 @contextmanager
-def clocked(info: TranscriptionInfo, stage: str) -> Iterator[None]:
+def measure(info: TranscriptionInfo, stage: str) -> Iterator[None]:
     """Add the seconds of a block to a stage of the timings."""
     begin = time.perf_counter()
     yield

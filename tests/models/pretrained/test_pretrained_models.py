@@ -16,10 +16,11 @@ from peft import LoraConfig
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.decoding.greedy import GreedyDecoder
-from unique_asr.longform.timestamped import PassConfig
-from unique_asr.models.pretrained import KNOWN_MODELS, estimate, find, load, load_lora, located
-from unique_asr.models.pretrained.memory import shape_of
-from unique_asr.transcribers.batch import side_by_side
+from unique_asr.decoding.memory import read_shape
+from unique_asr.longform.configuration import TimestampedConfig
+from unique_asr.models.pretrained import KNOWN_MODELS, find, load, load_lora, located
+from unique_asr.models.pretrained.pass_memory import estimate_pass_memory
+from unique_asr.transcribers.batch import transcribe_side_by_side
 from unique_asr.transcribers.pretrained import PretrainedTranscriber
 
 NEW_TOKENS = 20
@@ -65,11 +66,12 @@ def request_of(name, processor, samples):
 def decode(model, processor, samples, budget, chunk=17, windows=1):
     """Encoded a window at a time, prefilled in small chunks, decoded on the paged cache."""
     attention = SparseAttentionConfig(budget=budget)
-    passes = PassConfig(encode_windows=windows)
+    passes = TimestampedConfig(encode_windows=windows)
     transcriber = PretrainedTranscriber((model, processor), attention=attention, prefill_chunk=chunk, passes=passes)
-    embeds = transcriber.prompt_embeds(samples)
-    transcriber.prefill(embeds, capacity=1024)
+    embeds = transcriber.embed_prompt(samples)
     decoder = transcriber.decoder
+    decoder.reserve(1024)
+    decoder.prefill(embeds)
     return list(decoder.tokens(NEW_TOKENS)), decoder.counters, embeds.shape[1]
 
 
@@ -91,7 +93,7 @@ def test_steps_with_fixed_shapes_as_a_cuda_graph_takes_them(speech_model):
     samples = recording(seconds_of(name))
     for budget in (1024, BUDGET):
         expected, counted, _ = decode(model, processor, samples, budget)
-        embeds = PretrainedTranscriber((model, processor), attention="dense").prompt_embeds(samples)
+        embeds = PretrainedTranscriber((model, processor), attention="dense").embed_prompt(samples)
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=budget), capacity=1024, static=True)
         decoder.prefill(embeds)
         assert list(decoder.tokens(NEW_TOKENS)) == expected
@@ -168,11 +170,11 @@ def test_saved_and_loaded_it_decodes_the_same(speech_model, tmp_path):
 
 
 def test_a_transcript_of_several_passes(speech_model, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda known_model, seconds: NEW_TOKENS)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.limit_text_tokens", lambda known_model, seconds: NEW_TOKENS)
     _, model, processor = speech_model
     seen = []
     transcriber = PretrainedTranscriber(
-        (model, processor), budget=BUDGET, max_pass_seconds=1.5, passes=PassConfig(retry_seconds=1.5)
+        (model, processor), budget=BUDGET, max_pass_seconds=1.5, passes=TimestampedConfig(retry_seconds=1.5)
     )
     samples = recording(4.0)
     segments, info = transcriber.transcribe(samples, progress=lambda *step: seen.append(step))
@@ -186,13 +188,13 @@ def test_a_transcript_of_several_passes(speech_model, monkeypatch):
 
 
 def test_recordings_side_by_side_are_those_of_one_by_one(speech_model, monkeypatch):
-    monkeypatch.setattr("unique_asr.transcribers.pretrained.text_tokens", lambda known_model, seconds: 8)
+    monkeypatch.setattr("unique_asr.transcribers.pretrained.limit_text_tokens", lambda known_model, seconds: 8)
     name, model, processor = speech_model
-    passes = PassConfig(max_pass_seconds=1.5, retry_seconds=1.5)
+    passes = TimestampedConfig(max_pass_seconds=1.5, retry_seconds=1.5)
     transcriber = PretrainedTranscriber((model, processor), attention="dense", passes=passes)
     audios = [recording(seconds, seed) for seed, seconds in enumerate((1.2, 2.6, 1.6))]
-    expected, results = (dict(side_by_side(transcriber, audios, size)) for size in (1, 2))
-    assert (transcriber.batch_decoder() is None) == (name == "phi4_multimodal")
+    expected, results = (dict(transcribe_side_by_side(transcriber, audios, size)) for size in (1, 2))
+    assert (transcriber.make_engine() is None) == (name == "phi4_multimodal")
     for index, transcript in results.items():
         alone = expected[index]
         assert transcript.segments == [
@@ -244,7 +246,7 @@ def test_memory_is_what_the_cache_takes(speech_model):
     layers = decoder.cache.paged_layers
     kept = sum(buffer.nbytes for layer in layers for buffer in (layer.keys, layer.values))
     pages = sum(buffer.nbytes for layer in layers for buffer in layer.statistics)
-    memory = estimate(KNOWN_MODELS[name], 10, shape_of(model), attention, torch.float32, tokens=2048)
+    memory = estimate_pass_memory(KNOWN_MODELS[name], 10, read_shape(model), attention, torch.float32, tokens=2048)
     assert (memory.cache, memory.statistics) == (kept, pages)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert memory.weights == pytest.approx(weights, rel=1e-6)
@@ -252,7 +254,9 @@ def test_memory_is_what_the_cache_takes(speech_model):
 
 def test_only_flash_attention_prefills_without_copies_of_the_keys():
     hour = {
-        (device, dtype): estimate(KNOWN_MODELS["moss_transcribe_diarize"], 3600, dtype=dtype, device=device, batch=2)
+        (device, dtype): estimate_pass_memory(
+            KNOWN_MODELS["moss_transcribe_diarize"], 3600, dtype=dtype, device=device, batch=2
+        )
         for device in ("cpu", "cuda")
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -262,7 +266,7 @@ def test_only_flash_attention_prefills_without_copies_of_the_keys():
     assert hour["cpu", torch.bfloat16].scratch == copies + mask
     assert hour["cuda", torch.bfloat16].scratch < copies / 5
     assert hour["cuda", torch.float32] == hour["cpu", torch.float32]
-    minute = estimate(
+    minute = estimate_pass_memory(
         KNOWN_MODELS["moss_transcribe_diarize"], 60, dtype=torch.bfloat16, batch=80
     )  # short rows: by a mask
     assert minute.scratch > 80 * 2 * heads * 1126 * dim * 2

@@ -6,11 +6,12 @@ windows overlap, and each keeps the words of its middle, where it has heard what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unique_asr.longform.passes import LongformReport, LongformTranscriber
+from unique_asr.decoding.engine import PENDING, Pending
+from unique_asr.longform.coverage import LongformReport
 from unique_asr.transcript import Segment
 
 
@@ -26,9 +27,18 @@ class Sliding:
             raise ValueError(f"rivals.sliding: an overlap of {self.overlap} s at both ends fills {self.seconds} s")
 
     def transcribe(
-        self, transcriber: LongformTranscriber, encoded: Any, decoder: Any, report: LongformReport
-    ) -> Iterator[Segment | None]:
-        """Segments of the whole recording, None where a token is pending; the report is summed over the windows."""
+        self,
+        transcribe: Callable[[Any, LongformReport], Iterator[Segment | Pending]],
+        encoded: Any,
+        report: LongformReport,
+    ) -> Iterator[Segment | Pending]:
+        """Yield the segments of the whole recording, and PENDING where the next token is.
+
+        Args:
+            transcribe: gives the segments of a window of the encoded recording, and fills in its report.
+            encoded: an `EncodedAudio`.
+            report: summed over the windows.
+        """
         step = self.seconds - 2 * self.overlap
         covered, start, index = 0.0, 0.0, 0
         while start < encoded.duration or index == 0:
@@ -40,9 +50,9 @@ class Sliding:
             first_frame = round(begin / encoded.frame_seconds)
             part = encoded.slice(first_frame, None if last else round(end / encoded.frame_seconds))
             inner = LongformReport()
-            for segment in transcriber.transcribe(part, decoder, inner):
-                if segment is None:
-                    yield None
+            for segment in transcribe(part, inner):
+                if segment is PENDING:
+                    yield PENDING
                     continue
                 segment = shifted(segment, first_frame * encoded.frame_seconds)
                 words = [word for word in segment.words if middle[0] <= (word.start + word.end) / 2 < middle[1]]

@@ -3,12 +3,11 @@
     segments, info = unique_asr.transcribe("meeting.m4a", model="hf-audio/MOSS-Transcribe-Diarize-HF")
 
 `formats.py` reads their answers as they are written, `encoding.py` encodes audio a bounded piece at a time,
-`prompting.py` puts it into a request, `memory.py` says what a recording takes, and `transcriber.py` puts all together.
+`prompting.py` puts it into a request, and `pass_memory.py` says what a pass takes.
 """
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ import transformers
 from transformers import AutoProcessor, PreTrainedConfig
 
 from unique_asr.models import PRETRAINED, ModelError, loading, resolve_device, resolve_dtype
-from unique_asr.models.languages import SHIPPED, chosen_hotwords, chosen_language
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, DecoderShape, KnownModel
 from unique_asr.models.pretrained.formats import BracketParser, JsonParser, Parser, PlainParser, Utterance
-from unique_asr.models.pretrained.memory import Memory, estimate
 
 MERGED = "lora_merged"  # in the configuration of a model whose LoRA weights for speech are in its own
 
@@ -30,48 +27,23 @@ __all__ = [
     "DecoderShape",
     "JsonParser",
     "KnownModel",
-    "Memory",
     "Parser",
     "PlainParser",
     "Utterance",
-    "check_hotwords",
-    "check_language",
-    "estimate",
     "find",
     "load",
-    "make_transcriber",
     "merge_lora",
+    "read_model_type",
 ]
 
 
 def find(model: Any) -> KnownModel | None:
     """The adapter of a loaded model, a (model, processor) pair, a folder or a hub id; None for any other model."""
-    return KNOWN_MODELS.get(_model_type(model))
+    return KNOWN_MODELS.get(read_model_type(model))
 
 
-def check_language(language: str | None, model: str | PathLike[str]) -> str | None:
-    """The code of a language (None for none), or a ValueError if the model cannot be told it, which is not loaded."""
-    if not language:
-        return None
-    kind = _model_type(model)
-    if kind is None:
-        return language  # there is no such model: `models.load` says so
-    known_model = KNOWN_MODELS.get(kind)
-    taken = known_model.languages if known_model else SHIPPED.get(str(model), ())
-    return chosen_language(language, taken, str(model))
-
-
-def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | None:
-    """Hotwords as a transcript's settings keep them, or a ValueError if the model, which is not loaded, takes none."""
-    if not hotwords:
-        return None
-    kind = _model_type(model)
-    known_model = KNOWN_MODELS.get(kind)
-    taken = kind is None or (known_model is not None and known_model.hotwords is not None)
-    return chosen_hotwords(hotwords, taken, str(model))
-
-
-def _model_type(model: Any) -> str | None:
+def read_model_type(model: Any) -> str | None:
+    """Return `model_type` of a model's configuration without loading the model; None if there is no such model."""
     if isinstance(model, tuple):
         model = model[0]
     if hasattr(model, "config"):
@@ -131,18 +103,3 @@ def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
     else:
         model.load_adapter(source, adapter_name="speech", adapter_kwargs={"subfolder": folder, **options})
     model.set_adapter("speech")
-
-
-def make_transcriber(model: Any = "default", **settings: Any) -> Any:
-    """What transcribes with a model: `PretrainedTranscriber` if it has an adapter, else `SpeechLLMTranscriber`.
-
-    `parallel_passes` is for the latter alone: a pretrained model gets passes as long as it can, one after the other.
-    """
-    if find(model) is None:
-        from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
-
-        return SpeechLLMTranscriber(model, **settings)
-    from unique_asr.transcribers.pretrained import PretrainedTranscriber
-
-    settings.pop("parallel_passes", None)
-    return PretrainedTranscriber(model, **settings)
