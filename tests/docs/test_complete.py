@@ -137,7 +137,7 @@ USER_CODE = ("unique_asr", "app", "scripts", "kernels")
 
 
 def messages():
-    """What `raise`, `warnings.append` and `_warn` show in each file: the longest piece of each message that does not vary."""
+    """What `raise`, `warnings.append` and `_warn` show in each file: the longest fixed piece of each message."""
     for folder in USER_CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = []
