@@ -13,7 +13,7 @@ from unique_asr.app.limits import Limits, Refusal
 from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
 
 from unique_asr.application.display import STAGES, Display, summarize
-from unique_asr.application.session import Output, Session, Settings
+from unique_asr.application.session import Output, Session, TranscriptionSettings
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcript import Segment, TranscriptionInfo
 
@@ -176,7 +176,7 @@ class Worker:
             return
         live.loading(live.record.settings["model"])
         chosen = live.record.settings
-        settings = Settings(
+        settings = TranscriptionSettings(
             model=chosen["model"],
             attention=attention,
             options=self.options["transcriber"],

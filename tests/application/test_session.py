@@ -11,7 +11,7 @@ from command_line import FakeTranscriber, names
 
 from unique_asr.application.display import Display
 from unique_asr.application.jobs import Job, OutputError, find_recordings, plan
-from unique_asr.application.session import Output, Session, Settings, describe_error, find_missing_formats
+from unique_asr.application.session import Output, Session, TranscriptionSettings, describe_error, find_missing_formats
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError
 from unique_asr.transcript import Segment
@@ -67,7 +67,7 @@ def session(monkeypatch):
 
 
 def settings(**changes):
-    return Settings(options=OPTIONS, **changes)
+    return TranscriptionSettings(options=OPTIONS, **changes)
 
 
 def test_a_recording_becomes_files(talk, session):

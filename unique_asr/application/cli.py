@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from unique_asr.application.display import ConsoleDisplay, JSONLines, format_speed
 from unique_asr.application.jobs import find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE, run, whole_number
-from unique_asr.application.session import Output, Session, Settings, load_transcriber
+from unique_asr.application.session import Output, Session, TranscriptionSettings, load_transcriber
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, parse_time
 
@@ -107,11 +107,11 @@ def read_batch(config: DictConfig) -> int:
     return batch
 
 
-def read_settings(config: DictConfig) -> Settings:
+def read_settings(config: DictConfig) -> TranscriptionSettings:
     """Return the settings of the transcription. Raises ValueError, in one line, if one does not fit."""
     options = OmegaConf.to_container(config.decoding)
     prompt = options.pop("prompt")
-    return Settings(
+    return TranscriptionSettings(
         model=config.model.name_or_path,
         attention=SparseAttentionConfig(**OmegaConf.to_container(config.attention)),
         options={

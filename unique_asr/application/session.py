@@ -2,7 +2,7 @@
 
     session = Session()
     for job in plan(find_recordings("talks/"), "transcripts"):
-        session.transcribe(job, Settings(), Output(["txt", "srt"]), Display())
+        session.transcribe(job, TranscriptionSettings(), Output(["txt", "srt"]), Display())
 
 The command line, the web page and a server differ in where their settings come from and in what they show; what is
 done with a recording is here. Whatever stops a transcription, what was decoded until then is on disk.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TranscriptionSettings:
     """What decides the text of a transcript: model and attention, what the model is told, and the part it hears.
 
     Attributes:
@@ -131,7 +131,7 @@ class Session:
     def __init__(self, load: Callable[..., Transcriber] = load_transcriber, batch: int = 1) -> None:
         self.batch = batch
         self._load = load
-        self._loaded: tuple[Settings, Transcriber] | None = None
+        self._loaded: tuple[TranscriptionSettings, Transcriber] | None = None
         self._load_failed = False
         self._engine: Engine | None = None  # if recordings are decoded side by side
         self._last_notice = ""
@@ -143,7 +143,9 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._temporary.close()
 
-    def transcribe(self, job: Job, settings: Settings, output: Output, display: Display) -> TranscriptionInfo | None:
+    def transcribe(
+        self, job: Job, settings: TranscriptionSettings, output: Output, display: Display
+    ) -> TranscriptionInfo | None:
         """Transcribe one recording.
 
         Returns:
@@ -162,7 +164,12 @@ class Session:
                 return stop.value
 
     def transcribe_all(
-        self, jobs: Sequence[Job], settings: Settings, output: Output, display: Display, debug: bool = False
+        self,
+        jobs: Sequence[Job],
+        settings: TranscriptionSettings,
+        output: Output,
+        display: Display,
+        debug: bool = False,
     ) -> Outcome:
         """Transcribe recordings, `batch` at a time; one that fails does not stop the others, but for an interrupt.
 
@@ -191,7 +198,7 @@ class Session:
         job: Job,
         number: int,
         total: int,
-        settings: Settings,
+        settings: TranscriptionSettings,
         output: Output,
         display: Display,
         outcome: Outcome,
@@ -214,7 +221,7 @@ class Session:
             outcome.failed += 1
 
     def _transcribe(
-        self, job: Job, settings: Settings, output: Output, display: Display, alone: bool = False
+        self, job: Job, settings: TranscriptionSettings, output: Output, display: Display, alone: bool = False
     ) -> Generator[Pending, None, TranscriptionInfo | None]:
         """Transcribe one recording; yields where the engine has to make a step first."""
         begin = time.perf_counter()
@@ -245,7 +252,7 @@ class Session:
         display.summary(transcript.info, time.perf_counter() - begin, files)
         return transcript.info
 
-    def _get_transcriber(self, settings: Settings, display: Display) -> Transcriber:
+    def _get_transcriber(self, settings: TranscriptionSettings, display: Display) -> Transcriber:
         """Return the transcriber for these settings; with another attention alone, its model is taken over."""
         if self._loaded is not None:
             loaded, transcriber = self._loaded
@@ -267,7 +274,7 @@ class Session:
         self._keep(settings, transcriber, display)
         return transcriber
 
-    def _keep(self, settings: Settings, transcriber: Transcriber, display: Display) -> None:
+    def _keep(self, settings: TranscriptionSettings, transcriber: Transcriber, display: Display) -> None:
         self._loaded = settings, transcriber
         self._engine = transcriber.make_engine() if self.batch > 1 else None
         if self.batch > 1 and self._engine is None:
