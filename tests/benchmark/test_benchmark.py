@@ -170,7 +170,7 @@ def test_the_dense_baseline_over_the_tokens_written_is_dense_attention(monkeypat
 def test_models_take_what_fits(monkeypatch, llama):
     monkeypatch.setitem(models.LLMS, "tiny", ("voxtral", llama.config))
     model = models.make_random_model("tiny", CPU, torch.float32)
-    settings = models.Settings({"as given": SparseAttentionConfig(budget=64)}, 15000, 200, 1, "captured")
+    settings = models.BenchmarkSettings({"as given": SparseAttentionConfig(budget=64)}, 15000, 200, 1, "captured")
 
     def measured(batch):
         (result,) = models.measure_case("tiny", model, KNOWN_MODELS["voxtral"], 0.5, batch, settings)

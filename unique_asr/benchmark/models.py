@@ -106,7 +106,7 @@ class ModelTiming:
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkSettings:
     """What all cases of a run share."""
 
     configurations: dict[str, SparseAttentionConfig]  # by what differs from the settings of all
@@ -155,7 +155,7 @@ def benchmark(
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     begin, results = time.monotonic(), []
     named = {format_label(each): replace(attention, **each) for each in configurations}
-    settings = Settings(named, answer_tokens_an_hour, prefill_chunk, steps, mode)
+    settings = BenchmarkSettings(named, answer_tokens_an_hour, prefill_chunk, steps, mode)
     print(f"| {' | '.join(ModelTiming.COLUMNS)} |\n|{'---|' * len(ModelTiming.COLUMNS)}", flush=True)
     for name in names:
         known_model, model = KNOWN_MODELS[LLMS[name][0]], None
@@ -180,7 +180,7 @@ def format_label(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in fields.items()) or "as given"
 
 
-def save(path: Path, results: Sequence[ModelTiming], settings: Settings, device: torch.device) -> None:
+def save(path: Path, results: Sequence[ModelTiming], settings: BenchmarkSettings, device: torch.device) -> None:
     """Write the device, the settings and all rows to a JSON file."""
     rows = [asdict(result) | {"speedup": result.speedup} for result in results]
     configurations = {name: config.to_dict() for name, config in settings.configurations.items()}
@@ -212,7 +212,7 @@ def make_random_model(name: str, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def measure_case(
-    name: str, model: PreTrainedModel, known_model: KnownModel, minutes: float, batch: int, settings: Settings
+    name: str, model: PreTrainedModel, known_model: KnownModel, minutes: float, batch: int, settings: BenchmarkSettings
 ) -> Iterator[ModelTiming]:
     """Measure one case: dense steps by either attention, then each configuration; what fails is left out.
 
@@ -260,7 +260,7 @@ def measure_sparse(
     answer: int,
     audio: int,
     attention: SparseAttentionConfig,
-    settings: Settings,
+    settings: BenchmarkSettings,
 ) -> tuple[float | None, float, float | None]:
     """Return the seconds of the prefill, the milliseconds of a sparse step, and the peak of memory in GB.
 
@@ -279,7 +279,7 @@ def measure_sparse(
 
 
 def prefill(
-    model: PreTrainedModel, cache: PagedCache, batch: int, prompt: int, audio: int, settings: Settings
+    model: PreTrainedModel, cache: PagedCache, batch: int, prompt: int, audio: int, settings: BenchmarkSettings
 ) -> float | None:
     """Read a prompt with `audio` positions as a transcriber does.
 
@@ -321,7 +321,9 @@ def fill(cache: PagedCache, tokens: int) -> None:
 
 
 @torch.no_grad()
-def measure_dense(model: PreTrainedModel, batch: int, context: int, settings: Settings, attention: str) -> float:
+def measure_dense(
+    model: PreTrainedModel, batch: int, context: int, settings: BenchmarkSettings, attention: str
+) -> float:
     """Return the milliseconds of a dense step, in a cache with no more room than the steps take.
 
     Args:

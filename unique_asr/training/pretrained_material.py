@@ -43,7 +43,9 @@ class PretrainedMaterial:
     def __init__(self, model: Any, processor: Any, corpus: Corpus, augment: AugmentConfig, seed: int = 0) -> None:
         known_model = find(model)
         if known_model is None:
-            raise ValueError(f"{type(model).__name__} is no known speech LLM; fine-tune a model of conf/model, or text.model")
+            raise ValueError(
+                f"{type(model).__name__} is no known speech LLM; fine-tune a model of conf/model, or text.model"
+            )
         self.model, self.processor, self.known_model = model, processor, known_model
         self.corpus, self.augment = corpus, augment
         self.random = torch.Generator().manual_seed(seed)
