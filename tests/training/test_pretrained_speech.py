@@ -162,10 +162,11 @@ def test_lora_vanishes_when_saved(make_trainer, tmp_path, name):
 
 
 def test_lora_that_came_with_a_model_is_merged(make_material, tmp_path, monkeypatch):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     model = make_material("phi4_multimodal").model
-    model.add_adapter(LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False), adapter_name="speech")
+    config = LoraConfig(r=2, target_modules=["qkv_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, model, adapter_name="speech")
     model.eval()
     embeds = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 import speech_models
 import torch
 from omegaconf import OmegaConf
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -217,9 +217,9 @@ def test_weights_for_speech_beside_the_model(tmp_path):
     model, processor = speech_models.make("phi4_multimodal")
     base = decode(model, processor, recording(3), 1024)[0]
     torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False), "trained")
+    trained = get_peft_model(model, LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False))
     expected = decode(model, processor, recording(3), 1024)[0]
-    model.save_pretrained(tmp_path / KNOWN_MODELS["phi4_multimodal"].lora)
+    trained.save_pretrained(tmp_path / KNOWN_MODELS["phi4_multimodal"].lora)
     model, _ = speech_models.make("phi4_multimodal")
     load_lora(model, KNOWN_MODELS["phi4_multimodal"].lora, str(tmp_path))
     assert decode(model, processor, recording(3), 1024)[0] == expected != base

@@ -19,11 +19,15 @@ def load_lora(model: Any, folder: str, source: str, **options: str) -> None:
         source: the folder or the hub id of the model.
         options: `revision` of a hub id.
     """
+    from peft.tuners.lora import LoraLayer
+
     if Path(source).is_dir():
         model.load_adapter(str(Path(source) / folder), adapter_name="speech")
     else:
         model.load_adapter(source, adapter_name="speech", adapter_kwargs={"subfolder": folder, **options})
-    model.set_adapter("speech")
+    for module in model.modules():  # transformers 5.24's own `set_adapter` asks for a peft that is not released
+        if isinstance(module, LoraLayer):
+            module.set_adapter("speech")
 
 
 @torch.no_grad()
