@@ -59,17 +59,19 @@ def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bo
     from unique_asr.app.store import Store
     from unique_asr.app.worker import Worker
 
-    from unique_asr.application.session import load_transcriber
+    from unique_asr.application.queue import JobQueue
+    from unique_asr.application.session import Session, load_transcriber
 
     examples = [path.resolve() for path in map(Path, values["examples"]) if path.is_file()]
-    limits = Limits(folders, values["max_minutes"], values["max_megabytes"])
+    limits = Limits(values["max_minutes"], values["max_megabytes"], folders)
     store = Store(Path(values["jobs"]))
     decoding = {name: value for name, value in values["decoding"].items() if name != "prompt"}
     options = {
         "attention": values["attention"],
         "transcriber": {"device": values["device"], "dtype": values["dtype"], "parallel_passes": passes, **decoding},
     }
-    worker = Worker(store, load or load_transcriber, limits, options, values["max_waiting"])
+    queue = JobQueue(Session(load or load_transcriber), values["max_waiting"])
+    worker = Worker(store, queue, limits, options)
     blocks = Page(store, worker, limits, values["models"], examples).build()
     blocks.queue(max_size=64)
     try:
