@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
-from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.limits import Limits
 from unique_asr.app.store import FAILED, STOPPED, Record, Store
 from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
+from unique_asr.application.limits import Refusal
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
@@ -88,7 +89,7 @@ class Page:
             settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
             if vad:
                 check_vad()
-            self.worker.check_room(len(uploads) if uploads else 1)
+            self.worker.queue.check_room(len(uploads) if uploads else 1)
             recordings, uploaded = self.limits.choose(uploads, recorded, path)
             for recording in recordings:
                 records.append(self.store.create(recording, recording.name, settings, copy=uploaded))
@@ -141,7 +142,7 @@ class Page:
         if record is None or record.state not in (STOPPED, FAILED):
             raise _error("Only a job that was stopped or failed can be continued.")
         try:
-            self.worker.check_room()
+            self.worker.queue.check_room()
         except Refusal as error:
             raise _error(str(error)) from error
         self.worker.submit(record)

@@ -152,6 +152,14 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._temporary.close()
 
+    def load(self, settings: TranscriptionSettings, display: Display) -> None:
+        """Load the transcriber now, rather than for the first recording.
+
+        Raises:
+            ValueError: if the model cannot be loaded.
+        """
+        self._get_transcriber(settings, display)
+
     def transcribe(
         self, job: Job, settings: TranscriptionSettings, output: Output, display: Display
     ) -> TranscriptionInfo | None:
