@@ -22,7 +22,7 @@ LAYERS = [
     ["unique_asr.pipeline"],
     ["unique_asr"],  # the public names
     ["unique_asr.application"],
-    ["unique_asr.app", "unique_asr.benchmark", "unique_asr.evaluation", "unique_asr.training"],
+    ["unique_asr.app", "unique_asr.benchmark", "unique_asr.evaluation", "unique_asr.server", "unique_asr.training"],
     ["scripts", "benchmarks"],
 ]
 # Stricter than the layers: what these may import at all.

@@ -149,7 +149,7 @@ def test_hotwords_of_a_model_that_cannot_be_told_any_are_refused(api):
         ({"language": "fr"}, 400, None, "language=fr: model=default takes en"),
         ({"include[]": "logprobs"}, 400, "include", "include: is not known here; leave it out"),
         ({"prompt": ["a", "b"]}, 400, "prompt", "prompt: is given 2 times"),
-        ({"file": "talk.opus", "content": b""}, 400, "file", "file: give a file"),
+        ({"file": "talk.opus", "content": b""}, 400, "file", "file: is no file; give one"),
     ],
 )
 def test_refusals_are_one_line_in_the_form_of_openai(shared, options, status, param, message):

@@ -102,14 +102,17 @@ def test_a_signal_ends_it_and_nothing_is_left(start, number):
         ("models=[]", 2, "error: models: name at least one, such as default"),
         ("max_waiting=0", 2, "error: max_waiting=0: give a whole number of requests, 1 or more"),
         ("stop_seconds=-1", 2, "error: stop_seconds=-1: give a number, 0 or more"),
-        ("attention.page_size=7", 1, "error: attention.page_size is 7"),
+        ("attention.page_size=7", 2, "error: attention.page_size is 7"),
         ("models=[none/none/none]", 1, "error: "),
-        ("port=70000", 1, "error: port=70000: cannot be used on 127.0.0.1; choose another"),
+        ("port=70000", 2, "error: port=70000: give a whole number from 0 to 65535"),
+        ("host=no.such.host.invalid", 1, "error: port=8000: cannot be used on no.such.host.invalid; choose another"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(option, code, message):
     command = [sys.executable, "-m", "unique_asr.server", option]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == code
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
@@ -121,7 +124,9 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
         taken.listen()
         option = f"port={taken.getsockname()[1]}"
         command = [sys.executable, "-m", "unique_asr.server", option]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100
+        )
     assert done.stderr == f"error: {option}: cannot be used on 127.0.0.1; choose another\n"
 
 

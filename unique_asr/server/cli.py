@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.application.overrides import FAILED, SUCCESS, USAGE, run, whole_number
+from unique_asr.attention import SparseAttentionConfig
 
 if TYPE_CHECKING:
     from unique_asr.server.serving import Server
@@ -66,10 +67,13 @@ def check_config(config: DictConfig) -> None:
     """Raise ValueError, in one line, if an option cannot be."""
     whole_number(config, "parallel_passes", "passes")
     whole_number(config, "max_waiting", "requests")
+    SparseAttentionConfig(**OmegaConf.to_container(config.attention))
     if config.page:
         from unique_asr.app.cli import find_folders
 
         find_folders(config.folders)
+    if not isinstance(config.port, int) or not 0 <= config.port < 65536:  # getaddrinfo would take it modulo 65536
+        raise ValueError(f"port={config.port}: give a whole number from 0 to 65535; 0 takes any that is free")
     if not config.models:
         raise ValueError("models: name at least one, such as default")
     for name in ("max_minutes", "max_megabytes", "stop_seconds"):
@@ -95,7 +99,6 @@ def make_server(config: DictConfig, folder: Path, load: Callable[..., Any] | Non
     from unique_asr.application.limits import RecordingLimits
     from unique_asr.application.queue import JobQueue
     from unique_asr.application.session import Session, TranscriptionSettings, load_transcriber
-    from unique_asr.attention import SparseAttentionConfig
     from unique_asr.server.api import ServerSettings, TranscriptionAPI
     from unique_asr.server.serving import Server
 
@@ -134,7 +137,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"port={port}: cannot be used on {host}; choose another") from error
     return listening
 

@@ -70,8 +70,10 @@ def read_request(form: FormData, models: Sequence[str]) -> TranscriptionRequest:
                 name,
                 "unknown_parameter",
             )
-        if isinstance(value, UploadFile) != (name == "file"):
-            raise RequestError(f"{name}: {'give a file' if name == 'file' else 'is a file; give a value'}", 400, name)
+        if name == "file" and not isinstance(value, UploadFile):
+            raise RequestError("file: is no file; give one", 400, name)
+        if name != "file" and isinstance(value, UploadFile):
+            raise RequestError(f"{name}: is a file; give a value", 400, name)
         values.setdefault(name, []).append(value)
 
     def take(name: str) -> str:
