@@ -97,7 +97,7 @@ def test_another_model_with_lora(llama):
 
 def test_misuse_is_named(llama):
     ids = tokens_of(60)
-    with training_attention(llama, mode="soft", budget=40), pytest.raises(ValueError, match="pass decoded="):
+    with training_attention(llama, mode="soft", budget=40), pytest.raises(ValueError, match="pass labels="):
         llama(input_ids=ids, use_cache=False)
     everything = training_attention(llama, mode="soft", budget=40, queries="all")
     with everything, pytest.raises(ValueError, match="reads whole sequences"):

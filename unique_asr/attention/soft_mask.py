@@ -263,7 +263,8 @@ def attention(
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
         arguments = [queries[:, :, :, begin:end], key[:, :, :end], value[:, :, :end]]
-        gates = mean is not None and end > config.sparse.budget and bool(masked[:, begin:end].any())
+        gates = mean is not None and end > config.sparse.budget
+        gates = gates and (torch.compiler.is_compiling() or bool(masked[:, begin:end].any()))  # saves work, if known
         pages = -(-end // size)
         arguments += [mean[:, :, :pages], std[:, :, :pages]] if gates else [None, None]
         arguments += [begin, starts[:, begin:end], masked[:, begin:end], config, scaling]
