@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from unique_asr.subtitles import Cue, SubtitleLimits, build_cues
 from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished
 
 
@@ -56,27 +57,44 @@ class TextWriter(ResultWriter):
             print(_format_line(segment), file=file)
 
 
-class SubRipWriter(ResultWriter):
+class SubtitleWriter(ResultWriter):
+    """What writes cues.
+
+    Args:
+        limits: of a cue.
+    """
+
+    def __init__(self, limits: SubtitleLimits | None = None) -> None:
+        self.limits = limits or SubtitleLimits()
+
+    def build_cues(self, transcript: Transcript) -> list[Cue]:
+        """Return the cues of a transcript."""
+        info = transcript.info
+        begin = info.settings.get("start") or 0.0  # of the part that was transcribed
+        return build_cues(transcript.segments, self.limits, begin + info.duration if info.duration else None)
+
+
+class SubRipWriter(SubtitleWriter):
     """Subtitles for most players."""
 
     extension = "srt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
-        for number, segment in enumerate(transcript.segments, start=1):
-            start, end = (format_timestamp(time, ",") for time in (segment.start, segment.end))
-            print(f"{number}\n{start} --> {end}\n{_format_line(segment).replace('-->', '->')}\n", file=file)
+        for number, cue in enumerate(self.build_cues(transcript), start=1):
+            start, end = (format_timestamp(time, ",") for time in (cue.start, cue.end))
+            print(f"{number}\n{start} --> {end}\n{cue.text.replace('-->', '->')}\n", file=file)
 
 
-class WebVTTWriter(ResultWriter):
+class WebVTTWriter(SubtitleWriter):
     """Subtitles for web pages."""
 
     extension = "vtt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         print("WEBVTT\n", file=file)
-        for segment in transcript.segments:
-            start, end = (format_timestamp(time) for time in (segment.start, segment.end))
-            text = _format_line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        for cue in self.build_cues(transcript):
+            start, end = (format_timestamp(time) for time in (cue.start, cue.end))
+            text = cue.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             print(f"{start} --> {end}\n{text}\n", file=file)
 
 
@@ -102,9 +120,13 @@ class JSONWriter(ResultWriter):
         file.write("\n")
 
 
-WRITERS: dict[str, ResultWriter] = {
-    writer.extension: writer() for writer in (TextWriter, SubRipWriter, WebVTTWriter, TabSeparatedWriter, JSONWriter)
-}
+def make_writers(limits: SubtitleLimits) -> dict[str, ResultWriter]:
+    """Return a writer for each format, by its extension; those of subtitles keep to `limits`."""
+    writers = (TextWriter(), SubRipWriter(limits), WebVTTWriter(limits), TabSeparatedWriter(), JSONWriter())
+    return {writer.extension: writer for writer in writers}
+
+
+WRITERS = make_writers(SubtitleLimits())
 
 
 def read_transcript(path: str | Path) -> Transcript:

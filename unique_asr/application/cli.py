@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE
 from unique_asr.application.session import Output, Session, TranscriptionSettings, load_transcriber
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, parse_time
+from unique_asr.subtitles import SubtitleLimits
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
@@ -89,13 +91,15 @@ def read_saved_attention(arguments: Sequence[str]) -> list[str]:
 
 
 def read_output(config: DictConfig) -> Output:
-    """Return which files are wanted. Raises OutputError if a format is unknown."""
+    """Return which files are wanted. Raises ValueError if a format is unknown, or a limit of subtitles does not fit."""
+    limits = {limit.name: config.output[limit.name] for limit in fields(SubtitleLimits)}
     return Output(
         formats=resolve_formats(config.output.format),
         overwrite=config.output.overwrite,
         resume=config.resume,
         keep_log=config.output.keep_log,
         page_reads=config.output.reads,
+        subtitles=SubtitleLimits(**limits),
     )
 
 

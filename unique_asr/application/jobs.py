@@ -12,7 +12,7 @@ from typing import Any
 
 from unique_asr.audio import AudioError
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
-from unique_asr.writers import WRITERS, SegmentLog, read_transcript
+from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, read_transcript
 
 MEDIA_SUFFIXES = {
     *(".aac", ".ac3", ".aif", ".aiff", ".amr", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp2", ".mp3", ".oga", ".ogg"),
@@ -161,20 +161,24 @@ class Job:
             raise OutputError(f"{path}: was made from {made_from}; ask for the same, or resume=false begins anew")
         return unfinished, keep
 
-    def write(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+    def write(
+        self, transcript: Transcript, formats: Iterable[str], writers: Mapping[str, ResultWriter] = WRITERS
+    ) -> list[Path]:
         """Write a whole transcript; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.path(extension))
-            WRITERS[extension].write_file(transcript, paths[-1])
+            writers[extension].write_file(transcript, paths[-1])
         return paths
 
-    def write_partial(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+    def write_partial(
+        self, transcript: Transcript, formats: Iterable[str], writers: Mapping[str, ResultWriter] = WRITERS
+    ) -> list[Path]:
         """Write a transcript that was broken off, under names that tell it from a whole one; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.partial_path(extension))
-            WRITERS[extension].write_file(transcript, paths[-1])
+            writers[extension].write_file(transcript, paths[-1])
         return paths
 
     def remove_partial(self, keep_log: bool = False) -> None:

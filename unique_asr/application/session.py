@@ -27,8 +27,9 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, AudioFile
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
+from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
-from unique_asr.writers import WRITERS, SegmentLog, read_transcript
+from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, read_transcript
 
 if TYPE_CHECKING:
     from unique_asr.decoding.engine import Engine
@@ -89,6 +90,7 @@ class Output:
         resume: go on with what an interrupted transcription left.
         keep_log: keep the log of segments beside the transcript.
         page_reads: draw which part of the audio each token was read from.
+        subtitles: limits of their cues.
     """
 
     formats: Sequence[str] = tuple(WRITERS)
@@ -96,6 +98,12 @@ class Output:
     resume: bool = False
     keep_log: bool = False
     page_reads: bool = False
+    subtitles: SubtitleLimits = field(default_factory=SubtitleLimits)
+
+    @property
+    def writers(self) -> Mapping[str, ResultWriter]:
+        """A writer for each format."""
+        return make_writers(self.subtitles)
 
 
 @dataclass
@@ -248,7 +256,17 @@ class Session:
         reads = PageReads() if output.page_reads else None
         try:
             transcript, files = yield from write_transcript(
-                job, source, formats, log, transcriber, settings.told, unfinished, display, reads, sequence
+                job,
+                source,
+                formats,
+                log,
+                transcriber,
+                settings.told,
+                unfinished,
+                display,
+                reads,
+                sequence,
+                output.writers,
             )
         finally:
             if sequence is not None:
@@ -334,7 +352,7 @@ def find_missing_formats(
         display.kept(job.name, [job.path(extension) for extension in existing])
     job.check_writable()
     if missing and not output.overwrite and not difference and job.path("json").exists():
-        files = job.write(read_transcript(job.path("json")), missing)
+        files = job.write(read_transcript(job.path("json")), missing, output.writers)
         display.note(f"{job.name}: wrote {', '.join(map(str, files))} from {job.path('json')}")
         return []
     return missing
@@ -351,6 +369,7 @@ def write_transcript(
     display: Display,
     reads: PageReads | None = None,
     sequence: DecodedSequence | None = None,
+    writers: Mapping[str, ResultWriter] = WRITERS,
 ) -> Generator[Pending, None, tuple[Transcript, list[Path]]]:
     """Transcribe a recording to its files; whatever stops it, the segments decoded until then are on disk.
 
@@ -360,6 +379,7 @@ def write_transcript(
         unfinished: where to go on; its segments are shown and written too.
         reads: is drawn as one of the files.
         sequence: of the engine that decodes; PENDING comes where the engine has to make a step first.
+        writers: of the formats.
 
     Returns:
         The transcript, and the files.
@@ -392,7 +412,7 @@ def write_transcript(
                 transcript.segments.append(segment)
                 log.append(segment)
                 display.segment(segment, job.name)
-        files = job.write(transcript, formats)
+        files = job.write(transcript, formats, writers)
         if reads is not None:
             files.append(job.path("reads.svg"))
             files[-1].write_text(reads.svg(), encoding="utf-8")
@@ -401,7 +421,7 @@ def write_transcript(
         if transcript is not None and transcript.segments:
             segments.close()  # the transcriber completes the info
             info.stop_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
-            files = keep_partial(job, transcript, formats, log)
+            files = keep_partial(job, transcript, formats, log, writers)
             reached = format_time(transcript.segments[-1].end)
             display.note(
                 f"{job.name}: stopped at {reached}; kept {', '.join(map(str, files))}; resume=true goes on from there"
@@ -410,11 +430,17 @@ def write_transcript(
     return transcript, files
 
 
-def keep_partial(job: Job, transcript: Transcript, formats: Sequence[str], log: SegmentLog) -> list[Path]:
+def keep_partial(
+    job: Job,
+    transcript: Transcript,
+    formats: Sequence[str],
+    log: SegmentLog,
+    writers: Mapping[str, ResultWriter] = WRITERS,
+) -> list[Path]:
     """Write what there is of a transcript that broke off; return the files, the log first."""
     files = [log.path] if log.path.exists() else []
     try:
-        return files + job.write_partial(transcript, formats)
+        return files + job.write_partial(transcript, formats, writers)
     except OSError:  # the disk is full: the log is what is left
         job.remove_partial(keep_log=True)
         return files
