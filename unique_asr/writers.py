@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
@@ -23,6 +24,21 @@ def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool
     return f"{prefix}{minutes:02d}:{seconds:02d}{decimal_mark}{milliseconds:03d}"
 
 
+@contextmanager
+def open_replacement(path: Path) -> Iterator[TextIO]:
+    """Open a text file that takes the place of `path` once it is whole; what else `path` links to stays as it is.
+
+    It is UTF-8, in which JSON escapes the bytes of file names that are not.
+    """
+    temporary = path.with_name(f".unique-asr-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class ResultWriter:
     """Writer of one format of transcripts; a subclass has `extension`, that of its files, and `write`."""
 
@@ -34,13 +50,8 @@ class ResultWriter:
         It is written beside `path` and moved over it: an old file stays whole until the new one is.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                self.write(transcript, file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_replacement(path) as file:
+            self.write(transcript, file)
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         """Write a transcript to an open file."""
@@ -183,7 +194,9 @@ class SegmentLog:
     def _begin(self) -> None:
         if self.keep:
             os.truncate(self.path, self.keep)
-        self._file = self.path.open("a" if self.keep else "w", encoding="utf-8", newline="\n")
+        else:
+            self.path.unlink(missing_ok=True)  # it may be a link
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
         if self.info is not None and not self.keep:
             self._write({"transcription": self.info.to_dict()})
 

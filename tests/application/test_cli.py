@@ -161,7 +161,7 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "output.dir=talk.opus"], 2, "error: output.dir=talk.opus: is not a folder"),
         (["audio=talk.opus", "attention.page_size=7"], 2, "error: attention.page_size is 7"),
         (["audio=talk.opus", "start=soon"], 2, "error: start=soon end=None: soon is not a time: give seconds"),
-        (["audio=talk.opus", "start=5", "end=3"], 1, "error: start=5 end=3: end has to lie after start"),
+        (["audio=talk.opus", "start=5", "end=3"], 2, "error: start=5 end=3: end has to lie after start"),
         (["audio=talk.opus", "start=1:00"], 1, "error: talk.opus: start=60, but it ends after 9.1 s"),
         (["audio=talk.opus", "channel=left"], 2, "error: channel=left: give mix, or a number"),
         (["audio=talk.opus", "channel=2"], 1, "talk.opus: has no channel=2, only 1 to 1"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from unique_asr.kernels.soft_mask_attention import training_attention
 
-from unique_asr.attention import soft_mask
+from unique_asr.attention import huggingface_training, soft_mask
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 
 pytestmark = [
@@ -83,7 +83,7 @@ def test_a_compiled_model_under_checkpointing():
         model.zero_grad()
         if compiled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with soft_mask.training_attention(model, mode="soft", budget=256, queries="all"):
+        with huggingface_training.training_attention(model, mode="soft", budget=256, queries="all"):
             run = torch.compile(model) if compiled else model
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()

@@ -18,7 +18,7 @@ from unique_asr.application.jobs import find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE, run, whole_number
 from unique_asr.application.session import Output, Session, TranscriptionSettings, load_transcriber
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.audio import AudioError, parse_time
+from unique_asr.audio import AudioError, check_part, parse_time
 from unique_asr.subtitles import SubtitleLimits
 
 if TYPE_CHECKING:
@@ -152,4 +152,8 @@ def _read_part(config: DictConfig) -> dict[str, Any]:
         start, end = parse_time(config.start) or 0.0, parse_time(config.end)
     except ValueError as error:
         raise ValueError(f"start={config.start} end={config.end}: {error}") from error
+    try:
+        check_part(start, end)
+    except AudioError as error:  # of the option, not of a recording
+        raise ValueError(str(error)) from error
     return {"start": start, "end": end, "channel": None if channel == "mix" else channel, "vad": config.vad}

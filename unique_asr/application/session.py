@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unique_asr.application.display import Display, format_time
-from unique_asr.application.jobs import STDIN, Job, OutputError
+from unique_asr.application.file_identity import identify_file
+from unique_asr.application.jobs import LOG, PLOT, STDIN, Job, OutputError
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.audio import AudioError, AudioFile
+from unique_asr.audio import AudioError, AudioFile, explain_temporary_errors
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
-from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, read_transcript
+from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, open_replacement, read_transcript
 
 if TYPE_CHECKING:
     from unique_asr.decoding.engine import Engine
@@ -244,15 +245,15 @@ class Session:
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
         source = AudioFile(job.audio, **settings.part, name=job.name)
-        formats = find_missing_formats(job, output, source.duration, settings.provenance, display)
+        formats = find_missing_formats(job, output, settings.provenance, display)
         if not formats:
             return None
         unfinished, keep = None, 0
         if output.resume:
-            unfinished, keep = job.read_unfinished(source.duration, settings.provenance)
+            unfinished, keep = job.read_unfinished(settings.provenance)
         transcriber = self._get_transcriber(settings, display)
         sequence = self._engine.new_sequence() if self._engine and not alone else None
-        log = SegmentLog(job.partial_path("jsonl"), keep)
+        log = SegmentLog(job.path(LOG), keep)
         reads = PageReads() if output.page_reads else None
         try:
             transcript, files = yield from write_transcript(
@@ -317,32 +318,31 @@ class Session:
 
     def _copy_stdin(self) -> Path:
         """Copy standard input to a temporary file: many containers are read from several places."""
+        if sys.stdin is None:
+            raise AudioError("audio=-: standard input is closed; pipe a recording into it")
         stream = sys.stdin.buffer
         if stream.isatty():
             raise AudioError("audio=-: standard input is a terminal; pipe a recording into it")
-        folder = self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="unique-asr-"))
-        path = Path(folder) / "stdin"
-        with path.open("wb") as file:
-            shutil.copyfileobj(stream, file)
+        with explain_temporary_errors():
+            folder = self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="unique-asr-"))
+            path = Path(folder) / "stdin"
+            with path.open("wb") as file:
+                shutil.copyfileobj(stream, file)
         return path
 
 
-def find_missing_formats(
-    job: Job, output: Output, duration: float | None, provenance: Mapping[str, Any], display: Display
-) -> list[str]:
+def find_missing_formats(job: Job, output: Output, provenance: Mapping[str, Any], display: Display) -> list[str]:
     """Return the formats that are still to be transcribed; what cannot work is found before the model is loaded.
 
-    What a .json of the same provenance holds is written from there.
-
-    Args:
-        duration: seconds of what is to be transcribed, if known.
+    What a .json of the same recording and provenance holds is written from there.
 
     Raises:
         OutputError: if files that are there were made with other settings, or the folder is not writable.
     """
+    job.check_outputs()
     existing = [] if output.overwrite else job.find_existing(output.formats)
     missing = [extension for extension in output.formats if extension not in existing]
-    difference = job.find_difference(duration, provenance)
+    difference = None if output.overwrite else job.find_difference(provenance)
     if existing and difference:
         raise OutputError(
             f"{job.path('json')}: was made from {difference}; "
@@ -350,8 +350,10 @@ def find_missing_formats(
         )
     if existing:
         display.kept(job.name, [job.path(extension) for extension in existing])
+    if not missing:
+        return []
     job.check_writable()
-    if missing and not output.overwrite and not difference and job.path("json").exists():
+    if not output.overwrite and not difference and job.path("json").exists():
         files = job.write(read_transcript(job.path("json")), missing, output.writers)
         display.note(f"{job.name}: wrote {', '.join(map(str, files))} from {job.path('json')}")
         return []
@@ -398,6 +400,7 @@ def write_transcript(
                 reads=reads,
                 sequence=sequence,
             )
+            info.file = identify_file(source.path)
             log.info = info
             transcript = Transcript([], info)
             if unfinished is not None and unfinished.segments:
@@ -414,8 +417,9 @@ def write_transcript(
                 display.segment(segment, job.name)
         files = job.write(transcript, formats, writers)
         if reads is not None:
-            files.append(job.path("reads.svg"))
-            files[-1].write_text(reads.svg(), encoding="utf-8")
+            files.append(job.path(PLOT))
+            with open_replacement(files[-1]) as file:
+                file.write(reads.svg())
     except BaseException as error:
         log.close(keep=True)
         if transcript is not None and transcript.segments:
