@@ -89,7 +89,7 @@ class Page:
             settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
             if vad:
                 check_vad()
-            self.worker.queue.check_room(len(uploads) if uploads else 1)
+            self.worker.check_room(len(uploads) if uploads else 1)
             recordings, uploaded = self.limits.choose(uploads, recorded, path)
             for recording in recordings:
                 records.append(self.store.create(recording, recording.name, settings, copy=uploaded))
@@ -142,7 +142,7 @@ class Page:
         if record is None or record.state not in (STOPPED, FAILED):
             raise _error("Only a job that was stopped or failed can be continued.")
         try:
-            self.worker.queue.check_room()
+            self.worker.check_room()
         except Refusal as error:
             raise _error(str(error)) from error
         self.worker.submit(record)

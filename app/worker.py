@@ -11,7 +11,7 @@ from typing import Any
 from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
 
 from unique_asr.application.display import STAGES, summarize
-from unique_asr.application.limits import RecordingLimits
+from unique_asr.application.limits import RecordingLimits, Refusal
 from unique_asr.application.queue import JobQueue, QueuedJob, Stopped
 from unique_asr.application.session import Output, Session, TranscriptionSettings
 from unique_asr.attention import SparseAttentionConfig
@@ -87,16 +87,29 @@ class Worker:
         store.recover()
 
     def submit(self, record: Record) -> Live:
-        """Put a job at the end of the queue; one that is in it already stays where it is."""
+        """Put a job at the end of the queue; one that is in it already stays where it is.
+
+        Raises:
+            Refusal: if the queue is full.
+        """
         with self._submitting:
             if record.id in self._lives:
                 return self._lives[record.id]
+            self.queue.check_room()
             live = Live(record, self)
             record.state, record.message = WAITING, ""
             self.store.save(record)
             self._lives[record.id] = live
-        self.queue.submit(live)
+        try:
+            self.queue.submit(live)
+        except Refusal as error:  # of two at once, the other one has the last place
+            self.settle(live, error)
+            raise
         return live
+
+    def check_room(self, jobs: int = 1) -> None:
+        """Raise Refusal if there is no place for so many more jobs."""
+        self.queue.check_room(jobs)
 
     def live(self, id: str) -> Live | None:
         """Return the job of this id if it waits or runs."""

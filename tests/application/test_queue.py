@@ -73,10 +73,18 @@ def test_stop_acts_at_once_on_a_job_that_waits_and_on_no_other(queue):
 
 
 def test_no_more_than_may_wait(queue):
-    queue.check_room(2)
+    queue.check_room(3)  # one is worked on at once
     with pytest.raises(QueueFull, match="At most 2 jobs may wait, and 0 do") as error:
-        queue.check_room(3)
+        queue.check_room(4)
     assert isinstance(error.value, Refusal)
+    jobs = [Recorded("a", [], is_open=False) for _ in range(4)]
+    for job in jobs[:3]:
+        queue.submit(job)
+    with pytest.raises(QueueFull, match="At most 2 jobs may wait, and 2 do"):
+        queue.submit(jobs[3])
+    assert queue.waiting == 2
+    queue.stop(jobs[2])
+    queue.submit(jobs[3])
 
 
 @pytest.mark.parametrize("seconds", [0.0, SECONDS])

@@ -13,6 +13,8 @@ import pytest
 import soundfile
 from serving import TALK, TEXT, Running, Script, wait_for
 
+from unique_asr.application.limits import TooLarge
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
@@ -146,7 +148,7 @@ def test_hotwords_of_a_model_that_cannot_be_told_any_are_refused(api):
         ({"timestamp_granularities[]": "letter"}, 400, "timestamp_granularities", "choose from segment, word"),
         ({"temperature": "0.8"}, 400, "temperature", "temperature: only 0 is possible"),
         ({"temperature": "hot"}, 400, "temperature", "temperature: only 0 is possible"),
-        ({"language": "fr"}, 400, None, "language=fr: model=default takes en"),
+        ({"language": "fr"}, 400, "language", "language=fr: model=default takes en"),
         ({"include[]": "logprobs"}, 400, "include", "include: is not known here; leave it out"),
         ({"prompt": ["a", "b"]}, 400, "prompt", "prompt: is given 2 times"),
         ({"file": "talk.opus", "content": b""}, 400, "file", "file: is no file; give one"),
@@ -243,10 +245,20 @@ def test_failures_of_the_model(serve, script, caplog):
         next(stream)
     assert "Traceback" in caplog.text
     script.error = ValueError("talk.opus: out of memory on cpu")
-    with pytest.raises(openai.BadRequestError, match="out of memory"):
-        transcribe(server.client().audio.transcriptions)
+    answer = post(server)
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")
+    assert answer.json()["error"]["message"] == "talk.opus: out of memory on cpu"
     script.fail_at = None
     assert transcribe(server.client().audio.transcriptions).text == TEXT  # the next one is not touched
+
+
+def test_a_length_that_shows_only_while_the_recording_is_read(serve, script):
+    """As transcribers pass such an error on."""
+    script.fail_at, script.error = 0, ValueError("talk.opus: longer")
+    script.error.__cause__ = TooLarge("The recording is longer than 1 minutes, which is the limit.")
+    answer = post(serve())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
+    assert answer.json()["error"]["message"] == str(script.error.__cause__)
 
 
 def test_a_full_disk(serve, monkeypatch):

@@ -150,4 +150,4 @@ def test_the_default_model(start):
     code, err = server.end(signal.SIGTERM)
     assert code == 0
     assert err.count(" 200 00:09.") == 3
-    assert list(server.folder.iterdir()) == []
+    assert not list(server.folder.glob("unique-asr*"))  # torch may have left a cache

@@ -56,7 +56,7 @@ class JobQueue:
 
     Args:
         session: transcribes; from now on only in the thread of this queue.
-        max_waiting: jobs that may wait.
+        max_waiting: jobs that may wait, beside the one that is worked on.
     """
 
     def __init__(self, session: Session, max_waiting: int = 8) -> None:
@@ -64,24 +64,26 @@ class JobQueue:
         self.running: QueuedJob | None = None
         self.closed = False
         self._waiting: deque[QueuedJob] = deque()
-        self._change = threading.Condition()
+        self._change = threading.Condition()  # its lock may be taken twice
         self._thread = threading.Thread(target=self._work, name="transcription", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._waiting)
+        """How many jobs wait for another one: the first of an idle queue does not."""
+        return max(len(self._waiting) - (self.running is None), 0)
 
     def check_room(self, jobs: int = 1) -> None:
-        """Raise QueueFull if so many more jobs may not wait."""
-        if self.waiting + jobs > self.max_waiting:
-            raise QueueFull(f"At most {self.max_waiting} jobs may wait, and {self.waiting} do; try again later.")
+        """Raise QueueFull if there is no place for so many more jobs."""
+        with self._change:
+            if len(self._waiting) + (self.running is not None) + jobs > self.max_waiting + 1:
+                raise QueueFull(f"At most {self.max_waiting} jobs may wait, and {self.waiting} do; try again later.")
 
     def submit(self, job: QueuedJob) -> None:
-        """Put a job at the end; after `close` it ends at once, as if stopped."""
+        """Put a job at the end; after `close` it ends at once, as if stopped. Raises QueueFull if it has no place."""
         with self._change:
             if not self.closed:
+                self.check_room()
                 self._waiting.append(job)
                 self._change.notify_all()
                 return

@@ -148,7 +148,6 @@ class TranscriptionAPI:
                 hotwords=asked.hotwords,
             )
             job = RequestJob(recording, asked.name, settings, self.limits)
-            self.queue.check_room()
             self.queue.submit(job)
         except BaseException as error:
             if folder is not None:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from unique_asr.application.limits import Refusal, TooLarge
 from unique_asr.application.queue import QueueFull, Stopped
+from unique_asr.audio import AudioError
 
 RETRY_SECONDS = 10  # what a client is told to wait before it asks again
 
@@ -41,6 +42,8 @@ class RequestError(ValueError):
             headers["WWW-Authenticate"] = "Bearer"
         if self.status in (429, 503):
             headers["Retry-After"] = str(RETRY_SECONDS)
+        if self.status in (500, 507):  # OpenAI's client would try twice more, and fail in the same way
+            headers["X-Should-Retry"] = "false"
         return JSONResponse(self.to_dict(), self.status, headers)
 
 
@@ -50,17 +53,19 @@ def describe_failure(error: BaseException) -> RequestError:
         return error
     if isinstance(error, HTTPException):
         return RequestError(error.detail, error.status_code)
-    message = " ".join(str(error).split())
     if isinstance(error, Stopped):
         return RequestError("the server is stopping; try again later", 503, code="server_stopping")
+    if isinstance(error.__cause__, (Refusal, AudioError)):  # transcribers put the name of the recording before it
+        error = error.__cause__
+    message = " ".join(str(error).split())
     if isinstance(error, QueueFull):
         return RequestError(message, 429, code="rate_limit_exceeded")
     if isinstance(error, TooLarge):
         return RequestError(message, 413, "file", "file_too_large")
-    if isinstance(error, Refusal):
+    if isinstance(error, (Refusal, AudioError)):
         return RequestError(message, 400, "file")
-    if isinstance(error, ValueError):
-        return RequestError(message)
+    if isinstance(error, ValueError):  # a line of ours: the model, the device or memory are not what they should be
+        return RequestError(message, 500)
     return RequestError(f"{message or 'failed'} ({type(error).__name__})", 500)
 
 

@@ -57,8 +57,7 @@ def read_request(form: FormData, models: Sequence[str]) -> TranscriptionRequest:
         models: those that may be asked for.
 
     Raises:
-        RequestError: if a field is missing, unknown, or has a value that cannot be.
-        ValueError: if the model cannot be told the language or the words to expect.
+        RequestError: if a field is missing, unknown, or has a value that cannot be, for this model or at all.
     """
     values: dict[str, list[str | UploadFile]] = {}
     for name, value in form.multi_items():
@@ -109,12 +108,18 @@ def read_request(form: FormData, models: Sequence[str]) -> TranscriptionRequest:
         raise RequestError(
             "temperature: only 0 is possible, for the likeliest word is taken; leave it out", 400, "temperature"
         )
+    try:
+        language = check_language(take("language"), model)
+        hotwords = check_hotwords(", ".join(map(str, values.get("keywords", []))), model)
+    except ValueError as error:
+        param = "keywords" if str(error).startswith("hotwords") else "language"
+        raise RequestError(str(error), 400, param) from error
     return TranscriptionRequest(
         file=files[0],
         model=model,
-        language=check_language(take("language"), model),
+        language=language,
         prompt=take("prompt") or None,
-        hotwords=check_hotwords(", ".join(map(str, values.get("keywords", []))), model),
+        hotwords=hotwords,
         response_format=response_format,
         granularities=granularities or ["segment"],
         stream=stream,
