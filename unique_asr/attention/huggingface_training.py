@@ -135,7 +135,8 @@ def read_decoded(decoded: Tensor | None, query: Tensor) -> Tensor:
     """
     if decoded is None:
         raise ValueError(
-            "attention.queries is decoded: pass labels=[B, N] or decoded=[B, N] to forward, or set queries=all"
+            "attention.queries is decoded: pass labels=[B, N] or decoded=[B, N] to forward, or set queries=all "
+            "for a model that does not hand them to its attention"
         )
     if decoded.shape[-1] != query.shape[2]:
         raise ValueError(
@@ -279,13 +280,9 @@ class TrainingAttention:
     def _derive_decoded(self, model: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the model's `forward`: derive `decoded` from the labels, which a trainer passes."""
         labels = named.get("labels")
-        wanted = self.config.masks and self.config.queries == "decoded" and named.get("decoded") is None
-        if not wanted or labels is None:
+        wanted = self._takes_decoded and self.config.masks and self.config.queries == "decoded"
+        if not wanted or labels is None or named.get("decoded") is not None:
             return None
-        if not self._takes_decoded:
-            raise ValueError(
-                f"{type(model).__name__} does not hand decoded to its attention: set attention.queries=all"
-            )
         return arguments, named | {"decoded": labels != -100}
 
     def __enter__(self) -> TrainingAttention:
