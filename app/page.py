@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
-from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.limits import Limits
 from unique_asr.app.store import FAILED, STOPPED, Record, Store
 from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
+from unique_asr.application.limits import Refusal
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment

@@ -7,47 +7,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from audio_files import CHANGING_LENGTHS, TONE, encode, encode_wav, make_vbr_mp3, tone
 
-from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio, parse_time
+from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio, parse_time, spool_samples
 
 DATA = Path(__file__).parent / "data"
-TONE = 440.0  # Hz
-
-
-def tone(seconds, rate, channels=1):
-    """[channels, N] float32"""
-    wave = 0.4 * np.sin(2 * np.pi * TONE * np.arange(round(seconds * rate)) / rate)
-    return np.repeat(wave[None], channels, axis=0).astype(np.float32)
-
-
-def encode(path, samples, rate, codec, container=None, video_seconds=0.0, audio_offset=0.0):
-    """Write [channels, N] samples, with black video if asked for; audio_offset moves the audio's timestamps."""
-    with av.open(str(path), "w", format=container) as output:
-        layout = "stereo" if len(samples) == 2 else "mono"
-        video = None
-        if video_seconds:
-            video = output.add_stream("mpeg4", rate=10)
-            video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        stream = output.add_stream(codec, rate=rate, layout=layout)
-        stream.codec_context.options = {"strict": "experimental"}  # FFmpeg's own Vorbis
-        if video is not None:
-            for _ in range(round(10 * video_seconds)):
-                frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
-                output.mux(video.encode(frame))
-            output.mux(video.encode(None))
-        size = rate // 10
-        for first in range(0, samples.shape[1], size):
-            piece = np.ascontiguousarray(samples[:, first : first + size])
-            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
-            frame.sample_rate = rate
-            frame.pts = first + round(audio_offset * rate)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return path
-
-
-def encode_wav(path, samples, rate):
-    return encode(path, samples, rate, "pcm_s16le")
 
 
 def pitch(samples):
@@ -301,3 +265,69 @@ def test_times(value, seconds):
 def test_no_times(value):
     with pytest.raises(ValueError, match="not a time"):
         parse_time(value)
+
+
+@pytest.mark.parametrize("make", CHANGING_LENGTHS, ids=lambda make: make.__name__)
+def test_an_announced_length_that_is_not_that_of_the_audio(tmp_path, make):
+    """An estimate is no duration: nothing is said to be missing, and any part can be asked for."""
+    path = make(tmp_path)
+    audio = AudioFile(path)
+    seconds = sum(map(len, audio.blocks())) / SAMPLE_RATE
+    assert seconds == pytest.approx(14.0, abs=0.2)
+    assert audio.warnings == []
+    assert audio.duration in (None, pytest.approx(seconds, abs=0.1))
+    part = AudioFile(path, start=9.0)
+    assert sum(map(len, part.blocks())) / SAMPLE_RATE == pytest.approx(5.0, abs=0.2)
+    assert part.warnings == []
+    with pytest.raises(AudioError, match=r"start=20, but it ends after 1[34]"):
+        AudioFile(path, start=20.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "known"),
+    [
+        ("talk.mp3", "libmp3lame", True),
+        ("talk.ogg", "vorbis", True),
+        ("talk.flv", "libmp3lame", True),
+        ("talk.mka", "aac", True),
+        ("talk.ts", "aac", True),
+        ("talk.mp2", "mp2", False),
+        ("talk.aac", "aac", False),
+    ],
+)
+def test_which_containers_know_the_duration(tmp_path, name, codec, known):
+    container = "adts" if name.endswith("aac") else None
+    audio = AudioFile(encode(tmp_path / name, tone(3.0, 44100, 2), 44100, codec, container))
+    assert audio.duration == (pytest.approx(3.0, abs=0.1) if known else None)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("talk.avi", "libmp3lame"), ("talk.mkv", "aac"), ("talk.mp4", "aac")])
+@pytest.mark.parametrize("video_seconds", [2.0, 8.0])
+def test_the_duration_is_that_of_the_audio_stream(tmp_path, name, codec, video_seconds):
+    path = encode(tmp_path / name, tone(4.0, 48000), 48000, codec, video_seconds=video_seconds)
+    audio = AudioFile(path)
+    assert audio.duration == pytest.approx(4.0, abs=0.1)
+    assert list(audio.blocks())
+    assert audio.warnings == []
+
+
+def test_a_truncated_file_of_known_duration_is_found_after_tags_too(tmp_path):
+    path = encode(tmp_path / "talk.mp3", tone(20.0, 44100), 44100, "libmp3lame")
+    content = path.read_bytes()
+    tag = b"ID3\x04\0\0" + bytes([0, 0, 0x40, 0]) + bytes(0x2000)
+    path.write_bytes(tag + content[: len(content) // 2])
+    audio = AudioFile(path)
+    assert audio.duration == pytest.approx(20.0, abs=0.2)
+    list(audio.blocks())
+    assert any("truncated" in warning for warning in audio.warnings)
+    assert AudioFile(make_vbr_mp3(tmp_path)).duration is None
+
+
+def test_a_full_disk_of_temporary_files(mount, monkeypatch):
+    disk = mount("small", "size=16k")
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    with pytest.raises(AudioError, match=rf"{disk}: temporary files cannot be written there .*TMPDIR=FOLDER"):
+        spool_samples([np.zeros(SAMPLE_RATE, np.float32)] * 3)
+    monkeypatch.setattr("tempfile.tempdir", str(disk / "none"))
+    with pytest.raises(AudioError, match="temporary files cannot be written"):
+        spool_samples([np.zeros(SAMPLE_RATE, np.float32)])

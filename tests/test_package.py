@@ -87,6 +87,7 @@ def test_commands_show_their_options_at_once(command):
         ("unique-asr", ["audio=none.wav"], "error: none.wav: no such file\n"),
         ("unique-asr", ["audio=none.wav", "attention.page_size=7"], "error: attention.page_size is 7"),
         ("unique-asr-app", ["folders=[none]"], "error: folders: "),
+        ("unique-asr-server", ["models=[]"], "error: models: "),
         ("unique-asr-generate", ["model=m", "prompt=Why?", "context=none.txt"], "error: context=none.txt"),
     ],
 )

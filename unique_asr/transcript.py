@@ -65,6 +65,7 @@ class TranscriptionInfo:
     """How a transcript was made, and whether it is whole. Complete once the iterator of segments is exhausted."""
 
     audio: str  # the file's path
+    file: dict[str, Any] = field(default_factory=dict)  # of the recording: size, modified, sha256; for jobs on disk
     duration: float = 0.0  # s, of what was transcribed
     model: str = "default"
     device: str = "cpu"

@@ -80,6 +80,15 @@ class PagedCache(Cache):
         self.paged_layers[-1].is_last = True
         super().__init__(layers=layers)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens of one layer, see `PagedLayer.update`; keys of other layers have `paged_layer` None."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not isinstance(self.layers[layer_idx], PagedLayer):
+            keys.paged_layer = None
+        return keys, values
+
     @property
     def length(self) -> int:
         """Tokens written."""

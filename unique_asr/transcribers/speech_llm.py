@@ -122,7 +122,7 @@ class SpeechLLMTranscriber(Transcriber):
 
     def _encode(self, source: AudioFile | Samples, info: TranscriptionInfo, progress: Progress | None) -> EncodedAudio:
         def report(seconds: float) -> None:
-            progress("encode", seconds, max(source.duration or 0.0, seconds))
+            progress("encode", seconds, max(source.duration, seconds) if source.duration else 0.0)
 
         begin = time.perf_counter()
         try:
