@@ -68,9 +68,17 @@ def test_peak_memory_sees_what_was_freed():
     memory = PeakMemory()
     before = memory.read()
     if before is None:
-        pytest.skip("this system does not tell its peak memory")
+        pytest.skip("this system does not tell the peak of memory, or does not count it anew")
     block = np.ones(30_000_000)  # 240 MB
     del block
     peak = memory.read()
     assert peak >= before + 200_000_000
     assert PeakMemory().read() <= peak - 200_000_000, "a new measurement begins from what is in use"
+
+
+def test_no_peak_is_told_where_it_cannot_begin_anew(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(path)
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    assert PeakMemory().read() is None
