@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,8 @@ def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bo
     except OSError as error:
         raise ValueError(f"port={values['port']}: cannot be used on {values['host']}; choose another") from error
     if block:
+        # The first job needs it: its imports take seconds, and are done while somebody chooses a recording.
+        threading.Thread(target=import_module, args=("unique_asr.transcribers",), daemon=True).start()
         wait(blocks)
     return blocks
 

@@ -18,7 +18,6 @@ from unique_asr.application.display import format_time
 from unique_asr.application.limits import Refusal
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.subtitles import build_cues
-from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
 
 REFRESH_SECONDS = 0.3  # how often a running job is shown anew
@@ -85,8 +84,6 @@ class Page:
             "budget": int(budget or 0),
             "page_size": int(page_size or 0),
             "prompt": (prompt or "").strip(),
-            "language": None,
-            "hotwords": None,
             "vad": bool(vad),
             "reads": bool(reads) and attention == "unique",
             "compare": bool(compare) and attention == "unique",
@@ -94,8 +91,7 @@ class Page:
         records: list[Record] = []
         try:
             make_attention_config(settings, self.worker.options)
-            settings["language"] = check_language((language or "").strip(), model)
-            settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
+            settings |= _check_told((language or "").strip(), (hotwords or "").strip(), model)
             if vad:
                 check_vad()
             self.worker.check_room()
@@ -331,6 +327,15 @@ def _rows(segments: Sequence[Segment]) -> list[list[str]]:
 
 def _subtitles(segments: Sequence[Segment]) -> list[dict[str, Any]]:
     return [{"text": cue.text, "timestamp": [cue.start, cue.end]} for cue in build_cues(segments)]
+
+
+def _check_told(language: str, hotwords: str, model: str) -> dict[str, str | None]:
+    """What the model is told, as it takes it. Raises ValueError if it cannot be told."""
+    if not (language or hotwords):
+        return {"language": None, "hotwords": None}
+    from unique_asr.transcribers import check_hotwords, check_language  # takes seconds
+
+    return {"language": check_language(language, model), "hotwords": check_hotwords(hotwords, model)}
 
 
 def _status(line: str, note: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from unique_asr import _BEGAN
 from unique_asr.application.display import ConsoleDisplay, JSONLines, format_speed
 from unique_asr.application.jobs import find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE, run, whole_number
@@ -39,13 +40,21 @@ def main(arguments: Sequence[str] | None = None, load: Callable[..., Transcriber
         load: makes the transcriber from its settings.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that is stopped keeps its work too
+    began = _BEGAN if arguments is None else time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = [*read_saved_attention(arguments), *arguments]
-    sys.exit(run(lambda config: transcribe(config, load), "transcribe", arguments, LITERAL_KEYS, LITERAL_GROUPS))
+    sys.exit(run(lambda config: transcribe(config, load, began), "transcribe", arguments, LITERAL_KEYS, LITERAL_GROUPS))
 
 
-def transcribe(config: DictConfig, load: Callable[..., Transcriber] = load_transcriber) -> int:
-    """Transcribe every recording that config.audio names, and return the exit code."""
+def transcribe(
+    config: DictConfig, load: Callable[..., Transcriber] = load_transcriber, began: float | None = None
+) -> int:
+    """Transcribe every recording that config.audio names, and return the exit code.
+
+    Args:
+        began: value of `time.perf_counter` from which the time of the summary counts, imports included; None: now.
+    """
+    began = began or time.perf_counter()
     display = (JSONLines if config.jsonl else ConsoleDisplay)(config.quiet)
     if OmegaConf.is_missing(config, "audio") or not config.audio:
         program = "unique-asr" if sys.argv[0].endswith("unique-asr") else "python scripts/transcribe.py"
@@ -65,14 +74,13 @@ def transcribe(config: DictConfig, load: Callable[..., Transcriber] = load_trans
     except ValueError as error:
         display.error(str(error))
         return USAGE
-    begin = time.perf_counter()
     try:
-        with Session(load, batch) as session:
+        with Session(load, batch, began) as session:
             outcome = session.transcribe_all(jobs, settings, output, display, config.debug)
     except KeyboardInterrupt:
         return INTERRUPTED
     if batch > 1 and len(outcome.durations) > 1:
-        speed = format_speed(sum(outcome.durations), time.perf_counter() - begin)
+        speed = format_speed(sum(outcome.durations), time.perf_counter() - began)
         display.note(f"{len(outcome.durations)} recordings: {speed}")
     return FAILED if outcome.failed else SUCCESS
 

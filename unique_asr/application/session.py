@@ -135,10 +135,14 @@ class Session:
     Args:
         load: makes the transcriber, as `unique_asr.transcribers.make_transcriber` does.
         batch: recordings that `transcribe_all` decodes side by side.
+        began: value of `time.perf_counter` from which the time of the first recording counts; None: when it begins.
     """
 
-    def __init__(self, load: Callable[..., Transcriber] = load_transcriber, batch: int = 1) -> None:
+    def __init__(
+        self, load: Callable[..., Transcriber] = load_transcriber, batch: int = 1, began: float | None = None
+    ) -> None:
         self.batch = batch
+        self._began = began
         self._load = load
         self._loaded: tuple[TranscriptionSettings, Transcriber] | None = None
         self._load_failed = False
@@ -241,7 +245,7 @@ class Session:
         self, job: Job, settings: TranscriptionSettings, output: Output, display: Display, alone: bool = False
     ) -> Generator[Pending, None, TranscriptionInfo | None]:
         """Transcribe one recording; yields where the engine has to make a step first."""
-        begin = time.perf_counter()
+        begin, self._began = self._began or time.perf_counter(), None
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
         source = AudioFile(job.audio, **settings.part, name=job.name)
