@@ -73,7 +73,8 @@ def to_path(name: str | Path) -> Path:
 def shown_name(uri: str) -> str:
     """Return a URI without what may be secret: user, password, and the query of a web address.
 
-    Any other name stays as it is. A query that chooses the file (https://host/download?id=7) leaves a digest, as two files may not have one name.
+    Any other name stays as it is. A query that chooses the file (https://host/download?id=7) leaves a digest, as two
+    files may not have one name.
     """
     if not is_uri(uri):
         return uri

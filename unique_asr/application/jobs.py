@@ -238,13 +238,10 @@ def plan(recordings: Sequence[Path | RemoteFile], folder: str | Path | None = No
             base = target if shared else target.with_name(target.stem)
             job = Job(recording, base) if local else Job(recording.uri, base, recording.name)
         if job.base in jobs:
+            apart = "leave output.dir out or transcribe them one by one"
             raise OutputError(
                 f"{jobs[job.base].name} and {job.name} would both be written to {job.base}.*; "
-                + (
-                    "leave output.dir out or transcribe them one by one"
-                    if local
-                    else "list them in a file, audio=@FILE"
-                )
+                f"{apart if local else 'list them in a file, audio=@FILE'}"
             )
         jobs[job.base] = job
     return list(jobs.values())

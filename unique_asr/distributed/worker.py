@@ -132,9 +132,9 @@ def give_up(job: Job) -> RecordingLog:
     return log
 
 
-def wait_for(path: Path, seconds: float = MARKER_SECONDS) -> bool:
+def wait_for(path: Path) -> bool:
     """Return whether a file is there; a network share may take a while to show it."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + MARKER_SECONDS
     while True:
         if path.parent.is_dir() and path.name in os.listdir(path.parent):
             return True
