@@ -11,7 +11,9 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
 
 MAX_BLOCKS = 10_000  # what Ray Data plans; more recordings share blocks
+ANSWER_SECONDS = 10.0  # that a cluster may take to answer
 NOTE_SECONDS = 60.0  # between two lines about the progress, where there is no bar
 BAR = "Recordings"  # what it counts
 
@@ -270,14 +274,27 @@ def connect(config: DictConfig) -> Iterator[ModuleType]:
             if started:
                 level = logging.INFO if config.debug else logging.CRITICAL
                 with ExitStack() if config.debug else silence_stderr():
+                    check_answer(config.ray.address or os.environ.get("RAY_ADDRESS", ""))
                     ray.init(config.ray.address, log_to_driver=config.debug, logging_level=level)
-                stack.callback(ray.shutdown)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+                stack.callback(shut_down, ray, config.debug)
+        except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"ray.address={config.ray.address}: no Ray cluster answers ({reason})") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, interrupt)  # Ray's own would end the process without a word
         yield ray
+
+
+def check_answer(address: str) -> None:
+    """Raise OSError if nobody answers at host:port or ray://host:port; Ray itself would wait for minutes."""
+    if match := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), ANSWER_SECONDS).close()
+
+
+def shut_down(ray: ModuleType, debug: bool) -> None:
+    """End the connection; what Ray has not printed until then, it prints now."""
+    with ExitStack() if debug else redirect_stdout(StringIO()):
+        ray.shutdown()
 
 
 @contextmanager
