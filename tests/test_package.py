@@ -10,7 +10,6 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -136,8 +135,8 @@ def test_groups_compose(choice):
 def test_options_are_those_of_the_code():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         unique, dense = (compose("transcribe", [f"attention={name}"]) for name in ("unique", "dense"))
-    assert OmegaConf.to_container(unique.attention) == asdict(SparseAttentionConfig())
-    assert OmegaConf.to_container(dense.attention) == asdict(SparseAttentionConfig(budget=None))
+    assert OmegaConf.to_container(unique.attention) == SparseAttentionConfig().to_dict()
+    assert OmegaConf.to_container(dense.attention) == SparseAttentionConfig(budget=None).to_dict()
     parameters = {
         *inspect.signature(SpeechLLMTranscriber).parameters,
         *inspect.signature(SpeechLLMTranscriber.transcribe).parameters,

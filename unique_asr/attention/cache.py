@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
@@ -30,6 +31,10 @@ ACTIVE = threading.local()  # .cache: the one in a static step on this thread, f
 def is_fully_paged(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model have full attention, which a static step needs; sliding ones are not paged."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+# The keyword by which models and `generate` take a cache: transformers 5.24 renamed `past_key_values`.
+CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
 class PagedCache(Cache):

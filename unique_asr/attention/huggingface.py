@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from unique_asr.attention.cache import PagedCache
+from unique_asr.attention.cache import CACHE_ARGUMENT, PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.dense import attend_densely
@@ -192,14 +192,14 @@ class SparseAttention:
         prepare = generator._prepare_cache_for_generation
 
         def prepare_paged_cache(generation_config, model_kwargs, *args, **kwargs):
-            given = model_kwargs.get("past_key_values")
+            given = model_kwargs.get(CACHE_ARGUMENT)
             if given is None and generation_config.use_cache is not False:
                 if generation_config.cache_implementation is not None:
                     raise ValueError(
                         f"cache_implementation={generation_config.cache_implementation!r} cannot be read by pages: "
                         "leave it out, sparse attention brings its own cache"
                     )
-                model_kwargs["past_key_values"] = self.make_cache()
+                model_kwargs[CACHE_ARGUMENT] = self.make_cache()
             elif given is not None and not isinstance(given, PagedCache):
                 raise ValueError(
                     f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"
