@@ -45,7 +45,8 @@ PROGRAMS = {  # each a file of conf/
     "scripts/benchmark.py": "benchmark",
     "unique_asr.app": "app",
 }
-TOOLS = {"pip", "docker", "ffmpeg", "python3", "ruff", "accelerate", ".ci/run"}  # everything else is ours, and checked
+# Everything else is ours, and checked.
+TOOLS = {"pip", "docker", "ray", "ffmpeg", "python3", "ruff", "accelerate", ".ci/run"}
 FREE_TEXT = {  # options that the programs take as they are written, not as Hydra's own syntax
     *("audio", "start", "end", "language", "hotwords", "decoding.prompt", "output.dir", "output.format"),
     *("prompt", "context", "system", "folders", "jobs"),
