@@ -28,6 +28,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, AudioFile, explain_temporary_errors
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
+from unique_asr.remote import FetchLimits, fetch, is_uri, path_of
 from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, open_replacement, read_transcript
@@ -135,10 +136,16 @@ class Session:
     Args:
         load: makes the transcriber, as `unique_asr.transcribers.make_transcriber` does.
         batch: recordings that `transcribe_all` decodes side by side.
+        limits: how much is fetched of a recording that lies elsewhere, and how long that may take.
     """
 
-    def __init__(self, load: Callable[..., Transcriber] = load_transcriber, batch: int = 1) -> None:
-        self.batch = batch
+    def __init__(
+        self,
+        load: Callable[..., Transcriber] = load_transcriber,
+        batch: int = 1,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self.batch, self.limits = batch, limits or FetchLimits()
         self._load = load
         self._loaded: tuple[TranscriptionSettings, Transcriber] | None = None
         self._load_failed = False
@@ -244,10 +251,19 @@ class Session:
         begin = time.perf_counter()
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
-        source = AudioFile(job.audio, **settings.part, name=job.name)
-        formats = find_missing_formats(job, output, settings.provenance, display)
-        if not formats:
-            return None
+        if is_uri(job.audio):  # what is there already is not fetched again
+            formats = find_missing_formats(job, output, settings.provenance, display)
+            if not formats:
+                return None
+            with display:
+                display.note(f"Fetching {job.name} ...")
+                copied = fetch(job.audio, self.limits, display.progress)  # open until the end
+            source = AudioFile(path_of(copied), **settings.part, name=job.name)
+        else:
+            source = AudioFile(job.audio, **settings.part, name=job.name)
+            formats = find_missing_formats(job, output, settings.provenance, display)
+            if not formats:
+                return None
         unfinished, keep = None, 0
         if output.resume:
             unfinished, keep = job.read_unfinished(settings.provenance)
