@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 import pytest
-from command_line import DATA, names
+from command_line import DATA, FakeTranscriber, names
 
 import unique_asr
 from unique_asr import remote
 from unique_asr.application.jobs import OutputError, find_recordings, plan
 from unique_asr.audio import AudioError, AudioFile, load_audio
-from unique_asr.remote import FetchLimits, RemoteError, fetch, full_place, is_uri, path_of, shown_name
+from unique_asr.remote import FetchLimits, RemoteError, fetch, full_place, is_uri, read_facts, shown_name
 from unique_asr.writers import read_transcript
 
 TALK = (DATA / "nomads.opus").read_bytes()
@@ -22,23 +22,34 @@ TALK = (DATA / "nomads.opus").read_bytes()
 class Handler(BaseHTTPRequestHandler):
     """Serves nomads.opus under every name but some that go wrong."""
 
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.send_facts()
+
+    def send_facts(self):
+        for name, value in self.server.facts.items():
+            self.send_header(name, value)
+        self.end_headers()
+
     def do_GET(self):
         self.server.asked.append(self.path)
+        content = self.server.content
         name = Path(self.path.partition("?")[0]).name
         if name in ("none.opus", "forbidden.opus"):
             self.send_error({"none.opus": 404, "forbidden.opus": 403}[name])
             return
         self.send_response(200)
         if name != "endless.opus":
-            self.send_header("Content-Length", str(2 * len(TALK) if name == "short.opus" else len(TALK)))
-        self.end_headers()
+            self.send_header("Content-Length", str(2 * len(content) if name == "short.opus" else len(content)))
+        self.send_facts()
         if name == "stalled.opus":
             self.wfile.write(TALK[:100])
             self.wfile.flush()
             self.server.closing.wait(20)
             return
         try:
-            self.wfile.write(TALK)
+            self.wfile.write(content)
             while name == "endless.opus":
                 self.wfile.write(TALK)
         except OSError:
@@ -50,10 +61,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def web(monkeypatch):
-    """The address of a server on this machine; `web.asked` has the paths that it was asked for."""
+    """A server on this machine: `address`, `asked` for which paths, and the `content` and `facts` that it gives."""
     monkeypatch.setenv("NO_PROXY", "*")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.asked, server.closing = True, [], threading.Event()
+    server.content, server.facts = TALK, {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     server.address = f"http://127.0.0.1:{server.server_port}"
@@ -117,8 +129,8 @@ def test_python_and_the_library(web, tiny):
 
 def test_a_copy_leaves_nothing_behind(web, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with fetch(f"{web.address}/talk.opus") as file:
-        path = path_of(file)
+    with fetch(f"{web.address}/talk.opus") as copy:
+        path = copy.path
         assert path.read_bytes() == TALK
         assert names(tmp_path) == []
     audio = AudioFile(f"{web.address}/talk.opus")
@@ -244,6 +256,95 @@ def test_command_line(web, talk, command):
     assert len(web.asked) == asked
     assert command(f"audio={uri}", "output.overwrite=true", "end=5")[0] == 0
     assert len(web.asked) == asked + 1
+
+
+MONDAY, TUESDAY = ({"Last-Modified": f"{day}:00 GMT"} for day in ("Mon, 02 Nov 2026 10:00", "Tue, 03 Nov 2026 10:00"))
+
+
+def test_facts(web, bucket):
+    web.facts = {"ETag": 'W/"1"', **MONDAY}
+    facts = {"size": len(TALK), "etag": '"1"', "modified": MONDAY["Last-Modified"]}
+    assert read_facts(f"{web.address}/talk.opus") == facts
+    assert fetch(f"{web.address}/talk.opus").facts == facts
+    assert read_facts(f"{bucket}/a.opus") == fetch(f"{bucket}/a.opus").facts
+    assert set(read_facts(f"{bucket}/a.opus")) == {"size", "modified"}
+    assert read_facts(f"{bucket}/none.opus") == {}
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ({}, {}, True),
+        (MONDAY, MONDAY, True),
+        (MONDAY, TUESDAY, False),
+        (MONDAY, {}, True),
+        ({"ETag": '"1"', **MONDAY}, {"ETag": '"1"', **TUESDAY}, True),
+        ({"ETag": '"1"', **MONDAY}, {"ETag": '"2"', **MONDAY}, False),
+    ],
+)
+def test_a_uri_is_known_by_what_its_server_tells(web, talk, command, before, after, same):
+    web.facts = before
+    uri = f"{web.address}/lecture.opus"
+    assert command(f"audio={uri}?key=old")[0] == 0
+    info = read_transcript("lecture.json").info
+    assert info.file["uri"] == uri
+    web.facts = after
+    code, _, err = command(f"audio={uri}?key=new", "output.format=all")
+    assert len(web.asked) == 1
+    if same:
+        assert (code, "keeping lecture.txt" in err) == (0, True)
+    else:
+        assert code == 1
+        assert f"lecture.json: was made from another recording ({uri}); output.overwrite=true replaces it" in err
+
+
+def test_a_uri_of_another_size_or_place_is_another_and_its_copy_is_not(web, talk, command):
+    uri = f"{web.address}/lecture.opus"
+    command(f"audio={uri}")
+    Path("lecture.opus").write_bytes(TALK)
+    assert "keeping lecture.txt" in command("audio=lecture.opus")[2]
+    assert "was made from another recording" in command(f"audio={web.address}/other/lecture.opus")[2]
+    web.content = TALK + b"more"
+    assert "was made from another recording" in command(f"audio={uri}")[2]
+    web.server_close()
+    web.shutdown()
+    assert "keeping lecture.txt" in command(f"audio={uri}")[2]  # nobody says that it has changed
+
+
+def test_an_interrupted_uri_goes_on_if_its_content_is_the_same(web, talk, command):
+    uri = f"{web.address}/lecture.opus"
+    assert command(f"audio={uri}", stop=3, error=RuntimeError("no"))[0] == 1
+    content = bytearray(TALK)
+    content[-100] ^= 1
+    web.content = bytes(content)
+    assert "lecture.partial.jsonl: was made from another recording" in command(f"audio={uri}", "resume=true")[2]
+    web.content, web.facts = TALK, TUESDAY
+    assert command(f"audio={uri}", "resume=true")[0] == 0
+    assert FakeTranscriber.decoded == [0, 1, 2, 2, 3]
+
+
+def test_names_of_uris_beside_those_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("talk.opus", "other.txt"):
+        Path(name).touch()
+
+    def bases(*audios):
+        return [str(job.base) for job in plan(find_recordings(audios))]
+
+    assert bases("https://host/Talk.mp3", "talk.opus") == ["Talk.mp3", "talk.opus"]
+    assert bases("https://host/talk.json") == ["talk.json"]
+    assert bases("https://host/other.mp3", "other.txt") == ["other.mp3", "other.txt"]
+    with pytest.raises(OutputError, match=r"https://host/talk.opus and talk.opus would both be written"):
+        bases("https://host/talk.opus", "talk.opus")
+    (job,) = plan(find_recordings(f"https://host/{'a' * 300}.mp3?{'b' * 5000}"))
+    job.check_outputs()
+    job.check_writable()
+    job.path("txt").touch()
+    job.check_outputs()
+    Path(job.path("srt")).mkdir()
+    with pytest.raises(OutputError, match="Is a directory"):
+        job.check_outputs()
 
 
 def test_one_that_cannot_be_fetched_does_not_stop_the_others(web, talk, command):

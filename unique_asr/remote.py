@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
@@ -23,7 +23,13 @@ from urllib.parse import unquote, urlsplit
 STALL_SECONDS = 60.0  # without a byte, after which a server is given up
 BLOCK_BYTES = 1 << 20
 POLL_SECONDS = 0.2  # between two looks at the clock
+FACTS_SECONDS = 10.0  # that a server may take to say what it has
 WEB = ("http", "https")
+FACTS = {  # by what headers and entries of fsspec's file systems call them, in lower case and without - and _
+    "size": ("size", "contentlength"),
+    "etag": ("etag",),
+    "modified": ("lastmodified", "mtime", "modified", "updated", "modify", "created"),
+}
 
 Value = TypeVar("Value")
 
@@ -56,6 +62,30 @@ class RemoteFile:
     def name(self) -> str:
         """What messages and transcripts call it."""
         return shown_name(self.uri)
+
+
+class RemoteCopy:
+    """A temporary file with what a URI names; it is gone when it is closed or forgotten.
+
+    Attributes:
+        path: opens it.
+        facts: see `read_facts`.
+    """
+
+    def __init__(self, file: IO[bytes], facts: dict[str, Any]) -> None:
+        named = Path(str(file.name))  # elsewhere than on Linux: a file without a name can be opened once
+        self.path = named if named.is_absolute() else Path(f"/proc/self/fd/{file.fileno()}")
+        self.facts, self._file = facts, file
+
+    def close(self) -> None:
+        """Remove it."""
+        self._file.close()
+
+    def __enter__(self) -> RemoteCopy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def is_uri(name: object) -> bool:
@@ -139,8 +169,8 @@ def list_remote(uri: str, is_recording: Callable[[str], bool], limits: FetchLimi
 
 def fetch(
     uri: str, limits: FetchLimits | None = None, progress: Callable[[str, float, float], None] | None = None
-) -> IO[bytes]:
-    """Copy what a URI names to a temporary file that has no name and is gone when it is closed; see `path_of`.
+) -> RemoteCopy:
+    """Copy what a URI names to a temporary file, which on Linux has no name: nothing is left whatever happens.
 
     Args:
         progress: called as progress("fetch", megabytes, all of them or 0).
@@ -150,38 +180,58 @@ def fetch(
     """
     limits = limits or FetchLimits()
     name = shown_name(uri)
-    file = tempfile.TemporaryFile(prefix="unique-asr-")  # noqa: SIM115 (the caller closes it)
+    make = tempfile.TemporaryFile if Path("/proc/self/fd").is_dir() else tempfile.NamedTemporaryFile
+    file = make(prefix="unique-asr-")
 
-    def copy(watch: _Watch) -> None:
+    def copy(watch: _Watch) -> dict[str, Any]:
         system, path = _open_system(uri)
-        # A web server is asked once, from the beginning; fsspec would ask for its size first, then block by block.
-        options = {"block_size": 0, "size": -1} if urlsplit(uri).scheme in WEB else {}
+        options: dict[str, Any] = {}
+        if urlsplit(uri).scheme in WEB:
+            # A web server is asked once, from the beginning, and without compression, as it is asked for facts; fsspec
+            # would ask for the size first, then block by block.
+            headers = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+            options = {"block_size": 0, "size": -1, "headers": headers}
         with system.open(path, "rb", **options) as source:
-            watch.total = _announced_bytes(source)
+            answer = getattr(source, "r", None)  # of a web server
+            entry = (getattr(source, "details", None) or system.info(path)) if answer is None else answer.headers
+            facts = _choose_facts(entry)
+            watch.total = facts.get("size", 0)
             watch.note(0)
             while not watch.stopped and max(watch.count, watch.total) <= 1e6 * limits.max_megabytes:
                 block = source.read(BLOCK_BYTES)
                 if not block:
-                    return
+                    return facts
                 file.write(block)
                 watch.note(len(block))
             if not watch.stopped:
                 raise RemoteError(
                     f"{name}: is larger than {limits.max_megabytes:g} MB; fetch.max_megabytes=N allows more"
                 )
+            return facts
 
     try:
-        _run(copy, uri, limits, progress)
+        facts = _run(copy, uri, limits, progress)
         file.flush()
     except BaseException:
         file.close()
         raise
-    return file
+    return RemoteCopy(file, facts)
 
 
-def path_of(file: IO[bytes]) -> Path:
-    """Return a path that opens what `fetch` gave, as long as it is not closed."""
-    return Path(f"/proc/self/fd/{file.fileno()}")
+def read_facts(uri: str) -> dict[str, Any]:
+    """Return `size` in bytes, `etag` and `modified` of what a URI names, those that its server tells.
+
+    An ETag and a time are text as the server writes them. Nothing is fetched; there are no facts if nobody answers.
+    """
+
+    def ask(_: _Watch) -> dict[str, Any]:
+        system, path = _open_system(uri)
+        return _choose_facts(system.info(path))
+
+    try:
+        return _run(ask, uri, FetchLimits(max_seconds=FACTS_SECONDS))
+    except RemoteError:
+        return {}
 
 
 class _Watch:
@@ -259,9 +309,12 @@ def _open_system(uri: str) -> tuple[Any, str]:
     return url_to_fs(uri, client_kwargs={"timeout": timeout, "trust_env": True})
 
 
-def _announced_bytes(source: Any) -> int:
-    headers = getattr(getattr(source, "r", None), "headers", {})  # of a web server's answer
-    return int(getattr(source, "size", None) or headers.get("Content-Length") or 0)
+def _choose_facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts among a web server's headers, or what a file system of fsspec says of a file."""
+    values = {re.sub("[-_]", "", str(name)).lower(): value for name, value in entry.items()}
+    found = {fact: next((values[name] for name in names if values.get(name)), None) for fact, names in FACTS.items()}
+    facts = {fact: str(value).removeprefix("W/") for fact, value in found.items() if value}
+    return {**facts, "size": int(facts["size"])} if "size" in facts else facts
 
 
 def _describe(error: Exception, uri: str) -> str:

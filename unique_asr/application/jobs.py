@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unique_asr.application.file_identity import is_same_file
+from unique_asr.application.file_identity import is_same_file, is_same_remote
 from unique_asr.audio import AudioError
 from unique_asr.remote import RemoteError, RemoteFile, full_place, is_uri, list_remote, to_path
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
@@ -199,8 +199,13 @@ class Job:
         same_name = Path(info.audio).name == Path(self.name).name
         # Older transcripts know the name alone, and so it is where no file is there yet. The duration is no help:
         # many containers only estimate it.
-        known = info.file and os.path.isfile(self.audio)
-        if not (is_same_file(info.file, self.audio, same_name) if known else same_name):
+        if info.file and is_uri(self.audio):
+            same = is_same_remote(info.file, self.audio)
+        elif info.file and os.path.isfile(self.audio):
+            same = is_same_file(info.file, self.audio, same_name)
+        else:
+            same = same_name
+        if not same:
             return f"another recording ({info.audio})"
         made = {"model": info.model, **info.attention, **info.settings}
         for name, value in provenance.items():

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unique_asr.application.display import Display, format_time
-from unique_asr.application.file_identity import identify_file
+from unique_asr.application.file_identity import identify_file, identify_remote
 from unique_asr.application.jobs import LOG, PLOT, STDIN, Job, OutputError
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, AudioFile, explain_temporary_errors
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.remote import FetchLimits, fetch, is_uri, path_of
+from unique_asr.remote import FetchLimits, is_uri
 from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, open_replacement, read_transcript
@@ -251,22 +251,19 @@ class Session:
         begin = time.perf_counter()
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
-        if is_uri(job.audio):  # what is there already is not fetched again
-            formats = find_missing_formats(job, output, settings.provenance, display)
-            if not formats:
-                return None
+        source = None if is_uri(job.audio) else AudioFile(job.audio, **settings.part, name=job.name)
+        formats = find_missing_formats(job, output, settings.provenance, display)
+        if not formats:
+            return None
+        if source is None:  # what is there already is not fetched again
             with display:
                 display.note(f"Fetching {job.name} ...")
-                copied = fetch(job.audio, self.limits, display.progress)  # open until the end
-            source = AudioFile(path_of(copied), **settings.part, name=job.name)
-        else:
-            source = AudioFile(job.audio, **settings.part, name=job.name)
-            formats = find_missing_formats(job, output, settings.provenance, display)
-            if not formats:
-                return None
+                fetching = {"limits": self.limits, "progress": display.progress}
+                source = AudioFile(job.audio, **settings.part, name=job.name, **fetching)
         unfinished, keep = None, 0
         if output.resume:
-            unfinished, keep = job.read_unfinished(settings.provenance)
+            copied = replace(job, audio=source.path, title=job.name)  # of a URI: it is known by its content
+            unfinished, keep = copied.read_unfinished(settings.provenance)
         transcriber = self._get_transcriber(settings, display)
         sequence = self._engine.new_sequence() if self._engine and not alone else None
         log = SegmentLog(job.path(LOG), keep)
@@ -416,7 +413,7 @@ def write_transcript(
                 reads=reads,
                 sequence=sequence,
             )
-            info.file = identify_file(source.path)
+            info.file = identify_remote(job.audio, source.copy) if source.copy else identify_file(source.path)
             log.info = info
             transcript = Transcript([], info)
             if unfinished is not None and unfinished.segments:
