@@ -91,7 +91,7 @@ def test_results_are_shown_and_counted(talk, capsys):
     for name in "abcd":
         shutil.copy(talk, f"{name}.opus")
     jobs = plan(find_recordings("[abcd].opus"))
-    done = RecordingLog([("summary", (TranscriptionInfo("a.opus", 7200.0), 60.0, [Path("/x/a.txt")]))], 7200.0)
+    done = RecordingLog([("summary", (TranscriptionInfo("a.opus", duration=7200.0), 60.0, [Path("/x/a.txt")]))], 7200.0)
     kept = RecordingLog([("kept", ("b.opus", [Path("/x/b.txt")]))])
     failed = RecordingLog([("error", ("c.opus: no", "c.opus"))], failed=True)
     rows = ({"number": n, "log": pickle.dumps(log), "fatal": ""} for n, log in enumerate((done, kept, failed)))
