@@ -258,6 +258,11 @@ def test_command_line(web, talk, command):
     assert len(web.asked) == asked + 1
 
 
+def change(content):
+    """A recording of the same size."""
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
 MONDAY, TUESDAY = ({"Last-Modified": f"{day}:00 GMT"} for day in ("Mon, 02 Nov 2026 10:00", "Tue, 03 Nov 2026 10:00"))
 
 
@@ -273,17 +278,18 @@ def test_facts(web, bucket):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "same"),
+    ("before", "after", "fetched"),
     [
-        ({}, {}, True),
-        (MONDAY, MONDAY, True),
-        (MONDAY, TUESDAY, False),
-        (MONDAY, {}, True),
-        ({"ETag": '"1"', **MONDAY}, {"ETag": '"1"', **TUESDAY}, True),
-        ({"ETag": '"1"', **MONDAY}, {"ETag": '"2"', **MONDAY}, False),
+        ({}, {}, 1),
+        (MONDAY, MONDAY, 1),
+        (MONDAY, TUESDAY, 2),
+        (MONDAY, {}, 1),
+        ({"ETag": '"1"', **MONDAY}, {"ETag": '"1"', **TUESDAY}, 1),
+        ({"ETag": '"1"', **MONDAY}, {"ETag": '"2"', **MONDAY}, 2),
     ],
 )
-def test_a_uri_is_known_by_what_its_server_tells(web, talk, command, before, after, same):
+def test_a_uri_is_fetched_again_if_its_server_tells_of_a_change(web, talk, command, before, after, fetched):
+    """Whether it has changed is then seen by its content."""
     web.facts = before
     uri = f"{web.address}/lecture.opus"
     assert command(f"audio={uri}?key=old")[0] == 0
@@ -291,12 +297,16 @@ def test_a_uri_is_known_by_what_its_server_tells(web, talk, command, before, aft
     assert info.file["uri"] == uri
     web.facts = after
     code, _, err = command(f"audio={uri}?key=new", "output.format=all")
-    assert len(web.asked) == 1
-    if same:
+    assert (code, "keeping lecture.txt" in err) == (0, True)
+    assert len(web.asked) == fetched
+    web.content = change(TALK)
+    code, _, err = command(f"audio={uri}")
+    if fetched == 1:
         assert (code, "keeping lecture.txt" in err) == (0, True)
     else:
         assert code == 1
         assert f"lecture.json: was made from another recording ({uri}); output.overwrite=true replaces it" in err
+    assert command(f"audio={uri}", "output.overwrite=true")[0] == 0
 
 
 def test_a_uri_of_another_size_or_place_is_another_and_its_copy_is_not(web, talk, command):
@@ -315,9 +325,7 @@ def test_a_uri_of_another_size_or_place_is_another_and_its_copy_is_not(web, talk
 def test_an_interrupted_uri_goes_on_if_its_content_is_the_same(web, talk, command):
     uri = f"{web.address}/lecture.opus"
     assert command(f"audio={uri}", stop=3, error=RuntimeError("no"))[0] == 1
-    content = bytearray(TALK)
-    content[-100] ^= 1
-    web.content = bytes(content)
+    web.content = change(TALK)
     assert "lecture.partial.jsonl: was made from another recording" in command(f"audio={uri}", "resume=true")[2]
     web.content, web.facts = TALK, TUESDAY
     assert command(f"audio={uri}", "resume=true")[0] == 0

@@ -68,14 +68,15 @@ class RemoteCopy:
     """A temporary file with what a URI names; it is gone when it is closed or forgotten.
 
     Attributes:
+        uri: what it is a copy of.
         path: opens it.
         facts: see `read_facts`.
     """
 
-    def __init__(self, file: IO[bytes], facts: dict[str, Any]) -> None:
+    def __init__(self, uri: str, file: IO[bytes], facts: dict[str, Any]) -> None:
         named = Path(str(file.name))  # elsewhere than on Linux: a file without a name can be opened once
         self.path = named if named.is_absolute() else Path(f"/proc/self/fd/{file.fileno()}")
-        self.facts, self._file = facts, file
+        self.uri, self.facts, self._file = uri, facts, file
 
     def close(self) -> None:
         """Remove it."""
@@ -215,7 +216,7 @@ def fetch(
     except BaseException:
         file.close()
         raise
-    return RemoteCopy(file, facts)
+    return RemoteCopy(uri, file, facts)
 
 
 def read_facts(uri: str) -> dict[str, Any]:
@@ -321,7 +322,7 @@ def _describe(error: Exception, uri: str) -> str:
     """One line without the URI, of which only a part may be shown."""
     if status := getattr(error, "status", None):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text = " ".join(str(error).replace(uri, shown_name(uri)).split())
+    text = " ".join(str(error).replace(uri, shown_name(uri)).replace(" ssl:default", "").split())
     return text or type(error).__name__
 
 

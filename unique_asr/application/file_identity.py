@@ -43,8 +43,8 @@ def is_same_file(known: Mapping[str, Any], path: Path, same_name: bool) -> bool:
     return _compute_digest(path) == known.get("sha256")
 
 
-def identify_remote(uri: str, copy: RemoteCopy) -> dict[str, Any]:
-    """Return what `is_same_remote` compares, for JSON: uri, without secrets, and what its server tells.
+def identify_remote(copy: RemoteCopy) -> dict[str, Any]:
+    """Return what `has_changed` compares, for JSON: uri, without secrets, and what its server tells.
 
     That is size in bytes, etag and modified; sha256 is for `is_same_file`, which knows a copy by it.
 
@@ -53,19 +53,22 @@ def identify_remote(uri: str, copy: RemoteCopy) -> dict[str, Any]:
     """
     content = identify_file(copy.path)
     facts = {name: copy.facts[name] for name in ("etag", "modified") if name in copy.facts}
-    return {"uri": shown_name(uri), "size": content["size"], **facts, "sha256": content["sha256"]}
+    return {"uri": shown_name(copy.uri), "size": content["size"], **facts, "sha256": content["sha256"]}
 
 
-def is_same_remote(known: Mapping[str, Any], uri: str) -> bool:
-    """Return whether a URI is the one that `identify_remote` was called for, and nothing says that it has changed.
+def is_same_uri(known: Mapping[str, Any], uri: str) -> bool:
+    """Return whether a URI is the one that `identify_remote` was called for."""
+    return known.get("uri") == shown_name(uri)
 
-    Its ETag decides, else size and time. It is not fetched, and the same if its server does not answer.
+
+def has_changed(known: Mapping[str, Any], uri: str) -> bool:
+    """Return whether the server of a URI tells another ETag, or else another size or time, than it did then.
+
+    What it tells is no proof: the content may be as before. A server that does not answer says nothing.
     """
-    if known.get("uri") != shown_name(uri):
-        return False
     facts = read_facts(uri)
     names = [name for name in ("etag", "size", "modified") if name in known and name in facts]
-    return all(known[name] == facts[name] for name in (names[:1] if "etag" in names else names))
+    return any(known[name] != facts[name] for name in (names[:1] if "etag" in names else names))
 
 
 def _compute_digest(path: Path) -> str:

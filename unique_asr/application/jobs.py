@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unique_asr.application.file_identity import is_same_file, is_same_remote
+from unique_asr.application.file_identity import has_changed, is_same_file, is_same_uri
 from unique_asr.audio import AudioError
 from unique_asr.remote import RemoteError, RemoteFile, full_place, is_uri, list_remote, to_path
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
@@ -195,12 +195,20 @@ class Job:
             return "something other than a transcript"
         return self._compare(info, provenance)
 
+    def has_changed(self) -> bool:
+        """Return whether the recording, a URI, is perhaps no longer the one that the .json on disk was made from."""
+        try:
+            known = read_transcript(self.path("json")).info.file
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return is_same_uri(known, self.audio) and has_changed(known, self.audio)
+
     def _compare(self, info: TranscriptionInfo, provenance: Mapping[str, Any]) -> str | None:
         same_name = Path(info.audio).name == Path(self.name).name
         # Older transcripts know the name alone, and so it is where no file is there yet. The duration is no help:
         # many containers only estimate it.
         if info.file and is_uri(self.audio):
-            same = is_same_remote(info.file, self.audio)
+            same = is_same_uri(info.file, self.audio)
         elif info.file and os.path.isfile(self.audio):
             same = is_same_file(info.file, self.audio, same_name)
         else:

@@ -251,19 +251,17 @@ class Session:
         begin = time.perf_counter()
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
-        source = None if is_uri(job.audio) else AudioFile(job.audio, **settings.part, name=job.name)
+        source = None
+        if not is_uri(job.audio) or (not output.overwrite and job.has_changed()):
+            job, source = self._open(job, settings, display)
         formats = find_missing_formats(job, output, settings.provenance, display)
         if not formats:
             return None
-        if source is None:  # what is there already is not fetched again
-            with display:
-                display.note(f"Fetching {job.name} ...")
-                fetching = {"limits": self.limits, "progress": display.progress}
-                source = AudioFile(job.audio, **settings.part, name=job.name, **fetching)
+        if source is None:  # a URI is not fetched before it is needed
+            job, source = self._open(job, settings, display)
         unfinished, keep = None, 0
         if output.resume:
-            copied = replace(job, audio=source.path, title=job.name)  # of a URI: it is known by its content
-            unfinished, keep = copied.read_unfinished(settings.provenance)
+            unfinished, keep = job.read_unfinished(settings.provenance)
         transcriber = self._get_transcriber(settings, display)
         sequence = self._engine.new_sequence() if self._engine and not alone else None
         log = SegmentLog(job.path(LOG), keep)
@@ -291,6 +289,16 @@ class Session:
             display.warning(warning)
         display.summary(transcript.info, time.perf_counter() - begin, files)
         return transcript.info
+
+    def _open(self, job: Job, settings: TranscriptionSettings, display: Display) -> tuple[Job, AudioFile]:
+        """Open a recording; that of a URI is a copy, which is also that of the job from now on."""
+        if not is_uri(job.audio):
+            return job, AudioFile(job.audio, **settings.part, name=job.name)
+        with display:
+            display.note(f"Fetching {job.name} ...")
+            fetching = {"limits": self.limits, "progress": display.progress}
+            source = AudioFile(job.audio, **settings.part, name=job.name, **fetching)
+        return replace(job, audio=source.path, title=job.name), source
 
     def _get_transcriber(self, settings: TranscriptionSettings, display: Display) -> Transcriber:
         """Return the transcriber for these settings; with another attention alone, its model is taken over."""
@@ -413,7 +421,7 @@ def write_transcript(
                 reads=reads,
                 sequence=sequence,
             )
-            info.file = identify_remote(job.audio, source.copy) if source.copy else identify_file(source.path)
+            info.file = identify_remote(source.copy) if source.copy else identify_file(source.path)
             log.info = info
             transcript = Transcript([], info)
             if unfinished is not None and unfinished.segments:
