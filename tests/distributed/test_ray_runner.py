@@ -216,7 +216,7 @@ def test_a_worker_is_killed_in_the_middle(archive, batch):
     assert sorted(re.findall(r"^(\S+): 00:09.1 of audio in", out, re.MULTILINE)) == names_done
     assert len(out.splitlines()) == 5
     assert "error: bad.mp3: the file is empty\n" in err
-    assert "recordings: 5 transcribed, 0 kept, 1 failed; 0.01 h of audio in " in err
+    assert "recordings: 5 transcribed, 0 kept, 1 failed; 0.0126 h of audio in " in err
     assert len(err.splitlines()) == 2, err  # and nothing of Ray's own
 
     code, out, err = finish(archive("audio=[a.opus,b.opus,c.opus,d.opus,once.opus]", "output.format=[txt,json]"))

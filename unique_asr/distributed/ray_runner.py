@@ -119,7 +119,8 @@ def summarize_archive(outcome: Outcome, kept: int, seconds: float, waiting: int 
     counts = [f"{len(outcome.durations)} transcribed", f"{kept} kept", f"{outcome.failed} failed"]
     counts += [f"{waiting} to do"] if waiting else []
     hours = sum(outcome.durations) / 3600
-    speed = f"{hours:.2f} h of audio in {format_time(seconds)}, {hours / max(seconds, 1e-9):.3g} h a second"
+    shown = f"{hours:.2f}" if hours >= 1 else f"{hours:.3g}"
+    speed = f"{shown} h of audio in {format_time(seconds)}, {hours / max(seconds, 1e-9):.3g} h a second"
     return f"recordings: {', '.join(counts)}; {speed}"
 
 
