@@ -27,6 +27,7 @@ from rich.progress import (
 from unique_asr.transcript import Segment, TranscriptionInfo
 
 STAGES = {  # of the pipeline, in order
+    "fetch": "Fetching",
     "load": "Loading the model",
     "encode": "Listening",
     "prefill": "Reading",
