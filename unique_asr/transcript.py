@@ -125,6 +125,7 @@ def text_settings(
     vad: bool = False,
     language: str | None = None,
     hotwords: str | None = None,
+    track: int | None = None,
 ) -> dict[str, Any]:
     """Return what changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it.
 
@@ -138,6 +139,7 @@ def text_settings(
         "start": start or None,
         "end": end,
         "channel": channel,
+        "track": track,
         "vad": vad or None,
         "language": language,
         "hotwords": hotwords,
