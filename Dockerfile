@@ -1,7 +1,9 @@
-# The web page and the command line, from this folder alone. On a GPU (NVIDIA Container Toolkit):
+# The web page, the server and the command line, from this folder alone. On a GPU (NVIDIA Container Toolkit):
 #   docker build -t unique-asr .
 #   docker run --rm --gpus all -p 127.0.0.1:7860:7860 -v unique-asr-jobs:/jobs unique-asr
 # On a CPU: the same without --gpus, or 4 GB smaller with --build-arg TORCH=cpu.
+# The server for other programs, with a key that clients have to send:
+#   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -e UNIQUE_ASR_API_KEY=secret unique-asr unique-asr-server host=0.0.0.0
 # The command line, on the files of the current folder, which get their owner's rights:
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" -w /data unique-asr unique-asr audio=talk.m4a
 
@@ -32,5 +34,5 @@ RUN useradd --create-home listener && mkdir /jobs && chown listener /jobs
 ENV HOME=/tmp TRITON_CACHE_DIR=/tmp/triton
 USER listener
 VOLUME /jobs
-EXPOSE 7860
+EXPOSE 7860 8000
 CMD ["unique-asr-app", "host=0.0.0.0", "jobs=/jobs"]

@@ -1,6 +1,7 @@
 # make transcribe                      transcribes a bundled recording
 # make transcribe audio=talk.m4a       transcribes any audio or video file; options="output.format=srt" passes options on
 # make app                             opens the web page on http://127.0.0.1:7860; options="port=8000" passes options on
+# make server                          opens a server for other programs on http://127.0.0.1:8000
 # make test                            runs the tests; those of the page in a browser need chromium (apt-get install chromium)
 # All make .venv first, with the first of these that is Python 3.11 or later; PYTHON=... names another.
 
@@ -10,7 +11,7 @@ sample := tests/data/sample.opus
 
 export audio
 
-.PHONY: transcribe app test clean
+.PHONY: transcribe app server test clean
 
 transcribe: .venv/installed
 	@.venv/bin/python scripts/transcribe.py output.overwrite=true \
@@ -18,6 +19,9 @@ transcribe: .venv/installed
 
 app: .venv/installed
 	@.venv/bin/python -m unique_asr.app $(options)
+
+server: .venv/installed
+	@.venv/bin/python -m unique_asr.server $(options)
 
 test: .venv/installed
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(options)

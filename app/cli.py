@@ -14,6 +14,9 @@ from unique_asr.application.overrides import FAILED, SUCCESS, run, whole_number
 
 if TYPE_CHECKING:
     import gradio as gr
+    from fastapi import FastAPI
+
+    from unique_asr.application.queue import JobQueue
 
 LITERAL_KEYS = ("jobs", "folders", "examples", "models")
 
@@ -45,44 +48,74 @@ def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bo
         ValueError: if an option does not fit, in one line.
     """
     values = OmegaConf.to_container(config, resolve=True)
-    folders = [Path(folder).expanduser().resolve() for folder in values["folders"]]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"folders: {folder} is not a folder")
-    passes = whole_number(config, "parallel_passes", "passes")
+    find_folders(values["folders"])
+    whole_number(config, "parallel_passes", "passes")
     if block:
         print("Starting the page ...", flush=True)
 
     # These take seconds to import.
-    from unique_asr.app.limits import Limits
-    from unique_asr.app.page import Page
-    from unique_asr.app.store import Store
-    from unique_asr.app.worker import Worker
+    from unique_asr.application.queue import JobQueue
+    from unique_asr.application.session import Session, load_transcriber
 
-    from unique_asr.application.session import load_transcriber
-
-    examples = [path.resolve() for path in map(Path, values["examples"]) if path.is_file()]
-    limits = Limits(folders, values["max_minutes"], values["max_megabytes"])
-    store = Store(Path(values["jobs"]))
-    decoding = {name: value for name, value in values["decoding"].items() if name != "prompt"}
-    options = {
-        "attention": values["attention"],
-        "transcriber": {"device": values["device"], "dtype": values["dtype"], "parallel_passes": passes, **decoding},
-    }
-    worker = Worker(store, load or load_transcriber, limits, options, values["max_waiting"])
-    blocks = Page(store, worker, limits, values["models"], examples).build()
-    blocks.queue(max_size=64)
+    blocks, served = make_page(values, JobQueue(Session(load or load_transcriber), values["max_waiting"]))
     try:
         blocks.launch(
             server_name=values["host"],
             server_port=values["port"],
-            allowed_paths=[str(path) for path in (store.folder, *folders, *examples)],
-            max_file_size=int(values["max_megabytes"] * 1e6),
-            footer_links=[],
-            ssr_mode=False,
+            **served,
             quiet=not block,
             prevent_thread_lock=not block,
         )
     except OSError as error:
         raise ValueError(f"port={values['port']}: cannot be used on {values['host']}; choose another") from error
     return blocks
+
+
+def mount_page(app: FastAPI, values: dict[str, Any], queue: JobQueue) -> FastAPI:
+    """Serve the page on / of an application, below the paths that it has; see `make_page`."""
+    import gradio as gr
+
+    blocks, served = make_page(values, queue)
+    return gr.mount_gradio_app(app, blocks, path="/", **served)
+
+
+def make_page(values: dict[str, Any], queue: JobQueue) -> tuple[gr.Blocks, dict[str, Any]]:
+    """Return the page, and how gradio has to serve it.
+
+    Args:
+        values: of conf/app.yaml, or conf/server.yaml.
+        queue: runs the page's jobs.
+
+    Raises:
+        ValueError: if an option does not fit, in one line.
+    """
+    folders = find_folders(values["folders"])
+    from unique_asr.app.limits import Limits
+    from unique_asr.app.page import Page
+    from unique_asr.app.store import Store
+    from unique_asr.app.worker import Worker
+
+    examples = [path.resolve() for path in map(Path, values["examples"]) if path.is_file()]
+    limits = Limits(values["max_minutes"], values["max_megabytes"], folders)
+    store = Store(Path(values["jobs"]))
+    decoding = {name: value for name, value in values["decoding"].items() if name != "prompt"}
+    transcriber = {name: values[name] for name in ("device", "dtype", "parallel_passes")}
+    options = {"attention": values["attention"], "transcriber": {**transcriber, **decoding}}
+    worker = Worker(store, queue, limits, options)
+    blocks = Page(store, worker, limits, values["models"], examples).build()
+    blocks.queue(max_size=64)
+    return blocks, {
+        "allowed_paths": [str(path) for path in (store.folder, *folders, *examples)],
+        "max_file_size": int(values["max_megabytes"] * 1e6),
+        "footer_links": [],
+        "ssr_mode": False,
+    }
+
+
+def find_folders(names: Sequence[str]) -> list[Path]:
+    """Return the folders whose files may be named on the page. Raises ValueError if one is none."""
+    folders = [Path(name).expanduser().resolve() for name in names]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"folders: {folder} is not a folder")
+    return folders

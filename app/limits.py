@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unique_asr.audio import AudioError, AudioFile
-
-
-class Refusal(ValueError):
-    """A request that is not carried out; the message is one line."""
+from unique_asr.application.limits import RecordingLimits, Refusal
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(RecordingLimits):
     """What may be transcribed: files of these folders, of this length and size at most."""
 
     folders: Sequence[Path] = ()  # whose files may be named
-    max_minutes: float = 180.0
-    max_megabytes: float = 1000.0
 
     def choose(self, uploads: Sequence[str] | None, recorded: str | None, path: str | None) -> tuple[list[Path], bool]:
         """Return the recordings that are meant, and whether they were uploaded.
@@ -39,23 +33,6 @@ class Limits:
         for recording in recordings:
             self.check(recording)
         return recordings, not path
-
-    def check(self, recording: Path) -> None:
-        """Raise Refusal if a recording is too large, too long, or cannot be read."""
-        size = recording.stat().st_size / 1e6
-        if size > self.max_megabytes:
-            raise Refusal(f"{recording.name} has {size:.0f} MB; the limit is {self.max_megabytes:g} MB.")
-        try:
-            duration = AudioFile(recording, name=recording.name).duration
-        except AudioError as error:
-            raise Refusal(str(error)) from error
-        if duration is not None:
-            self.check_duration(duration)
-
-    def check_duration(self, seconds: float) -> None:
-        """Raise Refusal if a recording of so many seconds is too long."""
-        if seconds > 60 * self.max_minutes:
-            raise Refusal(f"The recording is longer than {self.max_minutes:g} minutes, which is the limit.")
 
     def _allowed(self, name: str) -> Path:
         """A file inside an allowed folder, wherever links and .. lead. What lies outside is not even said to exist."""

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
-from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.limits import Limits
 from unique_asr.app.store import FAILED, STOPPED, Record, Store
 from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
+from unique_asr.application.limits import Refusal
 from unique_asr.audio import check_vad, parse_time
 from unique_asr.transcribers import check_hotwords, check_language
 from unique_asr.transcript import Segment
@@ -180,13 +181,13 @@ class Page:
         differences = measures = None
         if transcript and dense:
             differences, measures = compare(dense, transcript)
-        found = Path(record.audio).is_file()
+        audio = self.store.find_audio(record)
         plot = self.store.plot_path(record)
         return View(
             status=f"{record.title}: {record.state}. {record.message}",
             text=_text(segments),
             segments=_rows(segments),
-            player=gr.Audio(value=record.audio, subtitles=_subtitles(segments)) if found else None,
+            player=gr.Audio(value=str(audio), subtitles=_subtitles(segments)) if audio else None,
             files=[str(path) for path in self.store.find_files(record)] or None,
             comparison=gr.Column(visible=measures is not None),
             differences=differences,

@@ -1,48 +1,45 @@
-"""One job at a time, in a thread of its own: a page that is closed or reloaded does not end the work."""
+"""The jobs of the page: what a record on disk asks for, and how far it is. They outlive a page that is closed."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from unique_asr.app.limits import Limits, Refusal
+from unique_asr.app.player import write_heard
 from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
 
-from unique_asr.application.display import STAGES, Display, summarize
+from unique_asr.application.display import STAGES, summarize
+from unique_asr.application.limits import RecordingLimits, Refusal
+from unique_asr.application.queue import JobQueue, QueuedJob, Stopped
 from unique_asr.application.session import Output, Session, TranscriptionSettings
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcript import Segment, TranscriptionInfo
 
-if TYPE_CHECKING:
-    from unique_asr.transcribers.base import Transcriber
 
-
-class Stopped(KeyboardInterrupt):
-    """The user's Stop, raised where the work is; what was decoded is kept as after an interrupt."""
-
-
-class Live(Display):
-    """A job that waits or runs: what the page shows of it.
+class Live(QueuedJob):
+    """A job that waits or runs: what the page shows of it. It is finished when its state on disk is final.
 
     Attributes:
         segments: of the transcript, as they come.
         status: one line.
-        stop: is set to end the job where it is.
-        finished: is set when its state on disk is final.
     """
 
-    def __init__(self, record: Record, limits: Limits) -> None:
-        self.record, self.limits = record, limits
+    def __init__(self, record: Record, worker: Worker) -> None:
+        super().__init__()
+        self.record, self.worker, self.limits = record, worker, worker.limits
         self.segments: list[Segment] = []
         self.kind = "transcript"
         self.status = "Waiting for the job before it"
-        self.stop = threading.Event()
-        self.finished = threading.Event()
         self._begins: dict[str, tuple[float, float]] = {}  # of each stage: the clock, and the share that was done
+
+    def run(self, session: Session) -> None:
+        self.worker.run(self, session)
+
+    def settle(self, error: BaseException | None) -> None:
+        self.worker.settle(self, error)
 
     def begin(self, kind: str) -> None:
         """Go on to another transcript of the same recording: "dense", to compare with."""
@@ -52,7 +49,7 @@ class Live(Display):
         self.progress("load", 0, 1)
 
     def progress(self, stage: str, done: float, total: float) -> None:
-        self._check()
+        self.check_stop()
         if stage == "encode":
             self.limits.check_duration(done)  # containers do not always tell how long they are
         parts = [STAGES.get(stage, stage) + (" densely, to compare" if self.kind == "dense" else "")]
@@ -66,7 +63,7 @@ class Live(Display):
         self.status = ", ".join(parts)
 
     def segment(self, segment: Segment, recording: str) -> None:
-        self._check()
+        self.check_stop()
         if self.kind == "transcript":
             self.segments.append(segment)
 
@@ -74,54 +71,46 @@ class Live(Display):
         if self.kind == "transcript":
             self.record.message = " · ".join([summarize(info, seconds), *info.warnings])
 
-    def _check(self) -> None:
-        if self.stop.is_set():
-            raise Stopped
-
 
 class Worker:
-    """Transcribes jobs in the order in which they come.
+    """Makes jobs of records, and keeps their state on disk.
 
     Args:
-        load: makes a transcriber, as `unique_asr.transcribers.make_transcriber` does.
+        queue: runs the jobs.
         options: `attention`, the settings that the page's choices replace, and `transcriber`, further arguments of
-            `load`.
-        max_waiting: jobs that may wait.
+            `unique_asr.transcribers.make_transcriber`.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        load: Callable[..., Transcriber],
-        limits: Limits,
-        options: dict[str, Any],
-        max_waiting: int = 8,
-    ) -> None:
-        self.store, self.limits, self.options, self.max_waiting = store, limits, options, max_waiting
-        self._session = Session(load)
-        self._queue: deque[Live] = deque()
+    def __init__(self, store: Store, queue: JobQueue, limits: RecordingLimits, options: dict[str, Any]) -> None:
+        self.store, self.queue, self.limits, self.options = store, queue, limits, options
         self._lives: dict[str, Live] = {}
-        self._change = threading.Condition()
+        self._submitting = threading.Lock()
         store.recover()
-        threading.Thread(target=self._work, name="transcription", daemon=True).start()
 
     def submit(self, record: Record) -> Live:
-        """Put a job at the end of the queue; one that is in it already stays where it is."""
-        with self._change:
+        """Put a job at the end of the queue; one that is in it already stays where it is.
+
+        Raises:
+            Refusal: if the queue is full.
+        """
+        with self._submitting:
             if record.id in self._lives:
                 return self._lives[record.id]
-            live = Live(record, self.limits)
+            self.queue.check_room()
+            live = Live(record, self)
             record.state, record.message = WAITING, ""
             self.store.save(record)
             self._lives[record.id] = live
-            self._queue.append(live)
-            self._change.notify()
+        try:
+            self.queue.submit(live)
+        except Refusal as error:  # of two at once, the other one has the last place
+            self.settle(live, error)
+            raise
         return live
 
     def check_room(self, jobs: int = 1) -> None:
-        """Raise Refusal if so many more jobs may not wait."""
-        if len(self._queue) + jobs > self.max_waiting:
-            raise Refusal(f"At most {self.max_waiting} jobs may wait, and {len(self._queue)} do; try again later.")
+        """Raise Refusal if there is no place for so many more jobs."""
+        self.queue.check_room(jobs)
 
     def live(self, id: str) -> Live | None:
         """Return the job of this id if it waits or runs."""
@@ -132,45 +121,40 @@ class Worker:
         live = self._lives.get(id)
         if live is None:
             return False
-        live.stop.set()
+        self.queue.stop(live)
         return True
 
-    def _work(self) -> None:
-        while True:
-            with self._change:
-                while not self._queue:
-                    self._change.wait()
-                live = self._queue.popleft()
-            record = live.record
-            try:
-                record.state = RUNNING
-                self.store.save(record)
-                self._run(live)
-                record.state = DONE
-            except Stopped:
-                record.state, record.message = STOPPED, "Continue goes on from there"
-            except Exception as error:
-                known = isinstance(error, ValueError)
-                text = " ".join(str(error).split()) or "failed"
-                record.state = FAILED
-                record.message = text if known else f"{text} ({type(error).__name__})"
-            try:
-                self.store.save(record)
-            except OSError as error:
-                record.message = f"{self.store.folder}: {error.strerror}"
-            with self._change:
-                del self._lives[record.id]
-            live.finished.set()
+    def settle(self, live: Live, error: BaseException | None) -> None:
+        """Write how a job ended."""
+        record = live.record
+        if error is None:
+            record.state = DONE
+        elif isinstance(error, Stopped):
+            record.state, record.message = STOPPED, "Continue goes on from there"
+        else:
+            text = " ".join(str(error).split()) or "failed"
+            record.state = FAILED
+            record.message = text if isinstance(error, ValueError) else f"{text} ({type(error).__name__})"
+        try:
+            self.store.save(record)
+        except OSError as failure:
+            record.message = f"{self.store.folder}: {failure.strerror}"
+        del self._lives[record.id]
 
-    def _run(self, live: Live) -> None:
+    def run(self, live: Live, session: Session) -> None:
+        """Transcribe, twice if dense and sparse attention are compared."""
+        live.record.state = RUNNING
+        self.store.save(live.record)
         settings = live.record.settings
-        self._transcribe(live, "transcript", make_attention_config(settings, self.options))
+        self._transcribe(live, session, "transcript", make_attention_config(settings, self.options))
+        if transcript := self.store.read_transcript(live.record):
+            write_heard(Path(live.record.audio), transcript.info.padded, self.store.heard_path(live.record))
         if settings["compare"]:
             live.begin("dense")
             dense = make_attention_config({**settings, "attention": "dense"}, self.options)
-            self._transcribe(live, "dense", dense)
+            self._transcribe(live, session, "dense", dense)
 
-    def _transcribe(self, live: Live, kind: str, attention: SparseAttentionConfig) -> None:
+    def _transcribe(self, live: Live, session: Session, kind: str, attention: SparseAttentionConfig) -> None:
         job = self.store.locate(live.record, kind)
         if job.path("json").exists():  # of an earlier attempt, which was stopped later
             return
@@ -186,7 +170,7 @@ class Worker:
             vad=chosen.get("vad", False),
         )
         reads = bool(chosen.get("reads")) and kind == "transcript"
-        self._session.transcribe(job, settings, Output(overwrite=True, resume=True, page_reads=reads), live)
+        session.transcribe(job, settings, Output(overwrite=True, resume=True, page_reads=reads), live)
 
 
 def make_attention_config(settings: dict[str, Any], options: dict[str, Any]) -> SparseAttentionConfig:

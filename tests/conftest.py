@@ -118,9 +118,9 @@ def command(capsys, monkeypatch):
     monkeypatch.setattr(FakeTranscriber, "loaded", 0)
     monkeypatch.setattr(FakeTranscriber, "decoded", [])
 
-    def run(*arguments, **behaviour):
+    def run(*arguments, kind=FakeTranscriber, **behaviour):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments, lambda **settings: FakeTranscriber(**behaviour, **settings))
+            cli.main(arguments, lambda **settings: kind(**behaviour, **settings))
         return exit_.value.code, *capsys.readouterr()
 
     return run

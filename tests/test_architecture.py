@@ -14,15 +14,18 @@ FOLDERS = ("unique_asr", "kernels", "app", "scripts", "benchmarks")
 LAYERS = [
     ["unique_asr.kernels"],
     ["unique_asr.attention"],
-    ["unique_asr.audio", "unique_asr.vad", "unique_asr.transcript"],
-    ["unique_asr.data", "unique_asr.writers"],
+    [
+        *("unique_asr.audio", "unique_asr.channels", "unique_asr.duration", "unique_asr.packets", "unique_asr.vad"),
+        *("unique_asr.transcript", "unique_asr.sentences"),
+    ],
+    ["unique_asr.data", "unique_asr.subtitle_units", "unique_asr.subtitles", "unique_asr.writers"],
     ["unique_asr.decoding", "unique_asr.models"],
     ["unique_asr.generation", "unique_asr.longform"],
     ["unique_asr.transcribers"],
     ["unique_asr.pipeline"],
     ["unique_asr"],  # the public names
     ["unique_asr.application"],
-    ["unique_asr.app", "unique_asr.benchmark", "unique_asr.evaluation", "unique_asr.training"],
+    ["unique_asr.app", "unique_asr.benchmark", "unique_asr.evaluation", "unique_asr.server", "unique_asr.training"],
     ["scripts", "benchmarks"],
 ]
 # Stricter than the layers: what these may import at all.

@@ -1,8 +1,11 @@
 """Text LLMs by pages: every family on a tiny model of its real class, chats, streaming, a file as context, GGUF."""
 
 import io
+import os
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,10 +242,39 @@ def test_the_script_reads_a_gguf_file_and_a_book(gguf, tmp_path, capsys):
     assert capsys.readouterr().out == printed.out
 
 
+def test_loading_shows_life(gguf, capsys, monkeypatch):
+    """At once, and then now and then: a large file takes a minute."""
+    monkeypatch.setattr("unique_asr.application.display.SIGN_OF_LIFE", 0.05)
+    load = generation.load_text_model
+
+    def load_slowly(*arguments):
+        time.sleep(0.2)
+        return load(*arguments)
+
+    monkeypatch.setattr(generation, "load_text_model", load_slowly)
+    assert script(f"model={gguf}", "prompt=Why?", "max_new_tokens=2", "device=cpu") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [f"Loading {gguf} ...", f"Loading {gguf} ... 0 s"]
+    assert script(f"model={gguf}", "prompt=Why?", "max_new_tokens=2", "device=cpu", "quiet=true") == 0
+    assert "Loading" not in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_the_script_without_a_word(gguf):
+    line = f"{sys.executable} {ROOT}/scripts/generate.py 'model={gguf}' prompt=Why? device=cpu quiet=true | true"
+    done = subprocess.run(
+        ["bash", "-c", f'{line}; exit "${{PIPESTATUS[0]}}"'], capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_script_reads_standard_input_and_reports_mistakes(gguf, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
     assert script(f"model={gguf}", "prompt=-", "max_new_tokens=3", "chat=false", "device=cpu") == 0
     assert "3 written" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", None)
+    assert script(f"model={gguf}", "prompt=-") == 1
+    assert capsys.readouterr().err == "error: prompt=-: standard input is closed; pipe a text into it\n"
     assert script("prompt=Why?") == 2
     assert "usage:" in capsys.readouterr().err
     assert script(f"model={gguf}", "prompt=Why?", f"context={tmp_path}/none.txt") == 1

@@ -10,7 +10,6 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -88,6 +87,7 @@ def test_commands_show_their_options_at_once(command):
         ("unique-asr", ["audio=none.wav"], "error: none.wav: no such file\n"),
         ("unique-asr", ["audio=none.wav", "attention.page_size=7"], "error: attention.page_size is 7"),
         ("unique-asr-app", ["folders=[none]"], "error: folders: "),
+        ("unique-asr-server", ["models=[]"], "error: models: "),
         ("unique-asr-generate", ["model=m", "prompt=Why?", "context=none.txt"], "error: context=none.txt"),
     ],
 )
@@ -136,8 +136,8 @@ def test_groups_compose(choice):
 def test_options_are_those_of_the_code():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         unique, dense = (compose("transcribe", [f"attention={name}"]) for name in ("unique", "dense"))
-    assert OmegaConf.to_container(unique.attention) == asdict(SparseAttentionConfig())
-    assert OmegaConf.to_container(dense.attention) == asdict(SparseAttentionConfig(budget=None))
+    assert OmegaConf.to_container(unique.attention) == SparseAttentionConfig().to_dict()
+    assert OmegaConf.to_container(dense.attention) == SparseAttentionConfig(budget=None).to_dict()
     parameters = {
         *inspect.signature(SpeechLLMTranscriber).parameters,
         *inspect.signature(SpeechLLMTranscriber.transcribe).parameters,

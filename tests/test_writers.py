@@ -1,6 +1,7 @@
 """What a player, an editor and a script would read out of the files."""
 
 import json
+import os
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_txt(written):
 def test_srt(written):
     first, second, rest = written("srt").split("\n\n")
     assert first == "1\n00:00:00,000 --> 00:00:01,234\nGood morning."
-    assert second == "2\n01:00:00,000 --> 01:02:03,400\nA -> B is <5 & é 会议 ."
+    assert second == "2\n01:00:00,000 --> 01:00:03,400\nA -> B is <5 & é 会议 ."  # nobody says this for two minutes
     assert rest == ""
 
 
@@ -51,7 +52,7 @@ def test_vtt(written):
     first, *cues = written("vtt").split("\n\n")
     assert first == "WEBVTT"
     assert cues[0] == "00:00:00.000 --> 00:00:01.234\nGood morning."
-    assert cues[1] == "01:00:00.000 --> 01:02:03.400\nA --&gt; B is &lt;5 &amp; é 会议 ."
+    assert cues[1] == "01:00:00.000 --> 01:00:03.400\nA --&gt; B is &lt;5 &amp; é 会议 ."
 
 
 def test_tsv(written):
@@ -119,3 +120,23 @@ def test_log_of_an_earlier_attempt_stays_until_there_is_something_newer(transcri
     log.append(transcript.segments[0])
     log.close(keep=True)
     assert SegmentLog.read(path) == transcript.segments[:1]
+
+
+def test_a_file_that_the_place_of_a_new_one_links_to_stays(transcript, tmp_path):
+    (tmp_path / "kept").write_text("kept\n")
+    for name in ("talk.txt", "talk.partial.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "kept")
+    WRITERS["txt"].write_file(transcript, tmp_path / "talk.txt")
+    SegmentLog(tmp_path / "talk.partial.jsonl").append(transcript.segments[0])
+    assert (tmp_path / "kept").read_text() == "kept\n"
+
+
+def test_a_recording_whose_name_is_not_utf8(transcript, tmp_path):
+    transcript.info.audio = os.fsdecode(b"caf\xe9.mp3")
+    WRITERS["json"].write_file(transcript, tmp_path / "a.json")
+    assert read_transcript(tmp_path / "a.json") == transcript
+    log = SegmentLog(tmp_path / "a.jsonl")
+    log.info = transcript.info
+    log.begin_pass({})
+    log.append(transcript.segments[0])
+    assert SegmentLog.read_unfinished(log.path)[0] == transcript.info

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import av
@@ -13,12 +15,13 @@ import numpy as np
 from av.stream import Disposition
 
 from unique_asr.channels import ChannelMixer
+from unique_asr.duration import announced_duration, known_duration, measure_duration
 from unique_asr.packets import PacketMeter
 
 SAMPLE_RATE = 16000  # Hz, after decoding
 GAP_TOLERANCE = 0.2  # s; a longer hole between the timestamps of two frames is filled with silence
 MAX_FILLED_GAP = 3600.0  # s; a longer hole is a broken timestamp, not a pause
-TRUNCATION_TOLERANCE = 0.03  # share of the announced duration that may be missing: headers of MP3 files are estimates
+TRUNCATION_TOLERANCE = 0.03  # share of the announced duration that may be missing: headers round and count silence
 
 UNREAD_TOLERANCE = 0.05  # share of a file that may follow its last packet: tags
 # These have tables beside the packets, of any size, and a header that announces the whole duration.
@@ -45,6 +48,7 @@ class AudioFile:
     Attributes:
         warnings: one line each about what is damaged or missing; they come while `blocks` decodes.
         dropped: seconds that voice activity detection took for anything but speech.
+        tracks: how many audio tracks there are.
         padded: seconds of silence that stand for what the file lacks, or for the time before its sound begins.
 
     Raises:
@@ -69,22 +73,30 @@ class AudioFile:
         if vad:
             check_vad()
         check_part(start, end)
+        measured = None
         with self._open() as container:
             stream = self._audio_stream(container)
-            self._announced = _duration(container, stream)  # of the whole file
+            self._announced = announced_duration(container, stream)  # of the whole file, perhaps an estimate
+            self._known = known_duration(self.path, container, stream)
+            if start and (self._known is None or start >= self._known):
+                measured = measure_duration(container, stream)
             channels = stream.codec_context.layout.nb_channels
-            tracks = container.streams.audio
-            self._notes = [self._describe_choice(tracks, stream)] if track is None and len(tracks) > 1 else []
+            self.tracks = len(container.streams.audio)
+            chosen = track is not None or self.tracks == 1
+            self._notes = [] if chosen else [self._describe_choice(container.streams.audio, stream)]
         if channel is not None and not 1 <= channel <= (channels or channel):
             raise AudioError(f"{self.name}: has no channel={channel}, only 1 to {channels}; channel=mix takes all")
-        if self._announced is not None and start >= self._announced:
-            raise AudioError(f"{self.name}: start={start:g}, but it ends after {self._announced:.1f} s")
+        if measured is not None:
+            if start >= measured:
+                raise AudioError(f"{self.name}: start={start:g}, but it ends after {measured:.1f} s")
+            self._known = None  # it was wrong
 
     @property
     def duration(self) -> float | None:
-        """Seconds between start and end; None if the container does not tell where the file ends."""
-        ends = [second for second in (self._announced, self.end) if second is not None]
-        return min(ends) - self.start if self._announced is not None else None
+        """Seconds between start and end; None if the container does not tell, or estimates, where the audio ends."""
+        if self._known is None:
+            return None
+        return (self._known if self.end is None else min(self._known, self.end)) - self.start
 
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
         """Decode from the start: yield float32 arrays [seconds * SAMPLE_RATE], the last one shorter.
@@ -113,7 +125,7 @@ class AudioFile:
             raise AudioError(f"{self.name}: no audio could be decoded; the file is damaged or holds no sound")
         if decoded <= first:
             raise AudioError(f"{self.name}: start={self.start:g}, but it ends after {decoded / SAMPLE_RATE:.1f} s")
-        announced = self._announced or 0.0
+        announced = self._known or 0.0
         missing = min(announced, self.end or announced) - decoded / SAMPLE_RATE
         if missing > max(1.0, TRUNCATION_TOLERANCE * announced):
             self.warnings.append(
@@ -299,13 +311,34 @@ def reblock(stream: Iterable[np.ndarray], seconds: float) -> Iterator[np.ndarray
 
 
 def spool_samples(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """Return all samples [N], float32, mapped from a temporary file: they do not fill the memory."""
-    with TemporaryFile() as file:
+    """Return all samples [N], float32, mapped from a temporary file: they do not fill the memory.
+
+    Raises:
+        AudioError: if the disk of temporary files is full.
+    """
+    with explain_temporary_errors():
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+    with file:
         for block in blocks:
-            file.write(block.astype(np.float32, copy=False).tobytes())
-        file.flush()
+            with explain_temporary_errors():
+                file.write(block.astype(np.float32, copy=False).tobytes())
+        with explain_temporary_errors():
+            file.flush()
         size = file.tell() // np.dtype(np.float32).itemsize
         return np.memmap(file, np.float32, "c", shape=(size,)) if size else np.zeros(0, np.float32)
+
+
+@contextmanager
+def explain_temporary_errors() -> Iterator[None]:
+    """Raise AudioError for an OSError of a temporary file: it names the folder, which is not that of transcripts."""
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "the folder of temporary files")
+        raise AudioError(
+            f"{folder}: temporary files cannot be written there ({error.strerror or error}); free some space, or set "
+            "TMPDIR=FOLDER"
+        ) from error
 
 
 def check_vad() -> None:
@@ -359,15 +392,6 @@ def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, mixer: 
         channels = resampled.to_ndarray()  # [channels, samples]
         if channels.shape[1]:
             yield mixer.mix(channels)
-
-
-def _duration(container: av.container.InputContainer, stream: av.AudioStream) -> float | None:
-    if stream.duration and stream.time_base:
-        start = (stream.start_time or 0) * stream.time_base
-        return float(start - (container.start_time or 0) / av.time_base + stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / av.time_base
-    return None
 
 
 def _reason(error: Exception) -> str:

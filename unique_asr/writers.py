@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from unique_asr.subtitles import Cue, SubtitleLimits, build_cues
 from unique_asr.transcript import Segment, Transcript, TranscriptionInfo, Unfinished
 
 
@@ -22,6 +24,21 @@ def format_timestamp(seconds: float, decimal_mark: str = ".", always_hours: bool
     return f"{prefix}{minutes:02d}:{seconds:02d}{decimal_mark}{milliseconds:03d}"
 
 
+@contextmanager
+def open_replacement(path: Path) -> Iterator[TextIO]:
+    """Open a text file that takes the place of `path` once it is whole; what else `path` links to stays as it is.
+
+    It is UTF-8, in which JSON escapes the bytes of file names that are not.
+    """
+    temporary = path.with_name(f".unique-asr-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class ResultWriter:
     """Writer of one format of transcripts; a subclass has `extension`, that of its files, and `write`."""
 
@@ -33,13 +50,8 @@ class ResultWriter:
         It is written beside `path` and moved over it: an old file stays whole until the new one is.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                self.write(transcript, file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_replacement(path) as file:
+            self.write(transcript, file)
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         """Write a transcript to an open file."""
@@ -56,27 +68,44 @@ class TextWriter(ResultWriter):
             print(_format_line(segment), file=file)
 
 
-class SubRipWriter(ResultWriter):
+class SubtitleWriter(ResultWriter):
+    """What writes cues.
+
+    Args:
+        limits: of a cue.
+    """
+
+    def __init__(self, limits: SubtitleLimits | None = None) -> None:
+        self.limits = limits or SubtitleLimits()
+
+    def build_cues(self, transcript: Transcript) -> list[Cue]:
+        """Return the cues of a transcript."""
+        info = transcript.info
+        begin = info.settings.get("start") or 0.0  # of the part that was transcribed
+        return build_cues(transcript.segments, self.limits, begin + info.duration if info.duration else None)
+
+
+class SubRipWriter(SubtitleWriter):
     """Subtitles for most players."""
 
     extension = "srt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
-        for number, segment in enumerate(transcript.segments, start=1):
-            start, end = (format_timestamp(time, ",") for time in (segment.start, segment.end))
-            print(f"{number}\n{start} --> {end}\n{_format_line(segment).replace('-->', '->')}\n", file=file)
+        for number, cue in enumerate(self.build_cues(transcript), start=1):
+            start, end = (format_timestamp(time, ",") for time in (cue.start, cue.end))
+            print(f"{number}\n{start} --> {end}\n{cue.text.replace('-->', '->')}\n", file=file)
 
 
-class WebVTTWriter(ResultWriter):
+class WebVTTWriter(SubtitleWriter):
     """Subtitles for web pages."""
 
     extension = "vtt"
 
     def write(self, transcript: Transcript, file: TextIO) -> None:
         print("WEBVTT\n", file=file)
-        for segment in transcript.segments:
-            start, end = (format_timestamp(time) for time in (segment.start, segment.end))
-            text = _format_line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        for cue in self.build_cues(transcript):
+            start, end = (format_timestamp(time) for time in (cue.start, cue.end))
+            text = cue.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             print(f"{start} --> {end}\n{text}\n", file=file)
 
 
@@ -102,9 +131,13 @@ class JSONWriter(ResultWriter):
         file.write("\n")
 
 
-WRITERS: dict[str, ResultWriter] = {
-    writer.extension: writer() for writer in (TextWriter, SubRipWriter, WebVTTWriter, TabSeparatedWriter, JSONWriter)
-}
+def make_writers(limits: SubtitleLimits) -> dict[str, ResultWriter]:
+    """Return a writer for each format, by its extension; those of subtitles keep to `limits`."""
+    writers = (TextWriter(), SubRipWriter(limits), WebVTTWriter(limits), TabSeparatedWriter(), JSONWriter())
+    return {writer.extension: writer for writer in writers}
+
+
+WRITERS = make_writers(SubtitleLimits())
 
 
 def read_transcript(path: str | Path) -> Transcript:
@@ -161,7 +194,9 @@ class SegmentLog:
     def _begin(self) -> None:
         if self.keep:
             os.truncate(self.path, self.keep)
-        self._file = self.path.open("a" if self.keep else "w", encoding="utf-8", newline="\n")
+        else:
+            self.path.unlink(missing_ok=True)  # it may be a link
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
         if self.info is not None and not self.keep:
             self._write({"transcription": self.info.to_dict()})
 

@@ -351,12 +351,6 @@ def test_only_ids_of_jobs_reach_the_disk(refusing, id):
 
 
 def test_limits(serve, script):
-    page = Client(serve(max_minutes=0.1, max_waiting=0).local_url, verbose=False)
-    with pytest.raises(AppError, match="At most 0 jobs may wait, and 0 do"):
-        transcribe(page, upload=DATA / "nomads.opus")
-    page = Client(serve(max_waiting=1).local_url, verbose=False)
-    with pytest.raises(AppError, match="At most 1 jobs may wait, and 0 do"):
-        transcribe(page, upload=[DATA / "nomads.opus", DATA / "repose.opus"])
     page = Client(serve(max_minutes=0.1).local_url, verbose=False)
     with pytest.raises(AppError, match=r"longer than 0\.1 minutes"):
         transcribe(page, upload=DATA / "nomads.opus")

@@ -161,9 +161,11 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "output.dir=talk.opus"], 2, "error: output.dir=talk.opus: is not a folder"),
         (["audio=talk.opus", "attention.page_size=7"], 2, "error: attention.page_size is 7"),
         (["audio=talk.opus", "start=soon"], 2, "error: start=soon end=None: soon is not a time: give seconds"),
-        (["audio=talk.opus", "start=5", "end=3"], 1, "error: start=5 end=3: end has to lie after start"),
+        (["audio=talk.opus", "start=5", "end=3"], 2, "error: start=5 end=3: end has to lie after start"),
         (["audio=talk.opus", "start=1:00"], 1, "error: talk.opus: start=60, but it ends after 9.1 s"),
         (["audio=talk.opus", "channel=left"], 2, "error: channel=left: give mix, or a number"),
+        (["audio=talk.opus", "track=first"], 2, "error: track=first: give null, or a number"),
+        (["audio=talk.opus", "track=2"], 1, "talk.opus: has no track=2, only 1 (mono"),
         (["audio=talk.opus", "channel=2"], 1, "talk.opus: has no channel=2, only 1 to 1"),
         (
             ["audio=talk.opus", "language=French"],
@@ -181,6 +183,8 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "batch=true"], 2, "error: batch=True: give a whole number"),
         (["audio=talk.opus", "parallel_passes=0"], 2, "error: parallel_passes=0: give a whole number of passes"),
         (["audio=talk.opus", "parallel_passes=a"], 2, "error: parallel_passes=a: give a whole number"),
+        (["audio=talk.opus", "output.max_line_width=8"], 2, "error: output.max_line_width=8: give a whole number"),
+        (["audio=talk.opus", "output.min_cue_seconds=9"], 2, "error: output.min_cue_seconds=9: is more than max_cue"),
         (["audio=talk.opus", "batch=2", "output.reads=true"], 2, "error: output.reads=true: draws what one recording"),
         (["audio=talk.opus", "attention.size=7"], 2, "error: Could not override 'attention.size'"),
     ],
@@ -193,6 +197,20 @@ def test_errors_are_one_line(talk, command, arguments, code, message):
     assert err.count("\n") == 1
     assert names() == ["talk.opus"]
     assert FakeTranscriber.loaded == 0
+
+
+def test_subtitles_keep_to_their_limits_whether_transcribed_or_rewritten(talk, command):
+    limits = ["output.max_line_width=16", "output.max_lines=1"]
+    assert command("audio=talk.opus", "output.format=[srt,json]", *limits)[0] == 0
+    narrow = Path("talk.srt").read_text()
+    assert max(map(len, narrow.replace(" --> ", "\n").splitlines())) <= 16
+    Path("talk.srt").unlink()
+    assert command("audio=talk.opus", "output.format=srt")[0] == 0
+    assert "Segment 0: [red]é[/red]." in Path("talk.srt").read_text()
+    Path("talk.srt").unlink()
+    assert command("audio=talk.opus", "output.format=srt", *limits)[0] == 0
+    assert Path("talk.srt").read_text() == narrow
+    assert FakeTranscriber.loaded == 1
 
 
 def test_formats_that_a_transcript_has_already_need_no_model(talk, command):

@@ -16,6 +16,7 @@ from unique_asr.transcript import Segment, TranscriptionInfo, Word
 OPTION_PAGES = {  # where the options of a program are explained; the first is its own page
     "transcribe": ["transcribing.md", "sparse-attention.md"],
     "app": ["web-page-and-server.md", "transcribing.md", "sparse-attention.md"],
+    "server": ["web-page-and-server.md", "transcribing.md", "sparse-attention.md"],
     "finetune": ["fine-tuning.md"],
     "evaluate": ["evaluation.md", "sparse-attention.md"],
     "generate": ["sparse-attention.md"],

@@ -35,6 +35,7 @@ def every(items, where=PAGES):
 PROGRAMS = {  # each a file of conf/
     "unique-asr": "transcribe",
     "unique-asr-app": "app",
+    "unique-asr-server": "server",
     "unique-asr-finetune": "finetune",
     "unique-asr-evaluate": "evaluate",
     "unique-asr-generate": "generate",
@@ -44,8 +45,18 @@ PROGRAMS = {  # each a file of conf/
     "scripts/generate.py": "generate",
     "scripts/benchmark.py": "benchmark",
     "unique_asr.app": "app",
+    "unique_asr.server": "server",
 }
-TOOLS = {"pip", "docker", "ffmpeg", "python3", "ruff", "accelerate", ".ci/run"}  # everything else is ours, and checked
+TOOLS = {
+    "pip",
+    "curl",
+    "docker",
+    "ffmpeg",
+    "python3",
+    "ruff",
+    "accelerate",
+    ".ci/run",
+}  # everything else is ours, and checked
 FREE_TEXT = {  # options that the programs take as they are written, not as Hydra's own syntax
     *("audio", "start", "end", "language", "hotwords", "decoding.prompt", "output.dir", "output.format"),
     *("prompt", "context", "system", "folders", "jobs"),
@@ -104,7 +115,7 @@ def check_make(arguments):
         if equals:
             assert re.search(rf"\$\(?\$?{variable}\b|^export {variable}$", makefile, re.MULTILINE), word
             if variable == "options":
-                check_options({"transcribe": "transcribe", "app": "app"}[arguments[0]], shlex.split(value))
+                check_options(PROGRAMS.get(f"unique_asr.{arguments[0]}", arguments[0]), shlex.split(value))
         else:
             assert re.search(rf"^{word}:", makefile, re.MULTILINE), f"make has no target {word}"
 

@@ -1,4 +1,4 @@
-"""The fused attention of training on a GPU: exact against float64, compiled, and its time and memory.
+"""The fused attention of training on a GPU: exact against float64, in the loops of people, its time and memory.
 
 python -m pytest tests/gpu/test_soft_mask_gpu.py -m gpu -s
 """
@@ -6,10 +6,17 @@ python -m pytest tests/gpu/test_soft_mask_gpu.py -m gpu -s
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from unique_asr.kernels.soft_mask_attention import training_attention
 
-from unique_asr.attention import soft_mask
+from unique_asr.attention import huggingface_training, soft_mask
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 
 pytestmark = [
@@ -83,13 +90,126 @@ def test_a_compiled_model_under_checkpointing():
         model.zero_grad()
         if compiled:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with soft_mask.training_attention(model, mode="soft", budget=256, queries="all"):
+        with huggingface_training.training_attention(model, mode="soft", budget=256, queries="all"):
             run = torch.compile(model) if compiled else model
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         gradient = model.model.layers[0].self_attn.k_proj.weight.grad.float()
         losses.append((loss.item(), gradient.norm().item()))
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def make_model(dtype=FP32):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=512, initializer_range=0.1)
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def make_rows(count, tokens=1000):
+    """Rows of which the second half is the transcript."""
+    ids = torch.randint(0, 512, (count, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : tokens // 2] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
+
+
+def forbid_plain_pytorch(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("plain PyTorch ran where the kernel can")
+
+    monkeypatch.setattr(huggingface_training, "attention", fail)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_over_float32_weights(monkeypatch, compiled):
+    """What Trainer(bf16=True) does: rotary embeddings give float32 queries and keys beside bfloat16 values.
+
+    The kernel's loss and gradients are those of plain PyTorch, as far as bfloat16 lets them.
+    """
+    batch = {name: torch.stack([row[name] for row in make_rows(2)]).cuda() for name in ("input_ids", "labels")}
+    found = []
+    for backend in ("torch", "auto"):
+        model = make_model().cuda()
+        if backend == "auto":
+            forbid_plain_pytorch(monkeypatch)
+        run = torch.compile(model) if compiled and backend == "auto" else model
+        with (
+            huggingface_training.training_attention(run, mode="soft", budget=256, tau=0.7, backend=backend),
+            torch.autocast("cuda", BF16),
+        ):
+            loss = run(**batch, use_cache=False).loss
+        loss.backward()
+        found.append((loss.item(), model.model.layers[0].self_attn.v_proj.weight.grad.flatten()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-2)
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.98
+
+
+def test_a_model_that_moves_after_the_switch(monkeypatch):
+    """To the GPU: the kernel runs. Back to the CPU: plain PyTorch does."""
+    rows = make_rows(1, 400)
+    batch = {name: rows[0][name][None] for name in ("input_ids", "labels")}
+    model = make_model()
+    with huggingface_training.training_attention(model, mode="soft", budget=256, tau=0.7):
+        here = model(**batch, use_cache=False).loss.item()
+        with monkeypatch.context() as patch:
+            forbid_plain_pytorch(patch)
+            model.cuda()
+            there = model(**{name: value.cuda() for name, value in batch.items()}, use_cache=False).loss.item()
+        model.cpu()
+        assert model(**batch, use_cache=False).loss.item() == pytest.approx(here, rel=1e-4)
+    assert there == pytest.approx(here, rel=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"torch_compile": True}], ids=str)
+def test_the_trainer_of_transformers(tmp_path, monkeypatch, options):
+    """With bf16=True it learns a row by heart, through the kernel."""
+    forbid_plain_pytorch(monkeypatch)
+    model, rows = make_model(), make_rows(1) * 60
+    with huggingface_training.training_attention(model, mode="soft", budget=256):
+        arguments = TrainingArguments(
+            tmp_path, bf16=True, max_steps=60, per_device_train_batch_size=1, learning_rate=3e-3, logging_steps=1,
+            save_strategy="no", report_to="none", **options,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_ddp_and_lora(tmp_path, monkeypatch):
+    """One process of NCCL around a model with LoRA around the switched decoder, in bfloat16."""
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.parallel import DistributedDataParallel
+
+    forbid_plain_pytorch(monkeypatch)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        lora = LoraConfig(r=8, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM")
+        model = DistributedDataParallel(get_peft_model(make_model(BF16).cuda(), lora))
+        batch = {name: torch.stack([row[name] for row in make_rows(2)]).cuda() for name in ("input_ids", "labels")}
+        with huggingface_training.training_attention(model, mode="soft", budget=256):
+            model(**batch, use_cache=False).loss.backward()
+        moved = [value.grad.abs().sum() > 0 for name, value in model.named_parameters() if "lora_B" in name]
+        assert len(moved) == 4
+        assert all(moved)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_sliding_window_beside_the_kernel():
+    """Gemma 3: local layers by `sdpa`, the others by the kernel; dense as with the model's own attention."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512, "sliding_window": 128}
+    config = Gemma3TextConfig(**shape, layer_types=["sliding_attention", "full_attention"])
+    model = Gemma3ForCausalLM(config).cuda().to(BF16)
+    batch = {name: torch.stack([row[name] for row in make_rows(2)]).cuda() for name in ("input_ids", "labels")}
+    expected = model(**batch, use_cache=False).loss.item()
+    with huggingface_training.training_attention(model, mode="dense"):
+        assert model(**batch, use_cache=False).loss.item() == pytest.approx(expected, rel=1e-2)
+    with huggingface_training.training_attention(model, mode="soft", budget=256):
+        model(**batch, use_cache=False).loss.backward()
+    assert all(value.grad.isfinite().all() for value in model.parameters() if value.grad is not None)
 
 
 def measure(run):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from unique_asr.attention.soft_mask import training_attention
+from unique_asr.attention.huggingface_training import training_attention
 from unique_asr.training.corpus import Corpus, Source, TrainingUtterance
 from unique_asr.training.decoders import GraphedDecoder, PlainDecoder
 from unique_asr.training.listening import CLEAN

@@ -9,7 +9,7 @@ from unique_asr.kernels.soft_mask_attention import (
     training_attention,
 )
 
-from unique_asr.attention import soft_mask
+from unique_asr.attention import huggingface_training, soft_mask
 from unique_asr.attention.soft_mask import TrainingAttentionConfig
 
 CASES = {  # batch, tokens, KV heads, group, dim, documents, share of masked queries, settings
@@ -96,7 +96,7 @@ def test_a_model_trains_through_the_kernel(llama):
         llama.zero_grad()
         if checkpointing:
             llama.train().gradient_checkpointing_enable({"use_reentrant": False})
-        with soft_mask.training_attention(llama, mode="soft", budget=32, queries="all", backend=backend):
+        with huggingface_training.training_attention(llama, mode="soft", budget=32, queries="all", backend=backend):
             llama(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         found.append({name: value.grad for name, value in llama.named_parameters()})
     for name in found[0]:
@@ -121,7 +121,7 @@ def test_the_operators_are_traceable():
 def test_a_compiled_model_is_one_graph(llama):
     llama.model.layers = llama.model.layers[:1]
     ids = torch.randint(1, 97, (1, 48))
-    with soft_mask.training_attention(llama, mode="soft", budget=32, queries="all", backend="triton"):
+    with huggingface_training.training_attention(llama, mode="soft", budget=32, queries="all", backend="triton"):
         explained = torch._dynamo.explain(llama)(input_ids=ids, labels=ids, use_cache=False)
     torch._dynamo.reset()
     assert explained.graph_break_count == 0

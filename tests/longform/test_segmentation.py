@@ -3,7 +3,8 @@
 import pytest
 from simulated_speech import Tokenizer
 
-from unique_asr.longform.segmentation import SegmentationConfig, Segmenter, WordStream, ends_sentence
+from unique_asr.longform.segmentation import SegmentationConfig, Segmenter, WordStream
+from unique_asr.sentences import ends_sentence
 from unique_asr.transcript import Word
 
 

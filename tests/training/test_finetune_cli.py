@@ -37,7 +37,8 @@ def test_options_are_checked_before_anything_heavy_is_imported(tmp_path):
 def test_help_shows_the_options(command):
     code, out, _ = command("--help")
     assert not code
-    assert out.startswith("Trains a speech LLM, or a language model on texts: python scripts/finetune.py ")
+    assert out.startswith("Trains a speech LLM, or a language model on texts: unique-asr-finetune ")
+    assert out.splitlines()[1] == "(in a checkout: python scripts/finetune.py)"
     assert "stages: []" in out
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unique_asr.attention.soft_mask import training_attention
+from unique_asr.attention.huggingface_training import training_attention
 from unique_asr.models.speech_llm.projector import Frames
 from unique_asr.training.decoders import PlainDecoder
 from unique_asr.training.losses import compute_ctc_loss, compute_llm_loss, pack_rows

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from unique_asr.application.jobs import find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE, run, whole_number
 from unique_asr.application.session import Output, Session, TranscriptionSettings, load_transcriber
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.audio import AudioError, parse_time
+from unique_asr.audio import AudioError, check_part, parse_time
+from unique_asr.subtitles import SubtitleLimits
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
@@ -89,13 +91,15 @@ def read_saved_attention(arguments: Sequence[str]) -> list[str]:
 
 
 def read_output(config: DictConfig) -> Output:
-    """Return which files are wanted. Raises OutputError if a format is unknown."""
+    """Return which files are wanted. Raises ValueError if a format is unknown, or a limit of subtitles does not fit."""
+    limits = {limit.name: config.output[limit.name] for limit in fields(SubtitleLimits)}
     return Output(
         formats=resolve_formats(config.output.format),
         overwrite=config.output.overwrite,
         resume=config.resume,
         keep_log=config.output.keep_log,
         page_reads=config.output.reads,
+        subtitles=SubtitleLimits(**limits),
     )
 
 
@@ -151,5 +155,9 @@ def _read_part(config: DictConfig) -> dict[str, Any]:
         start, end = parse_time(config.start) or 0.0, parse_time(config.end)
     except ValueError as error:
         raise ValueError(f"start={config.start} end={config.end}: {error}") from error
+    try:
+        check_part(start, end)
+    except AudioError as error:  # of the option, not of a recording
+        raise ValueError(str(error)) from error
     channel = None if channel == "mix" else channel
     return {"start": start, "end": end, "channel": channel, "track": track, "vad": config.vad}

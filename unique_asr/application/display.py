@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    SpinnerColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -28,6 +32,34 @@ STAGES = {  # of the pipeline, in order
     "prefill": "Reading",
     "decode": "Transcribing",
 }
+
+
+SIGN_OF_LIFE = 10.0  # s between two lines where there is no terminal
+
+
+@contextmanager
+def show_waiting(what: str) -> Iterator[None]:
+    """Show on standard error that something takes its time: a clock on a terminal, else a line now and then."""
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if console.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn(what), TimeElapsedColumn(), console=console, transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
+        return
+    console.print(f"{what} ...")
+    begin, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(SIGN_OF_LIFE):
+            console.print(f"{what} ... {time.monotonic() - begin:.0f} s")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def format_time(seconds: float) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from unique_asr.application.display import SIGN_OF_LIFE, show_waiting
 from unique_asr.application.overrides import FAILED, SUCCESS, USAGE, run
+from unique_asr.application.standard_streams import is_output_lost
 from unique_asr.attention import SparseAttentionConfig
 
 if TYPE_CHECKING:
@@ -22,8 +26,7 @@ LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the text that the arguments ask for, and exit."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would break into ours
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.exit(run(generate, "generate", arguments, LITERAL_KEYS, LITERAL_GROUPS))
 
@@ -35,13 +38,22 @@ def generate(config: DictConfig) -> int:
         if not config.quiet:
             print(text, end=end, file=sys.stderr, flush=True)
 
+    told = time.monotonic()
+
     def show_progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
+        nonlocal told
+        if sys.stderr is not None and sys.stderr.isatty():
             note(f"\rReading {done} of {total} tokens", end="\n" if done == total else "")
+        elif time.monotonic() - told > SIGN_OF_LIFE:
+            told = time.monotonic()
+            note(f"Reading {done} of {total} tokens")
 
     if OmegaConf.is_missing(config.model, "name_or_path") or OmegaConf.is_missing(config, "prompt"):
         print("usage: python scripts/generate.py model=MODEL prompt=TEXT [context=FILE] ...", file=sys.stderr)
         return USAGE
+    if config.prompt == "-" and sys.stdin is None:
+        print("error: prompt=-: standard input is closed; pipe a text into it", file=sys.stderr)
+        return FAILED
     try:
         prompt = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
         context = None if config.context is None else Path(config.context).expanduser().read_text(encoding="utf-8")
@@ -50,16 +62,16 @@ def generate(config: DictConfig) -> int:
         return FAILED
     try:
         attention = SparseAttentionConfig(**OmegaConf.to_container(config.attention))
-        note(f"Loading {config.model.name_or_path} ...")
-        from unique_asr.generation import TextGenerator  # takes seconds
+        with nullcontext() if config.quiet else show_waiting(f"Loading {config.model.name_or_path}"):
+            from unique_asr.generation import TextGenerator  # takes seconds
 
-        generator = TextGenerator(
-            config.model.name_or_path,
-            attention=attention,
-            device=config.device,
-            dtype=config.dtype,
-            prefill_chunk=config.prefill_chunk,
-        )
+            generator = TextGenerator(
+                config.model.name_or_path,
+                attention=attention,
+                device=config.device,
+                dtype=config.dtype,
+                prefill_chunk=config.prefill_chunk,
+            )
         pieces, info = generator.generate(
             prompt,
             context=context,
@@ -73,13 +85,16 @@ def generate(config: DictConfig) -> int:
             note(f"warning: {warning}")
         for piece in pieces:
             print(piece, end="", flush=True)
+            if is_output_lost():
+                break
         print()
     except (ValueError, ImportError) as error:
         if config.debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
-    note(summarize(info))
+    if not is_output_lost():
+        note(summarize(info))
     return SUCCESS
 
 

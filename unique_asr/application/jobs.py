@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import hashlib
 import os
-from collections import Counter
+import stat
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unique_asr.application.file_identity import is_same_file
 from unique_asr.audio import AudioError
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
-from unique_asr.writers import WRITERS, SegmentLog, read_transcript
+from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, read_transcript
 
 MEDIA_SUFFIXES = {
     *(".aac", ".ac3", ".aif", ".aiff", ".amr", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp2", ".mp3", ".oga", ".ogg"),
     *(".opus", ".wav", ".weba", ".wma"),
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
 }  # what a folder or a glob is searched for; a file named by itself may be called anything
-
+LOG, PLOT = "partial.jsonl", "reads.svg"  # the extensions of two files that are no transcripts
+OUTPUT_EXTENSIONS = (*WRITERS, *(f"partial.{extension}" for extension in WRITERS), LOG, PLOT)
+MAX_NAME = 255  # bytes of a file's name, on most file systems
 
 STDIN = Path("-")  # standard input, as a recording
 
@@ -40,11 +48,11 @@ def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
         path = Path(name).expanduser()
         if path == STDIN:
             files = [path]
-        elif path.is_dir():
+        elif os.path.isdir(path):  # unlike Path.is_dir, never raises
             files = sorted(file for file in path.iterdir() if _is_media(file))
             if not files:
                 raise AudioError(f"{path}: no audio or video files in this folder")
-        elif not path.exists() and glob.has_magic(str(path)):
+        elif not os.path.exists(path) and glob.has_magic(str(path)):
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
             files = [match for match in matches if _is_media(match)] or [match for match in matches if match.is_file()]
             if not files:
@@ -90,14 +98,43 @@ class Job:
 
     def path(self, extension: str) -> Path:
         """Return where the transcript of a format goes."""
-        return self.base.with_name(f"{self.base.name}.{extension}")
+        return self.base.with_name(_fit_name(self.base.name, f".{extension}"))
 
     def partial_path(self, extension: str) -> Path:
         """Return where a transcript that was broken off goes; `jsonl` is the log of segments."""
         return self.path(f"partial.{extension}")
 
+    def list_outputs(self) -> list[Path]:
+        """Return every file that a transcription may write or remove."""
+        return [self.path(extension) for extension in OUTPUT_EXTENSIONS]
+
+    def check_outputs(self) -> None:
+        """Check that nothing but files of transcripts lies where they go, before an hour is spent on them.
+
+        Raises:
+            OutputError: if one is the recording itself, by whatever name, or cannot be a file.
+        """
+        for path in self.list_outputs():
+            try:
+                status = os.stat(path)
+                itself = self.audio != STDIN and os.path.samestat(status, os.stat(self.audio))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: cannot be written ({error.strerror}); output.dir=FOLDER writes elsewhere"
+                ) from error
+            if itself:
+                raise OutputError(
+                    f"{path}: is the recording itself and stays as it is; output.dir=FOLDER writes elsewhere"
+                )
+            if stat.S_ISDIR(status.st_mode):
+                raise OutputError(
+                    f"{path}: cannot be written ({os.strerror(errno.EISDIR)}); output.dir=FOLDER writes elsewhere"
+                )
+
     def check_writable(self) -> None:
-        """Make the folder of the transcripts, before an hour is spent on them.
+        """Make the folder of the transcripts.
 
         Raises:
             OutputError: if it cannot be made or written to.
@@ -116,11 +153,10 @@ class Job:
         """Return the extensions of `formats` whose files are there."""
         return [extension for extension in formats if self.path(extension).exists()]
 
-    def find_difference(self, duration: float | None, provenance: Mapping[str, Any]) -> str | None:
+    def find_difference(self, provenance: Mapping[str, Any]) -> str | None:
         """Return what the .json on disk was made from that is not what is asked for now; None if nothing is.
 
         Args:
-            duration: seconds of what is to be transcribed, if known.
             provenance: model, settings of the attention, and those that `TranscriptionInfo.settings` keeps.
         """
         try:
@@ -129,26 +165,28 @@ class Job:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             return "something other than a transcript"
-        return self._compare(info, duration, provenance)
+        return self._compare(info, provenance)
 
-    def _compare(self, info: TranscriptionInfo, duration: float | None, provenance: Mapping[str, Any]) -> str | None:
-        if Path(info.audio).name != Path(self.name).name:
+    def _compare(self, info: TranscriptionInfo, provenance: Mapping[str, Any]) -> str | None:
+        same_name = Path(info.audio).name == Path(self.name).name
+        # Older transcripts know the name alone, and so it is where no file is there yet. The duration is no help:
+        # many containers only estimate it.
+        known = info.file and os.path.isfile(self.audio)
+        if not (is_same_file(info.file, self.audio, same_name) if known else same_name):
             return f"another recording ({info.audio})"
         made = {"model": info.model, **info.attention, **info.settings}
         for name, value in provenance.items():
             if made.get(name) != value:
                 return f"{name}={'null' if made.get(name) is None else made[name]}"
-        if abs((duration or info.duration) - info.duration) > 1.0:
-            return f"another recording ({info.audio})"
         return None
 
-    def read_unfinished(self, duration: float | None, provenance: Mapping[str, Any]) -> tuple[Unfinished | None, int]:
+    def read_unfinished(self, provenance: Mapping[str, Any]) -> tuple[Unfinished | None, int]:
         """Return where an interrupted transcription goes on, None if there is none, and the bytes of its log to keep.
 
         Raises:
             OutputError: if the log cannot be read, or was made with other settings.
         """
-        path = self.partial_path("jsonl")
+        path = self.path(LOG)
         try:
             info, unfinished, keep = SegmentLog.read_unfinished(path)
         except FileNotFoundError:
@@ -157,24 +195,28 @@ class Job:
             raise OutputError(f"{path}: is no log of segments; resume=false begins anew") from error
         if info is None or unfinished is None:
             return None, 0
-        if made_from := self._compare(info, duration, provenance):
+        if made_from := self._compare(info, provenance):
             raise OutputError(f"{path}: was made from {made_from}; ask for the same, or resume=false begins anew")
         return unfinished, keep
 
-    def write(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+    def write(
+        self, transcript: Transcript, formats: Iterable[str], writers: Mapping[str, ResultWriter] = WRITERS
+    ) -> list[Path]:
         """Write a whole transcript; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.path(extension))
-            WRITERS[extension].write_file(transcript, paths[-1])
+            writers[extension].write_file(transcript, paths[-1])
         return paths
 
-    def write_partial(self, transcript: Transcript, formats: Iterable[str]) -> list[Path]:
+    def write_partial(
+        self, transcript: Transcript, formats: Iterable[str], writers: Mapping[str, ResultWriter] = WRITERS
+    ) -> list[Path]:
         """Write a transcript that was broken off, under names that tell it from a whole one; return the files."""
         paths = []
         for extension in formats:
             paths.append(self.partial_path(extension))
-            WRITERS[extension].write_file(transcript, paths[-1])
+            writers[extension].write_file(transcript, paths[-1])
         return paths
 
     def remove_partial(self, keep_log: bool = False) -> None:
@@ -184,42 +226,96 @@ class Job:
 
 
 def plan(recordings: Sequence[Path], folder: str | Path | None = None) -> list[Job]:
-    """Return a job for each recording, of which no two write the same files.
+    """Return a job for each recording, of which no two write the same files, and none writes over a recording.
 
-    talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt.
+    talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt. So does a recording
+    that is itself called talk.txt.
 
     Args:
         folder: of the transcripts; by default that of each recording.
 
     Raises:
-        OutputError: if `folder` is a file, or two recordings would write the same files.
+        OutputError: if `folder` is a file, or two recordings would write the same files, or one over another.
     """
     folder = Path(folder).expanduser() if folder is not None else None
-    if folder is not None and folder.exists() and not folder.is_dir():
+    if folder is not None and os.path.exists(folder) and not folder.is_dir():
         raise OutputError(f"output.dir={folder}: is not a folder")
-    stems = Counter(((folder or path.parent), path.stem) for path in recordings)
+    stems = Counter((folder or path.parent, _fold(path.stem)) for path in recordings)
+    places = {_fold(os.path.abspath(path)): path for path in recordings if path != STDIN}
+    siblings: dict[Path, dict[str, set[str]]] = {}
     jobs: dict[Path, Job] = {}
+    folded: dict[str, Job] = {}
     for path in recordings:
         if path == STDIN:
-            base = (folder or Path()) / "stdin"
-            jobs[base] = Job(path, base, "stdin")
-            continue
-        target = folder or path.parent
-        shared = stems[target, path.stem] > 1 or _has_sibling(path)
-        job = Job(path, target / (path.name if shared else path.stem))
-        if job.base in jobs:
+            job = Job(path, (folder or Path()) / "stdin", "stdin")
+        else:
+            target = folder or path.parent
+            if path.parent not in siblings:
+                siblings[path.parent] = _list_media(path.parent)
+            shared = stems[target, _fold(path.stem)] > 1 or siblings[path.parent][_fold(path.stem)] - {path.name}
+            job = Job(path, target / path.stem)
+            if shared or _is_named_as_output(path) or _find_covered(job, places):
+                job = Job(path, target / path.name)
+            if covered := _find_covered(job, places):
+                raise OutputError(
+                    f"the transcript of {path} would be written over the recording {covered}; "
+                    "output.dir=FOLDER writes elsewhere"
+                )
+        other = jobs.get(job.base) or folded.get(_fold(str(job.base)))
+        if other is not None and (other.base == job.base or _ignores_case(job.base.parent)):
             raise OutputError(
-                f"{jobs[job.base].audio} and {path} would both be written to {job.base}.*; "
+                f"{other.audio} and {path} would both be written to {job.base}.*; "
                 "leave output.dir out or transcribe them one by one"
             )
-        jobs[job.base] = job
+        jobs[job.base] = folded[_fold(str(job.base))] = job
     return list(jobs.values())
 
 
-def _has_sibling(path: Path) -> bool:
-    """Whether another recording beside this one has the same stem: asked for now or not, so that names stay."""
-    siblings = path.parent.glob(f"{glob.escape(path.stem)}.*") if path.parent.is_dir() else ()
-    return any(other.stem == path.stem and other.name != path.name and _is_media(other) for other in siblings)
+def _fold(name: str) -> str:
+    """A name as file systems compare it that ignore case, or how accents are written."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether names in a folder, or in the first folder above it that exists, differ in more than case."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(prefix="case", dir=folder) as file:
+            return Path(file.name).with_name(Path(file.name).name.swapcase()).exists()
+    except OSError:
+        return False  # it cannot be written to: nothing is lost there
+
+
+def _list_media(folder: Path) -> dict[str, set[str]]:
+    """The names of the recordings in a folder by stem, asked for now or not, so that names of transcripts stay."""
+    names = defaultdict(set)
+    for path in folder.iterdir() if os.path.isdir(folder) else ():
+        if _is_media(path):
+            names[_fold(path.stem)].add(path.name)
+    return names
+
+
+def _is_named_as_output(path: Path) -> bool:
+    """Whether a recording, or its transcript, would be called as what is written about another."""
+    return path.suffix.lower() in {f".{name.rpartition('.')[2]}" for name in OUTPUT_EXTENSIONS} or (
+        Path(path.stem).suffix.lower() == ".partial"
+    )
+
+
+def _find_covered(job: Job, places: Mapping[str, Path]) -> Path | None:
+    """The recording, by its folded path one of `places`, where the job would write a file."""
+    outputs = (_fold(os.path.abspath(path)) for path in job.list_outputs())
+    return next((places[output] for output in outputs if output in places), None)
+
+
+def _fit_name(stem: str, ending: str) -> str:
+    """The name of a file; a stem too long for a file system is cut, and told from others by a digest."""
+    encoded, room = os.fsencode(stem), MAX_NAME - len(os.fsencode(ending))
+    if len(encoded) <= room:
+        return stem + ending
+    mark = f"~{hashlib.sha256(encoded).hexdigest()[:8]}"
+    return encoded[: room - len(mark)].decode("utf-8", "ignore") + mark + ending
 
 
 def _is_media(path: Path) -> bool:

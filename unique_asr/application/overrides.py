@@ -13,6 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from unique_asr.application.standard_streams import guard_standard_streams
+
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 LITERAL_STARTS = ("'", '"', "${")  # the user wrote Hydra's own syntax
 
@@ -54,15 +56,17 @@ def quote_arguments(
 
 
 def _quote_value(value: str) -> str:
-    if value in ("null", "???") or Path(value).exists():
-        return value if value in ("null", "???") else _quote(value)
+    if value in ("null", "???"):
+        return value
+    if os.path.exists(value):  # Path.exists would raise for what is too long for a name, as prompts and lists are
+        return _quote(value)
     if value.startswith("[") and value.endswith("]"):
         return "[" + ",".join(_quote_element(element.strip()) for element in _split(value[1:-1])) + "]"
     return _quote_element(value)
 
 
 def _quote_element(value: str) -> str:
-    return value if value.startswith(LITERAL_STARTS) and not Path(value).exists() else _quote(value)
+    return value if value.startswith(LITERAL_STARTS) and not os.path.exists(value) else _quote(value)
 
 
 def _quote(value: str) -> str:
@@ -97,8 +101,9 @@ def run(
     """Compose conf/<config_name>.yaml with `arguments`, call `task`, and return its exit code; None counts as 0.
 
     Arguments that do not fit end the process with the code USAGE and one line (HYDRA_FULL_ERROR=1 shows the traceback),
-    an interrupt ends it with the code INTERRUPTED. What takes
-    long to import is best imported in `task`: then wrong arguments are told at once.
+    an interrupt ends it with the code INTERRUPTED. Standard output that is closed ends nothing; one that cannot be
+    written for another reason, such as a full disk, makes the code FAILED. What takes long to import is best imported
+    in `task`: then wrong arguments are told at once.
 
     Args:
         task: gets the configuration. With Hydra's --multirun it is called for each job, and the last code that is not 0
@@ -106,6 +111,22 @@ def run(
         literal_keys: options whose values, file names for instance, are taken as they are written.
         literal_groups: see `quote_arguments`.
     """
+    with guard_standard_streams() as outputs:
+        code = _run(task, config_name, arguments, literal_keys, literal_groups)
+        sys.stdout.flush()
+        errors = [file.error for file in outputs if file.error and not isinstance(file.error, BrokenPipeError)]
+        if errors:
+            print(f"error: standard output: cannot be written ({errors[0].strerror})", file=sys.stderr)
+    return code or (FAILED if errors else SUCCESS)
+
+
+def _run(
+    task: Callable[[DictConfig], int | None],
+    config_name: str,
+    arguments: Sequence[str],
+    literal_keys: Iterable[str],
+    literal_groups: Mapping[str, str] | None,
+) -> int:
     # Notices and bars of libraries would break into the output. They are read when those are imported, which follows.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

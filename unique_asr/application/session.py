@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unique_asr.application.display import Display, format_time
-from unique_asr.application.jobs import STDIN, Job, OutputError
+from unique_asr.application.file_identity import identify_file
+from unique_asr.application.jobs import LOG, PLOT, STDIN, Job, OutputError
 from unique_asr.attention import SparseAttentionConfig
-from unique_asr.audio import AudioError, AudioFile
+from unique_asr.audio import AudioError, AudioFile, explain_temporary_errors
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
+from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
-from unique_asr.writers import WRITERS, SegmentLog, read_transcript
+from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, open_replacement, read_transcript
 
 if TYPE_CHECKING:
     from unique_asr.decoding.engine import Engine
@@ -92,6 +94,7 @@ class Output:
         resume: go on with what an interrupted transcription left.
         keep_log: keep the log of segments beside the transcript.
         page_reads: draw which part of the audio each token was read from.
+        subtitles: limits of their cues.
     """
 
     formats: Sequence[str] = tuple(WRITERS)
@@ -99,6 +102,12 @@ class Output:
     resume: bool = False
     keep_log: bool = False
     page_reads: bool = False
+    subtitles: SubtitleLimits = field(default_factory=SubtitleLimits)
+
+    @property
+    def writers(self) -> Mapping[str, ResultWriter]:
+        """A writer for each format."""
+        return make_writers(self.subtitles)
 
 
 @dataclass
@@ -145,6 +154,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self._temporary.close()
+
+    def load(self, settings: TranscriptionSettings, display: Display) -> None:
+        """Load the transcriber now, rather than for the first recording.
+
+        Raises:
+            ValueError: if the model cannot be loaded.
+        """
+        self._get_transcriber(settings, display)
 
     def transcribe(
         self, job: Job, settings: TranscriptionSettings, output: Output, display: Display
@@ -231,19 +248,29 @@ class Session:
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
         source = AudioFile(job.audio, **settings.part, name=job.name)
-        formats = find_missing_formats(job, output, source.duration, settings.provenance, display)
+        formats = find_missing_formats(job, output, settings.provenance, display)
         if not formats:
             return None
         unfinished, keep = None, 0
         if output.resume:
-            unfinished, keep = job.read_unfinished(source.duration, settings.provenance)
+            unfinished, keep = job.read_unfinished(settings.provenance)
         transcriber = self._get_transcriber(settings, display)
         sequence = self._engine.new_sequence() if self._engine and not alone else None
-        log = SegmentLog(job.partial_path("jsonl"), keep)
+        log = SegmentLog(job.path(LOG), keep)
         reads = PageReads() if output.page_reads else None
         try:
             transcript, files = yield from write_transcript(
-                job, source, formats, log, transcriber, settings.told, unfinished, display, reads, sequence
+                job,
+                source,
+                formats,
+                log,
+                transcriber,
+                settings.told,
+                unfinished,
+                display,
+                reads,
+                sequence,
+                output.writers,
             )
         finally:
             if sequence is not None:
@@ -294,32 +321,31 @@ class Session:
 
     def _copy_stdin(self) -> Path:
         """Copy standard input to a temporary file: many containers are read from several places."""
+        if sys.stdin is None:
+            raise AudioError("audio=-: standard input is closed; pipe a recording into it")
         stream = sys.stdin.buffer
         if stream.isatty():
             raise AudioError("audio=-: standard input is a terminal; pipe a recording into it")
-        folder = self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="unique-asr-"))
-        path = Path(folder) / "stdin"
-        with path.open("wb") as file:
-            shutil.copyfileobj(stream, file)
+        with explain_temporary_errors():
+            folder = self._temporary.enter_context(tempfile.TemporaryDirectory(prefix="unique-asr-"))
+            path = Path(folder) / "stdin"
+            with path.open("wb") as file:
+                shutil.copyfileobj(stream, file)
         return path
 
 
-def find_missing_formats(
-    job: Job, output: Output, duration: float | None, provenance: Mapping[str, Any], display: Display
-) -> list[str]:
+def find_missing_formats(job: Job, output: Output, provenance: Mapping[str, Any], display: Display) -> list[str]:
     """Return the formats that are still to be transcribed; what cannot work is found before the model is loaded.
 
-    What a .json of the same provenance holds is written from there.
-
-    Args:
-        duration: seconds of what is to be transcribed, if known.
+    What a .json of the same recording and provenance holds is written from there.
 
     Raises:
         OutputError: if files that are there were made with other settings, or the folder is not writable.
     """
+    job.check_outputs()
     existing = [] if output.overwrite else job.find_existing(output.formats)
     missing = [extension for extension in output.formats if extension not in existing]
-    difference = job.find_difference(duration, provenance)
+    difference = None if output.overwrite else job.find_difference(provenance)
     if existing and difference:
         raise OutputError(
             f"{job.path('json')}: was made from {difference}; "
@@ -327,9 +353,11 @@ def find_missing_formats(
         )
     if existing:
         display.kept(job.name, [job.path(extension) for extension in existing])
+    if not missing:
+        return []
     job.check_writable()
-    if missing and not output.overwrite and not difference and job.path("json").exists():
-        files = job.write(read_transcript(job.path("json")), missing)
+    if not output.overwrite and not difference and job.path("json").exists():
+        files = job.write(read_transcript(job.path("json")), missing, output.writers)
         display.note(f"{job.name}: wrote {', '.join(map(str, files))} from {job.path('json')}")
         return []
     return missing
@@ -346,6 +374,7 @@ def write_transcript(
     display: Display,
     reads: PageReads | None = None,
     sequence: DecodedSequence | None = None,
+    writers: Mapping[str, ResultWriter] = WRITERS,
 ) -> Generator[Pending, None, tuple[Transcript, list[Path]]]:
     """Transcribe a recording to its files; whatever stops it, the segments decoded until then are on disk.
 
@@ -355,6 +384,7 @@ def write_transcript(
         unfinished: where to go on; its segments are shown and written too.
         reads: is drawn as one of the files.
         sequence: of the engine that decodes; PENDING comes where the engine has to make a step first.
+        writers: of the formats.
 
     Returns:
         The transcript, and the files.
@@ -373,6 +403,7 @@ def write_transcript(
                 reads=reads,
                 sequence=sequence,
             )
+            info.file = identify_file(source.path)
             log.info = info
             transcript = Transcript([], info)
             if unfinished is not None and unfinished.segments:
@@ -387,16 +418,17 @@ def write_transcript(
                 transcript.segments.append(segment)
                 log.append(segment)
                 display.segment(segment, job.name)
-        files = job.write(transcript, formats)
+        files = job.write(transcript, formats, writers)
         if reads is not None:
-            files.append(job.path("reads.svg"))
-            files[-1].write_text(reads.svg(), encoding="utf-8")
+            files.append(job.path(PLOT))
+            with open_replacement(files[-1]) as file:
+                file.write(reads.svg())
     except BaseException as error:
         log.close(keep=True)
         if transcript is not None and transcript.segments:
             segments.close()  # the transcriber completes the info
             info.stop_reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
-            files = keep_partial(job, transcript, formats, log)
+            files = keep_partial(job, transcript, formats, log, writers)
             reached = format_time(transcript.segments[-1].end)
             display.note(
                 f"{job.name}: stopped at {reached}; kept {', '.join(map(str, files))}; resume=true goes on from there"
@@ -405,11 +437,17 @@ def write_transcript(
     return transcript, files
 
 
-def keep_partial(job: Job, transcript: Transcript, formats: Sequence[str], log: SegmentLog) -> list[Path]:
+def keep_partial(
+    job: Job,
+    transcript: Transcript,
+    formats: Sequence[str],
+    log: SegmentLog,
+    writers: Mapping[str, ResultWriter] = WRITERS,
+) -> list[Path]:
     """Write what there is of a transcript that broke off; return the files, the log first."""
     files = [log.path] if log.path.exists() else []
     try:
-        return files + job.write_partial(transcript, formats)
+        return files + job.write_partial(transcript, formats, writers)
     except OSError:  # the disk is full: the log is what is left
         job.remove_partial(keep_log=True)
         return files

@@ -16,7 +16,8 @@ Read in this order:
     decode_step.py              one decode step of a whole model, in CUDA graphs (cuda_graph.py, fused_linear.py)
     dense.py                    dense attention, for a prefill in chunks
     huggingface.py              the glue with transformers
-    soft_mask.py                training through the page selection
+    soft_mask.py                training through the page selection: the method in plain PyTorch
+    huggingface_training.py     the glue of training with transformers
     backend.py                  finds the Triton kernels (kernels/ at the top of the repository)
 """
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from unique_asr.attention.counters import SparsityCounters
     from unique_asr.attention.decode_step import DecodeStep
     from unique_asr.attention.huggingface import SparseAttention, sparse_attention
+    from unique_asr.attention.huggingface_training import TrainingAttention, training_attention
     from unique_asr.attention.selector import TokenSelector
-    from unique_asr.attention.soft_mask import TrainingAttention, TrainingAttentionConfig, training_attention
+    from unique_asr.attention.soft_mask import TrainingAttentionConfig
 
 __all__ = [
     "DecodeStep",
@@ -52,10 +54,10 @@ _MODULES = {
     "SparseAttentionConfig": "unique_asr.attention.configuration",
     "SparsityCounters": "unique_asr.attention.counters",
     "TokenSelector": "unique_asr.attention.selector",
-    "TrainingAttention": "unique_asr.attention.soft_mask",
+    "TrainingAttention": "unique_asr.attention.huggingface_training",
     "TrainingAttentionConfig": "unique_asr.attention.soft_mask",
     "sparse_attention": "unique_asr.attention.huggingface",
-    "training_attention": "unique_asr.attention.soft_mask",
+    "training_attention": "unique_asr.attention.huggingface_training",
 }
 
 

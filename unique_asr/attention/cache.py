@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
@@ -30,6 +31,10 @@ ACTIVE = threading.local()  # .cache: the one in a static step on this thread, f
 def is_fully_paged(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model have full attention, which a static step needs; sliding ones are not paged."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+# The keyword by which models and `generate` take a cache: transformers 5.24 renamed `past_key_values`.
+CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
 class PagedCache(Cache):
@@ -74,6 +79,15 @@ class PagedCache(Cache):
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
         self.paged_layers[-1].is_last = True
         super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Write new tokens of one layer, see `PagedLayer.update`; keys of other layers have `paged_layer` None."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not isinstance(self.layers[layer_idx], PagedLayer):
+            keys.paged_layer = None
+        return keys, values
 
     @property
     def length(self) -> int:

@@ -42,6 +42,8 @@ class SparsityCounters:
         return asdict(self) | {"share_of_pages_read": round(self.share_of_pages_read, 6)}
 
     def __str__(self) -> str:
+        if not self.steps:
+            return "no decode step yet: nothing was generated with this cache"
         saved = f"{self.bytes_read / 1e9:.2f} of {self.bytes_dense / 1e9:.2f} GB"
         return (
             f"{self.sparse_steps} of {self.steps} steps sparse, "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unique_asr.attention.cache import PagedCache
+from unique_asr.attention.cache import CACHE_ARGUMENT, PagedCache
 from unique_asr.attention.cuda_graph import capture_graph
 from unique_asr.attention.fused_linear import fuse_linears
 
@@ -144,8 +144,8 @@ class DecodeStep:
             output = self._model(
                 input_ids=self.token,
                 position_ids=positions.expand(len(self.token), 1),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE_ARGUMENT: self.cache},
             )
         self.choose(output.logits[:, -1])

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from unique_asr.attention.cache import PagedCache
+from unique_asr.attention.cache import CACHE_ARGUMENT, PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.dense import attend_densely
 from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.steps import read_prompt, run_eager_step, run_static_step, run_static_step_operator
+from unique_asr.attention.supported import check_cached, check_call, check_decoder
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what models call the norm of a head's queries
@@ -48,10 +49,10 @@ def unique_attention_forward(
         [B, T, H, D], and None in the place of the weights.
 
     Raises:
-        ValueError: the model has sink logits or soft-capping.
+        ValueError: the attention is one that `supported.py` refuses.
     """
-    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
-        raise ValueError(f"{type(module).__name__} has sink logits or soft-capping, which {NAME!r} does not support")
+    check_call(module, attention_mask, NAME, kwargs)
+    check_cached(module, query, key, value, attention_mask, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: PagedLayer | None = getattr(key, "paged_layer", None)
     if layer is not None and layer.step is not None:
@@ -134,9 +135,10 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
         The name of the former implementation.
 
     Raises:
-        ValueError: the model does not let its attention be switched.
+        ValueError: the model does not let its attention be switched, or has cross-attention.
     """
     decoder = find_text_decoder(model)
+    check_decoder(decoder, name)
     former = decoder.config._attn_implementation
     encoders = {
         key: config._attn_implementation
@@ -181,6 +183,7 @@ class SparseAttention:
         self.model = model
         self.config = resolve_combine(config, model)
         self.counters = SparsityCounters()
+        self.make_cache()  # raises before anything is switched if no layer would be read by pages
         self._prepared: list[tuple[GenerationMixin, object]] = []  # with what each had of its own before, if nested
         self._former = set_attention(model, NAME)
         for module in model.modules():
@@ -192,14 +195,14 @@ class SparseAttention:
         prepare = generator._prepare_cache_for_generation
 
         def prepare_paged_cache(generation_config, model_kwargs, *args, **kwargs):
-            given = model_kwargs.get("past_key_values")
+            given = model_kwargs.get(CACHE_ARGUMENT)
             if given is None and generation_config.use_cache is not False:
                 if generation_config.cache_implementation is not None:
                     raise ValueError(
                         f"cache_implementation={generation_config.cache_implementation!r} cannot be read by pages: "
                         "leave it out, sparse attention brings its own cache"
                     )
-                model_kwargs["past_key_values"] = self.make_cache()
+                model_kwargs[CACHE_ARGUMENT] = self.make_cache()
             elif given is not None and not isinstance(given, PagedCache):
                 raise ValueError(
                     f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"

@@ -109,11 +109,11 @@ class PagedLayer(CacheLayerMixin):
             key_states: [B, K, T, D], post-RoPE; value_states: [B, K, T, D].
 
         Returns:
-            Views of all keys and values, [B, K, N, D]; in a static step the arguments. The keys carry this layer as
+            Views of all keys and values, [B, K, N, D]; in a static step the arguments. Both carry this layer as
             their attribute `paged_layer`, by which the attention function finds it.
         """
         if self.step is not None:
-            key_states.paged_layer = self
+            key_states.paged_layer = value_states.paged_layer = self
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -123,7 +123,7 @@ class PagedLayer(CacheLayerMixin):
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        keys.paged_layer = self
+        keys.paged_layer = values.paged_layer = self
         return keys, values
 
     def write_token(self, key: Tensor, value: Tensor) -> None:

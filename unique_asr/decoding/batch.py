@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.cache import CACHE_ARGUMENT, is_fully_paged
 from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.attention.paged_layer import HEADROOM
@@ -324,9 +324,9 @@ class BatchEngine(Engine):
             **inputs,
             attention_mask=(position >= 0).long(),
             position_ids=position[:, start:].clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: cache},
         )
         return output.logits[:, -1]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
-from unique_asr.attention.cache import is_fully_paged
+from unique_asr.attention.cache import CACHE_ARGUMENT, is_fully_paged
 from unique_asr.attention.decode_step import TokenTransfer
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.attention.paged_layer import HEADROOM
@@ -145,7 +145,7 @@ class GreedyDecoder(Sequence):
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         """Logits [1, V] of the last position."""
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, **{CACHE_ARGUMENT: self.cache}, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     @torch.no_grad()

@@ -90,7 +90,7 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, Provenance]]:
 
         def make(kind=kind, label=label, attention=attention, options=options) -> System:
             with loading:
-                model = load().shared() if concurrent > 1 else load()
+                model = load().share() if concurrent > 1 else load()
             return kind(label, model, attention, **options)
 
         yield systems.Deferred(label, make), shared | about

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from unique_asr.sentences import CLOSING, ends_sentence
 from unique_asr.transcript import Word
-
-ABBREVIATIONS = re.compile(
-    r"(mr|mrs|ms|messrs|dr|prof|rev|hon|st|mt|sr|jr|gen|col|capt|lt|sgt|maj|gov|sen|rep|pres|vs|cf|fig|vol|dept|approx)",
-    re.IGNORECASE,
-)
-CLOSING = "\"'”’)]»"  # may follow the sign that ends a sentence
 
 
 @dataclass(frozen=True)
@@ -33,24 +27,6 @@ class DraftWord:
     ends_sentence: bool = False
     first: int = 0  # index of its first token in the text
     last: int = 0  # index of its last token
-
-
-def ends_sentence(word: str, following: str | None) -> bool:
-    """Return whether a sentence ends after a word, given the word after it (None at the end of the text)."""
-    stem = word.rstrip(CLOSING)
-    if not stem or stem[-1] not in ".?!…。？！":
-        return False
-    if following is None:
-        return True
-    if following.lstrip("\"'“‘([«—-")[:1].islower():
-        return False
-    if not stem.endswith(".") or stem.endswith(".."):
-        return True
-    stem = stem[:-1].lstrip("\"'“‘([«")
-    if stem.lower() == "no" and following[:1].isdigit():
-        return False
-    initials = re.fullmatch(r"[A-Z](\.[A-Z])*", stem) and stem != "I"
-    return not (initials or ABBREVIATIONS.fullmatch(stem))
 
 
 class WordStream:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unique_asr.attention.cuda_graph import pause_garbage_collection
-from unique_asr.attention.soft_mask import TrainingAttention
+from unique_asr.attention.huggingface_training import TrainingAttention
 
 
 class PlainDecoder(nn.Module):

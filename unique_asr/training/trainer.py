@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from unique_asr.attention.soft_mask import TrainingAttention
+from unique_asr.attention.huggingface_training import TrainingAttention
 from unique_asr.training.checkpoint import Checkpoint, collect_random_states, restore_random_states
 from unique_asr.training.decoders import GraphedDecoder
 from unique_asr.training.distributed import Processes

@@ -256,7 +256,9 @@ def check_samples(samples: np.ndarray) -> None:
     if samples.dtype.newbyteorder("=") in INTEGERS:
         return
     if samples.dtype.kind != "f":
-        raise PipelineError(f"audio: give samples as floats between -1 and 1, int16, int32 or uint8, not {samples.dtype}")
+        raise PipelineError(
+            f"audio: give samples as floats between -1 and 1, int16, int32 or uint8, not {samples.dtype}"
+        )
     for first in range(0, len(samples), PIECE):
         piece = np.abs(samples[first : first + PIECE])
         loudest = piece[np.isfinite(piece)].max(initial=0)
