@@ -7,8 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.stream import Disposition
 from audio_files import CHANGING_LENGTHS, TONE, encode, encode_wav, make_vbr_mp3, tone
+from av.stream import Disposition
 
 from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio, parse_time, spool_samples
 

@@ -380,7 +380,8 @@ def list_tracks(tracks: Sequence[av.AudioStream]) -> str:
     listed = []
     for number, track in enumerate(tracks, start=1):
         about = [track.metadata.get("language"), track.metadata.get("title")]
-        about.append(track.codec_context.layout.name if track.codec_context else "codec not supported")
+        count = track.codec_context.layout.nb_channels if track.codec_context else None
+        about.append({1: "mono", 2: "stereo", None: "codec not supported"}.get(count, f"{count} channels"))
         about.append("default" if track.disposition & Disposition.default else None)
         listed.append(f"{number} ({', '.join(each for each in about if each)})")
     return ", ".join(listed)

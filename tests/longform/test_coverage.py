@@ -32,7 +32,7 @@ def report_confidence(*segments):
 def test_stretches_of_low_confidence_are_named():
     report = report_confidence((30, 0.9), (12, 0.3), (12, 0.4), (25, 0.35), (5, 0.1), (40, 0.8))
     assert report.describe_unsure(60.0, ["English"]) == (
-        "1:30-2:24: low confidence (34 %), the text may not be what was said; the model knows English only"
+        "1:30-2:19: low confidence (35 %), the text may not be what was said; the model knows English only"
     )
     assert report.describe_unsure(0.0, []).endswith("the text may not be what was said")
 
