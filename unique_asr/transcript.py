@@ -75,6 +75,7 @@ class TranscriptionInfo:
     stop_reason: str = ""  # of the last pass: a key of STOP_REASONS; empty until then
     coverage: float = 0.0  # share of the recording's speech that lies inside segments, 0 to 1
     dropped: float = 0.0  # s that voice activity detection left out, as they are not speech
+    padded: float = 0.0  # s of silence for what the file lacks, or before its sound begins
     passes: int = 0  # times that decoding started: 1 unless it had to be continued
     sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityCounters.to_dict()
     timings: dict[str, float] = field(default_factory=dict)  # s by stage: load, encode, prefill, decode
