@@ -14,7 +14,10 @@ FOLDERS = ("unique_asr", "kernels", "app", "scripts", "benchmarks")
 LAYERS = [
     ["unique_asr.kernels"],
     ["unique_asr.attention"],
-    ["unique_asr.audio", "unique_asr.duration", "unique_asr.vad", "unique_asr.transcript", "unique_asr.sentences"],
+    [
+        *("unique_asr.audio", "unique_asr.channels", "unique_asr.duration", "unique_asr.packets", "unique_asr.vad"),
+        *("unique_asr.transcript", "unique_asr.sentences"),
+    ],
     ["unique_asr.data", "unique_asr.subtitle_units", "unique_asr.subtitles", "unique_asr.writers"],
     ["unique_asr.decoding", "unique_asr.models"],
     ["unique_asr.generation", "unique_asr.longform"],
