@@ -80,7 +80,7 @@ def test_upload_live_text_refresh_and_download(tab, script):
     assert len(text(tab).input_value().splitlines()) == 9
     with tab.expect_download() as download:
         tab.locator("#files a[download='transcript.srt']").click()
-    assert "00:00:08,000 --> 00:00:08,900\nSegment 8 is sparse." in download.value.path().read_text()
+    assert "00:00:08,000 --> 00:00:09,000\nSegment 8 is sparse." in download.value.path().read_text()
 
 
 def test_stop_and_continue(tab, script):

@@ -53,7 +53,7 @@ class FakeTranscriber:
         attention = self.settings["attention"].to_dict()
         part = {"start": audio.start, "end": audio.end, "channel": audio.channel, "vad": audio.vad}
         text = text_settings(max_pass_seconds=None, **part, **told)
-        info = TranscriptionInfo(audio.name, audio.duration, attention=attention, settings=text)
+        info = TranscriptionInfo(audio.name, duration=audio.duration, attention=attention, settings=text)
         info.sparsity = {"steps": 9, "sparse_steps": 5, "share_of_pages_read": 0.5}
         return self.segments(info, progress, unfinished.state["segment"] if unfinished else 0, on_pass), info
 
