@@ -1,6 +1,7 @@
 """The shipped model on real speech: what it writes, when it says it was said, and what attention it used."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_a_language_that_it_does_not_know_is_noticed(default):
     segments, info = transcriber.transcribe(DATA / "german.opus")
     list(segments)
     (warning,) = [warning for warning in info.warnings if "low confidence" in warning]
-    assert warning.startswith("0:00-0:11: low confidence (")
+    assert re.match(r"0:00-0:\d\d: low confidence \(", warning)  # to where its text ends
     assert warning.endswith("the text may not be what was said; the model knows English only")
 
 
