@@ -16,6 +16,7 @@ Read in this order:
     decode_step.py              one decode step of a whole model, in CUDA graphs (cuda_graph.py, fused_linear.py)
     dense.py                    dense attention, for a prefill in chunks
     huggingface.py              the glue with transformers
+    supported.py                what attention must be like: anything else is refused
     soft_mask.py                training through the page selection: the method in plain PyTorch
     huggingface_training.py     the glue of training with transformers
     backend.py                  finds the Triton kernels (kernels/ at the top of the repository)
