@@ -8,6 +8,18 @@ from torch import Tensor
 from unique_asr.attention.scores import LARGEST
 
 
+def make_buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Make a buffer of zeros on the device of `like` that may be written in any mode.
+
+    What `torch.inference_mode` makes cannot be written outside of it.
+
+    Args:
+        dtype: None: that of `like`.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+
+
 def grow_buffer(buffer: Tensor, used: int, size: int) -> Tensor:
     """Copy a buffer into a larger one.
 
@@ -19,7 +31,7 @@ def grow_buffer(buffer: Tensor, used: int, size: int) -> Tensor:
     Returns:
         [B, K, size, width], zero beyond `used`.
     """
-    new = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[-1])
+    new = make_buffer(buffer, *buffer.shape[:2], size, buffer.shape[-1])
     new[:, :, :used] = buffer[:, :, :used]
     return new
 

@@ -8,6 +8,7 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityCounters
+from unique_asr.attention.counters import SparsityCounters, StepCounting
 from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.static_step import StaticStep
 
@@ -68,16 +69,16 @@ class PagedCache(Cache):
         self.counters = SparsityCounters() if counters is None else counters
         self._config = config
         layers = DynamicCache(config=config).layers
+        counting = StepCounting(self.counters)
         self.paged_layers: list[PagedLayer] = []
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[index] = PagedLayer(self.attention, self.counters, capacity)
                 layers[index].is_sparse &= index >= self.attention.dense_layers
-                layers[index].index = index
+                layers[index].index, layers[index].counting = index, counting
                 self.paged_layers.append(layers[index])
         if not self.paged_layers:
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
-        self.paged_layers[-1].is_last = True
         super().__init__(layers=layers)
 
     def update(
@@ -99,6 +100,18 @@ class PagedCache(Cache):
         """Tokens that fit before the buffers grow."""
         return self.paged_layers[0].capacity
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit: -1. PEFT asks."""
+        return -1
+
+    def __deepcopy__(self, memo: dict) -> PagedCache:
+        """Copy the cache, as for several answers to one prompt; the copy adds to the same counters."""
+        memo[id(self.counters)] = self.counters
+        memo[id(self)] = new = type(self).__new__(type(self))
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
         if tokens <= self.capacity:
@@ -117,6 +130,11 @@ class PagedCache(Cache):
                 self.layers[index].reset()
             else:
                 self.layers[index] = fresh
+
+    def clear_forgotten(self) -> None:
+        """Zero what is left of forgotten tokens; before a captured static step runs again, `static_step` does it."""
+        for layer in self.paged_layers:
+            layer.clear_forgotten()
 
     def shift(self, by: int) -> None:
         """Move all tokens, see `PagedLayer.shift`; for models with full attention in every layer."""
@@ -147,10 +165,11 @@ class PagedCache(Cache):
             starts: int64 [B], the padding on the left of every row; None: no padding.
 
         Raises:
-            ValueError: a layer of the model is not paged.
+            ValueError: a layer of the model is not paged, or its attention is another one.
         """
         if len(self.paged_layers) != len(self.layers):
             raise ValueError("a static decode step needs full attention in every layer")
+        self.clear_forgotten()
         step = StaticStep(position, sparse, self.attention, self.capacity, starts)
         former = getattr(ACTIVE, "cache", None)
         ACTIVE.cache = self
@@ -158,6 +177,11 @@ class PagedCache(Cache):
             layer.step = step
         try:
             yield
+            if not step.has_written:
+                raise ValueError(
+                    "a static decode step needs UNIQUE attention, and the model's has been put back since: "
+                    "end the block of sparse_attention later, or make the decoder after it"
+                )
         finally:
             ACTIVE.cache = former
             for layer in self.paged_layers:
@@ -195,8 +219,5 @@ class PagedCache(Cache):
     def advance(self) -> None:
         """Account for one static step on the host: its token, its pages and the counters."""
         for layer in self.paged_layers:
-            layer.length += 1
-            if layer.sparse_at(layer.length):
-                for level in layer.levels:
-                    level.ready = layer.length // level.size
+            layer.advance()
         self.counters.add(self.count_reads(self.length, rows=self.paged_layers[0].keys.shape[0]))

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from unique_asr.attention.buffers import shift_entries
@@ -125,10 +126,11 @@ class TokenSelector(Selector):
 
     def prepare(self, keys: Tensor, is_new_sequence: bool = False) -> None:
         """Have buffers for all slots of keys [B, K, N, D]; `steps.py` calls it before it asks anything else."""
-        if is_new_sequence or not self.slots:
-            self.begin_sequence(keys)
-            self.slots = keys.shape[2]
-        self.fit(keys)
+        with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in any mode
+            if is_new_sequence or not self.slots:
+                self.begin_sequence(keys)
+                self.slots = keys.shape[2]
+            self.fit(keys)
 
     def begin_sequence(self, keys: Tensor) -> None:
         """Make the buffers for the slots [B, K, N, D] of a new sequence, or keep those that have the right shape."""
