@@ -59,11 +59,15 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     assert not {name for name, guarded in launches if not guarded}
 
 
-def test_only_tensors_on_a_gpu_have_a_device_to_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: ("used", device))
-    assert launch.use_device(SimpleNamespace(is_cuda=True, device="cuda:1")) == ("used", "cuda:1")
-    with launch.use_device(torch.zeros(1)):
-        pass
+def test_only_another_device_is_made_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("used", device.index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    on = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in range(2)]
+    assert launch.use_device(on[1]) == ("used", 1)
+    for tensor in (on[0], torch.zeros(1)):
+        assert launch.use_device(tensor) is launch.HERE
+        with launch.use_device(tensor):
+            pass
 
 
 @pytest.fixture
