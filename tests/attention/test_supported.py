@@ -18,7 +18,8 @@ from unique_asr.decoding.greedy import GreedyDecoder
 ALL, PARTLY = "every layer reads pages", "layers with full attention read pages, the others stay as they are"
 REFUSED = {  # a piece of the message: what the table says
     "does not let its attention be switched": "its attention cannot be switched",
-    "has no full-attention layer": "no layer has plain full attention",
+    "has no full-attention layer": "no layer has full attention",
+    "caches more than keys and values": "it caches more than keys and values",
     "has soft-capping": "soft-capping or sink logits",
     "has sink logits": "soft-capping or sink logits",
     "decodes with keys that no PagedCache holds": "it attends to other keys than it caches",

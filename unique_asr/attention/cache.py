@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -18,12 +18,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters, StepCounting
-from unique_asr.attention.paged_layer import PagedLayer
+from unique_asr.attention.paged_layer import PUT_BACK, PagedLayer
 from unique_asr.attention.static_step import StaticStep
 
 ACTIVE = threading.local()  # .cache: the one in a static step on this thread, for the operator of compiled models
@@ -36,6 +36,15 @@ def is_fully_paged(config: PreTrainedConfig) -> bool:
 
 # The keyword by which models and `generate` take a cache: transformers 5.24 renamed `past_key_values`.
 CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
+
+
+def describe_layers(layers: Sequence[CacheLayerMixin]) -> str:
+    """Say why none of these layers of a cache can be paged."""
+    kinds = {type(layer) for layer in layers if isinstance(layer, DynamicLayer)}
+    others = sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicSlidingWindowLayer))
+    if not others:
+        return "has no full-attention layer"
+    return f"caches more than keys and values beside its full attention ({', '.join(others)})"
 
 
 class PagedCache(Cache):
@@ -53,7 +62,7 @@ class PagedCache(Cache):
         counters: to which steps are added; None: new ones.
 
     Raises:
-        ValueError: the model has no full-attention layer.
+        ValueError: the model has no layer with full attention and nothing beside it.
     """
 
     def __init__(
@@ -78,7 +87,7 @@ class PagedCache(Cache):
                 layers[index].index, layers[index].counting = index, counting
                 self.paged_layers.append(layers[index])
         if not self.paged_layers:
-            raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
+            raise ValueError(f"{type(config).__name__} {describe_layers(layers)}: there is nothing to read by pages")
         super().__init__(layers=layers)
 
     def update(
@@ -178,10 +187,7 @@ class PagedCache(Cache):
         try:
             yield
             if not step.has_written:
-                raise ValueError(
-                    "a static decode step needs UNIQUE attention, and the model's has been put back since: "
-                    "end the block of sparse_attention later, or make the decoder after it"
-                )
+                raise ValueError(PUT_BACK)
         finally:
             ACTIVE.cache = former
             for layer in self.paged_layers:

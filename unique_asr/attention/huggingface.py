@@ -7,6 +7,7 @@ the budget. It finds the cache layer on the keys that `PagedLayer.update` return
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -213,53 +214,41 @@ def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> Sp
     return replace(config, combine="share" if normalised else "max")
 
 
-class SparseAttention:
-    """A model switched to UNIQUE attention; leaving the `with` block, or `restore()`, puts everything back.
+class SwitchedModel:
+    """A model whose text decoder has another attention; leaving the `with` block, or `restore()`, puts everything back.
 
     Switches of one model end in any order: as long as one is on, the newest decides. A copy (`copy.deepcopy`, pickle)
-    of the model is switched as well, for itself; `copy.deepcopy((model, sparse))` also gives the switch of the copy.
-
-    Attributes:
-        config: with `combine` resolved.
-        counters: of all decode steps of its caches.
+    of the model is switched as well, for itself; `copy.deepcopy((model, switched))` also gives the switch of the copy.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
+    name: ClassVar[str]  # of the attention implementation
+
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.config = resolve_combine(config, model)
-        self.counters = SparsityCounters()
-        self._maker = CacheMaker(self.config, self.counters)
-        self.make_cache()  # raises before anything is switched if no layer would be read by pages
         self._switch: AttentionSwitch | None = None
-        self._hooks: list[MethodHook] = []
         self._entered = 0  # `with` blocks under way
         self.apply()
 
     def apply(self) -> None:
         """Switch the attention on; it may be called again after `restore`."""
-        if self._switch is not None:
-            return
-        self._switch = switch_attention(self.model, NAME)
-        for module in self.model.modules():
-            if isinstance(module, GenerationMixin):
-                self._hooks.append(CachePreparation.add(module, self._maker))
-            elif hasattr(type(module), PrefixConversion.method):
-                self._hooks.append(PrefixConversion.add(module, self._maker))
-
-    def make_cache(self, capacity: int = 0) -> PagedCache:
-        """Make a cache for this model that adds to these counters; `capacity` in tokens as for `PagedCache`."""
-        return self._maker.make(find_text_decoder(self.model).config, capacity)
+        if self._switch is None:
+            self._switch = switch_attention(self.model, self.name)
+            self._attach()
 
     def restore(self) -> None:
-        """Put the former attention and caches back; calling it again does nothing."""
-        if self._switch is None:
-            return
-        restore_attention(self.model, self._switch)
-        self._switch = None
-        while self._hooks:
-            self._hooks.pop().remove(self._maker)
+        """Put the former attention and all else back; calling it again does nothing."""
+        if self._switch is not None:
+            restore_attention(self.model, self._switch)
+            self._switch = None
+            self._detach()
 
-    def __enter__(self) -> SparseAttention:
+    def _attach(self) -> None:
+        """Let the model's modules find this object, as its attention is on."""
+
+    def _detach(self) -> None:
+        """Undo `_attach`."""
+
+    def __enter__(self) -> Self:
         self.apply()
         self._entered += 1
         return self
@@ -268,6 +257,40 @@ class SparseAttention:
         self._entered -= 1
         if not self._entered:
             self.restore()
+
+
+class SparseAttention(SwitchedModel):
+    """A model switched to UNIQUE attention.
+
+    Attributes:
+        config: with `combine` resolved.
+        counters: of all decode steps of its caches.
+    """
+
+    name = NAME
+
+    def __init__(self, model: nn.Module, config: SparseAttentionConfig):
+        self.config = resolve_combine(config, model)
+        self.counters = SparsityCounters()
+        self._maker = CacheMaker(self.config, self.counters)
+        self._maker.make(find_text_decoder(model).config)  # raises before anything is switched if it has no pages
+        self._hooks: list[MethodHook] = []
+        super().__init__(model)
+
+    def _attach(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, GenerationMixin):
+                self._hooks.append(CachePreparation.add(module, self._maker))
+            elif hasattr(type(module), PrefixConversion.method):
+                self._hooks.append(PrefixConversion.add(module, self._maker))
+
+    def _detach(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove(self._maker)
+
+    def make_cache(self, capacity: int = 0) -> PagedCache:
+        """Make a cache for this model that adds to these counters; `capacity` in tokens as for `PagedCache`."""
+        return self._maker.make(find_text_decoder(self.model).config, capacity)
 
 
 def sparse_attention(

@@ -26,6 +26,10 @@ from unique_asr.attention.statistics import make_levels
 HEADROOM = 1024  # tokens allocated beyond the first prompt
 GROWTH = 1.5  # of the capacity, each time it is full
 LONGEST_DRAFT = 64  # tokens that speculative decoding verifies at once
+PUT_BACK = (
+    "a decode step over a PagedCache needs UNIQUE attention, and the model's has been put back: end the block of "
+    "sparse_attention later, or make the decoder after it"
+)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -113,6 +117,9 @@ class PagedLayer(CacheLayerMixin):
         Args:
             key_states: [B, K, T, D], post-RoPE; value_states: [B, K, T, D].
 
+        Raises:
+            ValueError: the decode step before did not attend by UNIQUE.
+
         Returns:
             Views of all keys and values, [B, K, N, D]; in a static step the arguments. Both carry this layer as
             their attribute `paged_layer`, by which the attention function finds it.
@@ -122,6 +129,8 @@ class PagedLayer(CacheLayerMixin):
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._written == 1 and self.is_sparse:
+            raise ValueError(PUT_BACK)
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
         self.length, self._written = end, key_states.shape[2]
