@@ -252,7 +252,7 @@ def test_scores_under_autocast_are_those_of_float32():
     settings = TrainingAttentionConfig.from_dict({"mode": "hard", "budget": 40, "queries": "all"})
     expected = attention(query, key, value, settings)
     module = SimpleNamespace(layer_idx=0, is_causal=True)
-    module.training_attentions = [SimpleNamespace(config=settings, is_sparse=lambda layer: True)]
+    module.training_attentions = [SimpleNamespace(config=settings, is_sparse=lambda layer, window: True)]
     with torch.autocast("cpu", torch.bfloat16):
         found = training_attention_forward(module, query.float(), key.float(), value, None)[0]
     assert found.dtype == torch.bfloat16

@@ -3,13 +3,15 @@
 import copy
 import itertools
 import pickle
+import threading
 from functools import partial
 
 import pytest
 import torch
 
-from unique_asr.attention import SparseAttentionConfig, sparse_attention, training_attention
+from unique_asr.attention import DecodeStep, SparseAttentionConfig, sparse_attention, training_attention
 from unique_asr.attention.cache import CACHE_ARGUMENT
+from unique_asr.attention.huggingface import AttentionLoan
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
 from unique_asr.decoding.greedy import GreedyDecoder
@@ -139,29 +141,73 @@ def test_a_method_that_somebody_replaced_meanwhile_stays(llama):
     assert llama._prepare_cache_for_generation is replaced
 
 
+def decode(kind, model, static, budget=64):
+    decoder = kind(model, SparseAttentionConfig(budget=budget), static=static)
+    sequence = decoder if kind is GreedyDecoder else decoder.new_sequence()
+    sequence.prefill(model.get_input_embeddings()(PROMPT).detach())
+    tokens = []
+    for token in sequence.tokens(4):
+        if token is PENDING:
+            decoder.step()
+        else:
+            tokens.append(token)
+            yield
+    assert sequence.counters.sparse_steps == (3 if budget < 90 else 0)
+    assert sequence.counters.steps == 3
+    yield tokens
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("kind", [GreedyDecoder, BatchEngine])
-def test_a_decoder_that_outlives_its_block_says_so(llama, kind, static):
-    """Its steps would be dense, and its counters 0."""
+def test_a_decoder_leaves_the_model_as_it_was(llama, kind, static):
+    """Made in a block and used after it, beside another decoder, and between two tokens the model is its owner's."""
+    before, expected = list_own(llama), generate(llama, 4)
+    *_, alone = decode(kind, llama, static)
+    *_, dense = decode(kind, llama, static, budget=1024)
+    assert dense == expected[0, 90:].tolist()
     with sparse_attention(llama, budget=64):
-        decoder = kind(llama, SparseAttentionConfig(budget=64), static=static)
-    sequence = decoder if kind is GreedyDecoder else decoder.new_sequence()
+        first, second = decode(kind, llama, static), decode(kind, llama, static)
+        next(first)
+    for _ in range(3):
+        next(first)
+        next(second)
+        assert llama.config._attn_implementation == "sdpa"
+        assert torch.equal(generate(llama, 4), expected)
+    assert next(first) == alone
+    next(second)
+    assert next(second) == alone
+    assert list_own(llama) == before
 
-    def decode():
-        sequence.prefill(llama.get_input_embeddings()(PROMPT))
-        for token in sequence.tokens(4):
-            if token is PENDING:
-                decoder.step()
 
-    with pytest.raises(ValueError, match="has been put back"):
-        decode()
+def test_threads_share_a_model(llama):
+    """The last one to leave puts the attention back."""
+    loans, inside, done = [AttentionLoan(llama, "unique") for _ in range(2)], threading.Event(), threading.Event()
+
+    def hold():
+        with loans[1]:
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    with loans[0]:
+        thread.start()
+        assert inside.wait(10)
+    assert llama.config._attn_implementation == "unique"
+    done.set()
+    thread.join()
+    assert llama.config._attn_implementation == "sdpa"
 
 
-def test_a_loop_that_outlives_its_block(llama):
-    """The first token is dense, and the second one is not written."""
-    with sparse_attention(llama, budget=64) as sparse:
+def test_a_cache_that_outlives_its_block(llama):
+    """A loop is warned, as its steps are dense and not counted; a static step would attend to nothing else."""
+    with sparse_attention(llama, budget=64) as sparse, torch.no_grad():
         cache = sparse.make_cache()
-        llama(PROMPT, **{CACHE_ARGUMENT: cache})
+        step = DecodeStep(llama, cache)
+        step.choose(llama(PROMPT, **{CACHE_ARGUMENT: cache}).logits[:, -1])
+        step.run()
+    with pytest.raises(ValueError, match="use the cache within the block"):
+        step.run()
     llama(PROMPT[:, :1], **{CACHE_ARGUMENT: cache})
-    with pytest.raises(ValueError, match="has been put back"):
+    with pytest.warns(UserWarning, match="use the cache within the block"):
         llama(PROMPT[:, :1], **{CACHE_ARGUMENT: cache})
+    assert sparse.counters.steps == 1

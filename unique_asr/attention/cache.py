@@ -23,7 +23,7 @@ from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters, StepCounting
-from unique_asr.attention.paged_layer import PUT_BACK, PagedLayer
+from unique_asr.attention.paged_layer import NOT_SWITCHED, PagedLayer
 from unique_asr.attention.static_step import StaticStep
 
 ACTIVE = threading.local()  # .cache: the one in a static step on this thread, for the operator of compiled models
@@ -31,7 +31,16 @@ ACTIVE = threading.local()  # .cache: the one in a static step on this thread, f
 
 def is_fully_paged(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model have full attention, which a static step needs; sliding ones are not paged."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return all(type(layer) is DynamicLayer for layer in make_plain_layers(config))
+
+
+def make_plain_layers(config: PreTrainedConfig) -> list[CacheLayerMixin]:
+    """Make the layers of transformers' own cache; a sliding window as long as the longest text is full attention."""
+    layers, longest = DynamicCache(config=config).layers, getattr(config, "max_position_embeddings", None)
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer and longest is not None and layer.sliding_window >= longest:
+            layers[index] = DynamicLayer()  # Phi-4 multimodal has such windows
+    return layers
 
 
 # The keyword by which models and `generate` take a cache: transformers 5.24 renamed `past_key_values`.
@@ -77,7 +86,7 @@ class PagedCache(Cache):
             self.attention = replace(self.attention, combine="max")
         self.counters = SparsityCounters() if counters is None else counters
         self._config = config
-        layers = DynamicCache(config=config).layers
+        layers = make_plain_layers(config)
         counting = StepCounting(self.counters)
         self.paged_layers: list[PagedLayer] = []
         for index, layer in enumerate(layers):
@@ -134,7 +143,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Drop all tokens; paged layers keep their buffers."""
         # Sliding layers are made anew: transformers 5.17's reset leaves zeros in them.
-        for index, fresh in enumerate(DynamicCache(config=self._config).layers):
+        for index, fresh in enumerate(make_plain_layers(self._config)):
             if isinstance(self.layers[index], PagedLayer):
                 self.layers[index].reset()
             else:
@@ -187,7 +196,7 @@ class PagedCache(Cache):
         try:
             yield
             if not step.has_written:
-                raise ValueError(PUT_BACK)
+                raise ValueError(NOT_SWITCHED)
         finally:
             ACTIVE.cache = former
             for layer in self.paged_layers:

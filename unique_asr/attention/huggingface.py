@@ -6,12 +6,19 @@ the budget. It finds the cache layer on the keys that `PagedLayer.update` return
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from unique_asr.attention.cache import PagedCache
@@ -25,6 +32,7 @@ from unique_asr.attention.supported import check_cached, check_call, check_decod
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
 WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # where DDP, torch.compile and FSDP keep the model
+LOANS = threading.Lock()
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what models call the norm of a head's queries
 
 
@@ -192,6 +200,52 @@ def restore_attention(model: nn.Module, switch: AttentionSwitch) -> None:
     del switches[index]
     if not switches:
         del decoder._attention_switches
+
+
+class AttentionLoan:
+    """The attention of a text decoder while a block lasts, for engines that own a cache; then the model is as it was.
+
+        loan = AttentionLoan(model, NAME)
+        with loan:                                  # in microseconds
+            model(..., past_key_values=cache)
+
+    Several engines, and threads, may be in such a block of one model: the last one to leave it puts the former back.
+
+    Raises:
+        ValueError: as `set_attention`, when it is made.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._decoder, self.name = find_text_decoder(model), name
+        former = set_attention(model, name)
+        configs = (getattr(module, "config", None) for module in self._decoder.modules())
+        own = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+        self._configs = [config for config in own.values() if config._attn_implementation == name]
+        set_attention(model, former)
+
+    def __enter__(self) -> None:
+        with LOANS:
+            formers = [config._attn_implementation for config in self._configs]
+            count, formers = vars(self._decoder).get("_attention_loan", (0, formers))
+            self._decoder._attention_loan = count + 1, formers
+            for config in self._configs:
+                assign_attention(config, self.name)
+
+    def __exit__(self, *exception) -> None:
+        with LOANS:
+            count, formers = self._decoder._attention_loan
+            self._decoder._attention_loan = count - 1, formers
+            if count == 1:
+                del self._decoder._attention_loan
+                for config, former in zip(self._configs, formers, strict=True):
+                    assign_attention(config, former)
+
+
+def assign_attention(config: PreTrainedConfig, name: str) -> None:
+    """Write the name of the attention implementation to a configuration, and leave those inside it as they are."""
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    inner = {key: value._attn_implementation for key, value in inner.items() if value is not None}
+    config._attn_implementation = {"": name} | inner if inner else name
 
 
 def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:

@@ -67,7 +67,7 @@ def training_attention_forward(
     handle: TrainingAttention = module.training_attentions[-1]  # the newest
     config, window = handle.config, kwargs.get("sliding_window")
     query, key, value = unify_dtypes(query, key, value)
-    is_dense = window is not None or not handle.is_sparse(module.layer_idx)
+    is_dense = not handle.is_sparse(module.layer_idx, window)
     if window is not None and window < tokens:
         if attention_mask is None or attention_mask.shape[2] != tokens:
             attention_mask = make_window_mask(read_starts(attention_mask), window, tokens, query.device)
@@ -249,14 +249,21 @@ class TrainingAttention(SwitchedModel):
         self._modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
         PagedCache(decoder.config, config.sparse)  # raises if decoding would read no layer by pages
         self._layer_types = getattr(decoder.config, "layer_types", None) or []
+        self._longest = getattr(decoder.config, "max_position_embeddings", None) or 0  # tokens; 0: unknown
         self._takes_decoded = any(
             parameter.kind is parameter.VAR_KEYWORD or parameter.name == "decoded"
             for parameter in inspect.signature(model.forward).parameters.values()
         )
         super().__init__(model)
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether decoding reads pages of this layer: not of the first `dense_layers`, nor where attention is local."""
+    def is_sparse(self, layer: int, window: int | None = None) -> bool:
+        """Whether decoding reads pages of this layer: not of the first `dense_layers`, nor where attention is local.
+
+        Args:
+            window: of a sliding window; one as long as the longest text is none.
+        """
+        if window is not None and not 0 < self._longest <= window:
+            return False
         kind = self._layer_types[layer] if layer < len(self._layer_types) else "full_attention"
         return layer >= self.config.sparse.dense_layers and kind not in LOCAL
 

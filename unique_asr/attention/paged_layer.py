@@ -7,6 +7,7 @@ Shapes: B batch, K KV heads, N tokens, S page size, k pages of the budget, D hea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,9 +27,9 @@ from unique_asr.attention.statistics import make_levels
 HEADROOM = 1024  # tokens allocated beyond the first prompt
 GROWTH = 1.5  # of the capacity, each time it is full
 LONGEST_DRAFT = 64  # tokens that speculative decoding verifies at once
-PUT_BACK = (
-    "a decode step over a PagedCache needs UNIQUE attention, and the model's has been put back: end the block of "
-    "sparse_attention later, or make the decoder after it"
+NOT_SWITCHED = (
+    "a decode step over a PagedCache reads all of it where the model has no UNIQUE attention, or has it no more: "
+    "use the cache within the block of sparse_attention"
 )
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,13 +113,11 @@ class PagedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write new tokens.
 
-        In a static step nothing is written here: the step itself does that.
+        In a static step nothing is written here: the step itself does that. Warns where the decode step before did not
+        attend by UNIQUE.
 
         Args:
             key_states: [B, K, T, D], post-RoPE; value_states: [B, K, T, D].
-
-        Raises:
-            ValueError: the decode step before did not attend by UNIQUE.
 
         Returns:
             Views of all keys and values, [B, K, N, D]; in a static step the arguments. Both carry this layer as
@@ -130,7 +129,7 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._written == 1 and self.is_sparse:
-            raise ValueError(PUT_BACK)
+            warnings.warn(NOT_SWITCHED, stacklevel=3)
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
         self.length, self._written = end, key_states.shape[2]
