@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from unique_asr.attention.scores import LARGEST
 
 
+@contextmanager
+def writable_in_any_mode() -> Iterator[None]:
+    """Make buffers within the block: what `torch.inference_mode` makes cannot be written outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def make_buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Make a buffer of zeros on the device of `like` that may be written in any mode.
-
-    What `torch.inference_mode` makes cannot be written outside of it.
 
     Args:
         dtype: None: that of `like`.
     """
-    with torch.inference_mode(False):
+    with writable_in_any_mode():
         return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
 
 

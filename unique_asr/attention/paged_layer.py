@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from unique_asr.attention import reference
 from unique_asr.attention.backend import load_kernels, uses_triton
-from unique_asr.attention.buffers import grow_buffer, make_buffer, shift_entries, view_as_bytes
+from unique_asr.attention.buffers import grow_buffer, make_buffer, shift_entries, view_as_bytes, writable_in_any_mode
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters, StepCounting
 from unique_asr.attention.page_selector import PageSelector
@@ -338,7 +338,8 @@ class PagedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_rows(lambda buffer: buffer[indices])
         if self.selector.slots:
-            self.selector.select_rows(indices)
+            with writable_in_any_mode():
+                self.selector.select_rows(indices)
 
     def offload(self):
         raise NotImplementedError("PagedCache keeps its layers on their device: offloading is not supported")

@@ -23,10 +23,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from unique_asr.attention.buffers import shift_entries
+from unique_asr.attention.buffers import shift_entries, writable_in_any_mode
 
 
 class TokenState:
@@ -47,7 +46,8 @@ class TokenState:
     def fit(self, keys: Tensor) -> None:
         """Resize the buffers if the cache has grown since."""
         if self.slots != keys.shape[2]:
-            self.resize(keys)
+            with writable_in_any_mode():
+                self.resize(keys)
             self.slots = keys.shape[2]
 
     def buffers(self) -> Iterator[tuple[Tensor, int]]:
@@ -126,11 +126,11 @@ class TokenSelector(Selector):
 
     def prepare(self, keys: Tensor, is_new_sequence: bool = False) -> None:
         """Have buffers for all slots of keys [B, K, N, D]; `steps.py` calls it before it asks anything else."""
-        with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in any mode
-            if is_new_sequence or not self.slots:
+        if is_new_sequence or not self.slots:
+            with writable_in_any_mode():
                 self.begin_sequence(keys)
-                self.slots = keys.shape[2]
-            self.fit(keys)
+            self.slots = keys.shape[2]
+        self.fit(keys)
 
     def begin_sequence(self, keys: Tensor) -> None:
         """Make the buffers for the slots [B, K, N, D] of a new sequence, or keep those that have the right shape."""
