@@ -3,10 +3,13 @@
 python -m pytest tests/gpu/test_devices_gpu.py -m gpu
 """
 
+import timeit
+
 import pytest
 import torch
 from kernel_cases import make_case
 from transformers import LlamaConfig, LlamaForCausalLM
+from unique_asr.kernels.launch import HERE, use_device
 from unique_asr.kernels.page_scores import page_scores, select_pages, select_pages_in_two_levels
 from unique_asr.kernels.page_statistics import append, write_page_statistics
 from unique_asr.kernels.soft_mask_attention import training_attention
@@ -14,7 +17,16 @@ from unique_asr.kernels.sparse_decode import sparse_decode
 from unique_asr.kernels.sparse_step import sparse_step
 from unique_asr.kernels.top_pages import top_pages
 
-from unique_asr.attention import DecodeStep, SparseAttentionConfig, TrainingAttentionConfig, sparse_attention
+from unique_asr.attention import (
+    DecodeStep,
+    SparseAttentionConfig,
+    SparsityCounters,
+    TrainingAttentionConfig,
+    sparse_attention,
+)
+from unique_asr.attention.cache import CACHE_ARGUMENT
+from unique_asr.attention.paged_layer import PagedLayer
+from unique_asr.attention.steps import attend_to_pages
 from unique_asr.decoding.greedy import GreedyDecoder
 
 pytestmark = [
@@ -110,13 +122,13 @@ def test_a_forgotten_sequence_leaves_nothing(backend, budget, garbage, capture):
             cache = sparse.make_cache(capacity=1024)
             step = DecodeStep(model, cache, capture=capture)
             if poisoned:
-                model(ids.repeat(1, 2), past_key_values=cache)
+                model(ids.repeat(1, 2), **{CACHE_ARGUMENT: cache})
                 for layer in cache.paged_layers:
                     layer.keys[:, :, : layer.length] = garbage
                     layer.values[:, :, : layer.length] = garbage
                 step.run()  # captured before, as in a decoder that goes on
                 cache.reset()
-            step.choose(model(ids, past_key_values=cache).logits[:, -1])
+            step.choose(model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1])
             tokens = []
             for _ in range(20):
                 step.run()
@@ -142,3 +154,81 @@ def test_nan_in_a_page(combine):
     scores = torch.randn(4, 4096, device="cuda")
     scores[:, ::3] = torch.nan
     assert (top_pages(scores, 64) % 3 > 0).all()
+
+
+def capture_step(model, seed, budget, capacity):
+    """A captured step of a sequence, its first token chosen, on a cache so long that a step takes several launches."""
+    ids = torch.randint(1, 97, (2, 3000), generator=torch.Generator().manual_seed(seed)).cuda()
+    sparse = sparse_attention(model, budget=budget, backend="triton")
+    cache = sparse.make_cache(capacity=capacity)
+    with torch.no_grad():
+        logits = model(ids, **{CACHE_ARGUMENT: cache}).logits[:, -1]
+    step = DecodeStep(model, cache, batch=2)
+    step.choose(logits)
+    step.run()
+    return step
+
+
+@pytest.mark.parametrize("capacity", [8192, 80_000])
+def test_two_captured_steps_at_the_same_time(capacity):
+    """Both are captured on one stream, and replayed on two: each has counters of its own."""
+    models, tokens = [make_model("cuda") for _ in range(2)], []
+    for together in (False, True):
+        steps = [capture_step(model, seed, 512, capacity) for seed, model in enumerate(models)]
+        streams = [torch.cuda.Stream() for _ in steps]
+        torch.cuda.synchronize()
+        written = [[], []]
+        for _ in range(200):
+            for step, stream, own in zip(steps, streams, written):
+                with torch.cuda.stream(stream):
+                    step.run()
+                    own.append(step.token.clone())
+                if not together:
+                    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        tokens.append([torch.cat(own).tolist() for own in written])
+    assert tokens[0] == tokens[1]
+
+
+def test_a_graph_of_ones_own_after_one_run():
+    """Captured on PyTorch's own stream: nothing is allocated or waited for on the way, and every replay is right."""
+    case = make_case([4000, 3001], 4096, group=4, dim=128, dtype=BF16, device="cuda")
+    query, scaling = case.query.clone(), 128**-0.5
+
+    def run():
+        pages = select_pages(query, case.statistics, case.lengths, 63, "unique", 0.5, 8, "share")
+        return pages, sparse_decode(query, case.keys, case.values, pages, case.lengths, scaling, 8)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        query.copy_(torch.randn_like(query))
+        graph.replay()
+        for found, expected in zip(captured, run()):
+            torch.testing.assert_close(found, expected)
+
+
+def test_the_guard_costs_nothing_on_the_current_device():
+    """Less than a microsecond: a launch takes ten."""
+    tensor = torch.zeros(1, device="cuda")
+    best = min(timeit.repeat(lambda: use_device(tensor).__enter__(), number=10_000, repeat=5)) / 10_000
+    assert use_device(tensor) is HERE
+    assert best < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("combine", ["max", "share"])
+def test_products_beyond_the_range_of_float16(backend, combine):
+    """Keys and queries that float16 holds, with scores beyond 65504: sink and recent pages are read."""
+    torch.manual_seed(0)
+    config = SparseAttentionConfig(budget=128, backend=backend, combine=combine, recent_pages=2)
+    layer = PagedLayer(config, SparsityCounters())
+    layer.keeps_selection = True
+    keys, query = (200 * torch.randn(1, heads, n, 64, device="cuda") for heads, n in ((2, 1000), (8, 1)))
+    layer.update(keys.half(), torch.randn(1, 2, 1000, 64, device="cuda").half())
+    assert attend_to_pages(layer, query.half(), 0.125).isfinite().all()
+    assert (layer.selected[..., 0] == 0).all()
+    assert (layer.selected[..., -1] == 123).all()

@@ -47,13 +47,10 @@ def make_plain_layers(config: PreTrainedConfig) -> list[CacheLayerMixin]:
 CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
-def describe_layers(layers: Sequence[CacheLayerMixin]) -> str:
-    """Say why none of these layers of a cache can be paged."""
-    kinds = {type(layer) for layer in layers if isinstance(layer, DynamicLayer)}
-    others = sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicSlidingWindowLayer))
-    if not others:
-        return "has no full-attention layer"
-    return f"caches more than keys and values beside its full attention ({', '.join(others)})"
+def list_mixed_layers(layers: Sequence[CacheLayerMixin]) -> list[str]:
+    """Return the types of layers that hold more than keys and values of full attention, by name."""
+    kinds = {type(layer) for layer in layers if isinstance(layer, DynamicLayer)} - {DynamicLayer}
+    return sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicSlidingWindowLayer))
 
 
 class PagedCache(Cache):
@@ -95,8 +92,13 @@ class PagedCache(Cache):
                 layers[index].is_sparse &= index >= self.attention.dense_layers
                 layers[index].index, layers[index].counting = index, counting
                 self.paged_layers.append(layers[index])
+        if not self.paged_layers and (mixed := list_mixed_layers(layers)):
+            raise ValueError(
+                f"{type(config).__name__} caches more than keys and values beside its full attention "
+                f"({', '.join(mixed)}): there is nothing to read by pages"
+            )
         if not self.paged_layers:
-            raise ValueError(f"{type(config).__name__} {describe_layers(layers)}: there is nothing to read by pages")
+            raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
         super().__init__(layers=layers)
 
     def update(
