@@ -11,13 +11,15 @@ import transformers
 from decoder_models import CLASSES, KINDS, VOCABULARY, make_decoder
 from manual import DOCS, page
 
-from unique_asr.attention import PagedCache, sparse_attention, training_attention
+from unique_asr.attention import PagedCache, SparseAttentionConfig, sparse_attention, training_attention
 from unique_asr.attention.paged_layer import PagedLayer
+from unique_asr.decoding.greedy import GreedyDecoder
 
 ALL, PARTLY = "every layer reads pages", "layers with full attention read pages, the others stay as they are"
 REFUSED = {  # a piece of the message: what the table says
     "does not let its attention be switched": "its attention cannot be switched",
-    "has no full-attention layer": "no layer has plain full attention",
+    "has no full-attention layer": "no layer has full attention",
+    "caches more than keys and values": "it caches more than keys and values",
     "has soft-capping": "soft-capping or sink logits",
     "has sink logits": "soft-capping or sink logits",
     "decodes with keys that no PagedCache holds": "it attends to other keys than it caches",
@@ -107,6 +109,21 @@ def test_a_loop_with_a_cache_of_its_own_is_refused(llama):
             llama(tokens, past_key_values=cache)
     assert sparse.counters.sparse_steps == 1
     assert isinstance(cache, PagedCache)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "jetmoe", "diffllama"])
+def test_engines_refuse_them_too(kind, static):
+    """A static step shows the attention function its new key alone, so these would attend to nothing else."""
+    model = make_decoder(kind)
+    decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64), static=static)
+
+    def decode():
+        decoder.prefill(model.get_input_embeddings()(PROMPT))
+        list(decoder.tokens(max_new_tokens=3, stop_ids=set()))
+
+    with pytest.raises(ValueError, match=r"other values than it caches|no PagedCache holds"):
+        decode()
 
 
 def test_an_encoder_decoder_is_refused():
