@@ -1,16 +1,22 @@
 """Models as people hold them: in inference mode or not, wrapped for training, and with what PEFT puts before a text."""
 
 import itertools
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations import peft as peft_integration
 
 from unique_asr.attention import DecodeStep, SparseAttentionConfig, sparse_attention
 from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.evaluation.methods import METHODS
 
+# Before this version PEFT hands its prompts to the transformers of today by a keyword that is no longer read.
+PEFT_IS_OLD = Version(version("peft")) < Version(getattr(peft_integration, "MIN_PEFT_VERSION", "0"))
+PROMPTS = pytest.mark.skipif(PEFT_IS_OLD, reason="this transformers needs a later PEFT for prompts")
 PROMPT = torch.randint(1, 97, (2, 90), generator=torch.Generator().manual_seed(0))
 MODES = {"inference": torch.inference_mode, "no grad": torch.no_grad}
 
@@ -63,7 +69,10 @@ def generate(model, **options):
     return output.sequences, torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("settings", [PrefixTuningConfig, PromptTuningConfig, LoraConfig])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(PrefixTuningConfig, marks=PROMPTS), pytest.param(PromptTuningConfig, marks=PROMPTS), LoraConfig],
+)
 def test_peft(llama, settings):
     """With a large budget its own tokens; else the prefix is read by pages like any text."""
     options = {} if settings is LoraConfig else {"num_virtual_tokens": 24}
