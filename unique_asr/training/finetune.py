@@ -186,7 +186,7 @@ def set_rope_theta(model: torch.nn.Module, theta: float) -> None:
     if rotary is None or getattr(rotary, "rope_type", "default") != "default":
         raise ValueError("text.rope_theta is for models with plain rotary embeddings; leave it out")
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
-    fresh = type(rotary)(model.config, device=rotary.inv_freq.device)
+    fresh = type(rotary)(model.config).to(rotary.inv_freq.device)
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.inv_freq.clone()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unique_asr.models import identify_model
 from unique_asr.models.languages import resolve_hotwords, resolve_language
 from unique_asr.models.pretrained import find
+from unique_asr.models.sources import read_model_type
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
@@ -24,6 +25,11 @@ def make_transcriber(model: str | PathLike[str] | tuple[Any, Any] = "default", *
     Raises:
         ValueError: if the model or a setting cannot be used, in one line.
     """
+    if read_model_type(model) == "unique_listening_llm":
+        from unique_asr.transcribers.listening_llm import ListeningTranscriber
+
+        settings.pop("parallel_passes", None)
+        return ListeningTranscriber(model, **settings)
     if find(model) is None:
         from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 

@@ -150,5 +150,7 @@ def load_listening_llm(
             model, info = ListeningLLM.from_pretrained(source, **options)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
-        model.listener.generation_config = GenerationConfig.from_pretrained(source, subfolder=LISTENER, **revision)
+        model.listener.generation_config = GenerationConfig.from_pretrained(
+            source, config_file_name=f"{LISTENER}/generation_config.json", **revision
+        )
     return model.to(chosen).eval(), processor
