@@ -208,9 +208,9 @@ class HeardPassRunner:
         if text.broken is None:
             text.drafts += text.words.flush()
             text.ended = True
-            cursor, placed = self._place(text, heard, spoken, cursor)
-            for draft, word in placed:
-                yield from segmenter.push(word, draft.ends_sentence)
+        cursor, placed = self._place(text, heard, spoken, cursor)
+        for draft, word in placed:
+            yield from segmenter.push(word, draft.ends_sentence)
         yield from segmenter.flush()
         report.stop_reason = text.broken or ("length" if written >= limit else "end")
         yield cursor
@@ -225,19 +225,20 @@ class HeardPassRunner:
     ) -> tuple[int, list[tuple[DraftWord, Word]]]:
         """Place the words that wait; return the new cursor and the words with their times.
 
-        Words after the last one that was heard go on waiting, unless the text has ended: they may be of no speech.
+        Words after the last one that was heard go on waiting, unless text and speech have ended: they may be of none.
         """
         drafts = text.drafts
         if not drafts:
             return cursor, []
         written = [normalize_word(draft.text) for draft in drafts]
         placed = place_words(written, spoken, cursor)
-        if not text.ended:
-            kept = max((index + 1 for index, place in enumerate(placed.places) if place >= 0), default=0)
-            drafts, text.drafts = drafts[:kept], drafts[kept:]
-            placed = Placed(placed.places[:kept], placed.places[kept - 1] + 1 if kept else cursor)
-        else:
+        kept = max((index + 1 for index, place in enumerate(placed.places) if place >= 0), default=0)
+        left = len(spoken) - (placed.places[kept - 1] + 1 if kept else cursor)  # words heard after the last agreement
+        if text.ended and left <= len(drafts) - kept + self.config.min_progress:
             text.drafts = []
+        else:
+            drafts, text.drafts = drafts[:kept], drafts[kept:]
+            placed = Placed(placed.places[:kept], len(spoken) - left)
         times = time_words(placed, heard.words, cursor, heard.duration)
         words = []
         for draft, (start, end), place in zip(drafts, times, placed.places, strict=True):

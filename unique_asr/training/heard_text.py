@@ -71,15 +71,15 @@ class HeardTextRowMaker:
 
     def make_row(self, length: int, stage: StageConfig, random: np.random.Generator) -> HeardRow:
         """See `RowMaker`."""
-        for _ in range(ATTEMPTS):
-            row = self._draw(length, stage, random)
+        for attempt in range(ATTEMPTS):
+            row = self._draw(length, length * 0.95**attempt, stage, random)
             if len(row) <= length:
                 return row
         raise ValueError(f"stage {stage.name}: lengths has {length}, too short for what is heard and its text")
 
-    def _draw(self, length: int, stage: StageConfig, random: np.random.Generator) -> HeardRow:
+    def _draw(self, length: int, most: float, stage: StageConfig, random: np.random.Generator) -> HeardRow:
         recorded = bool(self.recordings) and (not self.texts or random.random() < stage.recorded_share)
-        limit = length * random.uniform(0.5 if length > 512 else 0.05, 1.0)
+        limit = most * random.uniform(0.5 if length > 512 else 0.05, 1.0)
         words: list[HeardWord] = []
         said: list[str] = []
         seconds = characters = 0.0

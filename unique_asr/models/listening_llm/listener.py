@@ -95,7 +95,7 @@ class Listener:
         """Make what Whisper reads before it writes, [W, 2 or 4]: language, task, and that no times are wanted."""
         tokenizer, windows = self.processor.tokenizer, len(encoded.last_hidden_state)
         names = ["<|startoftranscript|>", "<|notimestamps|>"]
-        if self.model.generation_config.is_multilingual:
+        if getattr(self.model.generation_config, "is_multilingual", False):
             names[1:1] = [f"<|{self.config.language or 'en'}|>", "<|transcribe|>"]
         request = torch.tensor([tokenizer.convert_tokens_to_ids(names)] * windows, device=self.model.device)
         if self.config.language is None and len(names) == 4:
@@ -149,7 +149,7 @@ class Listener:
         starts = [min(float(frames[place[0]]) * FRAME_SECONDS, end) for place in places]
         return [
             HeardWord(text, start, max(following, start), float(probabilities[place].mean()))
-            for text, place, start, following in zip(texts, places, starts, [*starts[1:], end], strict=True)
+            for text, place, start, following in zip(texts, places, starts, [*starts, end][1:], strict=True)
         ]
 
 
