@@ -2,7 +2,7 @@
 # make transcribe audio=talk.m4a       transcribes any audio or video file; options="output.format=srt" passes options on
 # make app                             opens the web page on http://127.0.0.1:7860; options="port=8000" passes options on
 # make server                          opens a server for other programs on http://127.0.0.1:8000
-# make test                            runs the tests; those of the page in a browser need chromium (apt-get install chromium)
+# make test                            runs the tests; those of the page in a browser need chromium (.ci/install_chromium)
 # All make .venv first, with the first of these that is Python 3.11 or later; PYTHON=... names another.
 
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,\

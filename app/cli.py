@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +57,9 @@ def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bo
         print("Starting the page ...", flush=True)
 
     # These take seconds to import.
+    from starlette.middleware import Middleware
+    from unique_asr.app.visitors import BrowserCookie
+
     from unique_asr.application.queue import JobQueue
     from unique_asr.application.session import Session, load_transcriber
 
@@ -63,19 +69,38 @@ def launch(config: DictConfig, load: Callable[..., Any] | None = None, block: bo
             server_name=values["host"],
             server_port=values["port"],
             **served,
-            quiet=not block,
-            prevent_thread_lock=not block,
+            app_kwargs={"middleware": [Middleware(BrowserCookie)]},
+            quiet=True,  # no advice to share it with the world
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise ValueError(f"port={values['port']}: cannot be used on {values['host']}; choose another") from error
+    if block:
+        # The first job needs it: its imports take seconds, and are done while somebody chooses a recording.
+        threading.Thread(target=import_module, args=("unique_asr.transcribers",), daemon=True).start()
+        wait(blocks)
     return blocks
+
+
+def wait(blocks: gr.Blocks) -> None:
+    """Say where the page is, and return when it is interrupted."""
+    print(f"The page is on http://{blocks.server_name}:{blocks.server_port} (Ctrl-C ends it)", flush=True)
+    try:
+        while blocks.is_running:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        print("The page has ended; jobs that were not done can be continued", flush=True)
+    finally:
+        blocks.close(verbose=False)
 
 
 def mount_page(app: FastAPI, values: dict[str, Any], queue: JobQueue) -> FastAPI:
     """Serve the page on / of an application, below the paths that it has; see `make_page`."""
     import gradio as gr
+    from unique_asr.app.visitors import BrowserCookie
 
     blocks, served = make_page(values, queue)
+    app.add_middleware(BrowserCookie)
     return gr.mount_gradio_app(app, blocks, path="/", **served)
 
 
@@ -102,7 +127,7 @@ def make_page(values: dict[str, Any], queue: JobQueue) -> tuple[gr.Blocks, dict[
     transcriber = {name: values[name] for name in ("device", "dtype", "parallel_passes")}
     options = {"attention": values["attention"], "transcriber": {**transcriber, **decoding}}
     worker = Worker(store, queue, limits, options)
-    blocks = Page(store, worker, limits, values["models"], examples).build()
+    blocks = Page(store, worker, limits, values["models"], examples, values["shared"]).build()
     blocks.queue(max_size=64)
     return blocks, {
         "allowed_paths": [str(path) for path in (store.folder, *folders, *examples)],

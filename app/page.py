@@ -11,12 +11,13 @@ import gradio as gr
 from unique_asr.app.comparison import COLUMNS, DENSE, SPARSE, compare
 from unique_asr.app.limits import Limits
 from unique_asr.app.store import FAILED, STOPPED, Record, Store
+from unique_asr.app.visitors import identify
 from unique_asr.app.worker import Live, Worker, make_attention_config
 
 from unique_asr.application.display import format_time
 from unique_asr.application.limits import Refusal
 from unique_asr.audio import check_vad, parse_time
-from unique_asr.transcribers import check_hotwords, check_language
+from unique_asr.subtitles import build_cues
 from unique_asr.transcript import Segment
 
 REFRESH_SECONDS = 0.3  # how often a running job is shown anew
@@ -42,8 +43,15 @@ class Page:
     """The handlers of the page, and `build`, which lays out its components around them."""
 
     def __init__(
-        self, store: Store, worker: Worker, limits: Limits, models: Sequence[str], examples: Sequence[Path] = ()
+        self,
+        store: Store,
+        worker: Worker,
+        limits: Limits,
+        models: Sequence[str],
+        examples: Sequence[Path] = (),
+        shared: bool = False,
     ) -> None:
+        self.shared = shared  # whether every browser sees the jobs of all others
         self.store, self.worker, self.limits = store, worker, limits
         self.models, self.examples = list(models), [str(path) for path in examples]
         self._watching: dict[str | None, object] = {}  # what each open page shows; a newer choice ends the older one
@@ -76,8 +84,6 @@ class Page:
             "budget": int(budget or 0),
             "page_size": int(page_size or 0),
             "prompt": (prompt or "").strip(),
-            "language": None,
-            "hotwords": None,
             "vad": bool(vad),
             "reads": bool(reads) and attention == "unique",
             "compare": bool(compare) and attention == "unique",
@@ -85,25 +91,46 @@ class Page:
         records: list[Record] = []
         try:
             make_attention_config(settings, self.worker.options)
-            settings["language"] = check_language((language or "").strip(), model)
-            settings["hotwords"] = check_hotwords((hotwords or "").strip(), model)
+            settings |= _check_told((language or "").strip(), (hotwords or "").strip(), model)
             if vad:
                 check_vad()
-            self.worker.check_room(len(uploads) if uploads else 1)
+            self.worker.check_room()
             recordings, uploaded = self.limits.choose(uploads, recorded, path)
             for recording in recordings:
-                records.append(self.store.create(recording, recording.name, settings, copy=uploaded))
-                self.worker.submit(records[-1])
-        except (Refusal, ValueError) as error:
-            raise _error(str(error)) from error
+                record = self._submit(recording, settings, uploaded, identify(request))
+                records.append(record)
+        except ValueError as error:
+            if not records:
+                raise _error(str(error)) from error
+            reason = str(error)
         except OSError as error:
-            raise _error(f"{self.store.folder}: the recording cannot be kept there ({error.strerror})") from error
+            reason = f"{self.store.folder}: the recording cannot be kept there ({error.strerror})"
+            if not records:
+                raise _error(reason) from error
+        note = ""
+        if left := [recording.name for recording in recordings[len(records) :]]:
+            note = f"{reason} Not taken: {', '.join(left)}"
+            gr.Warning(note, duration=None)
         for record in records:
-            if not (yield from self.show(record.id, request)):
+            if not (yield from self.show(record.id, request, note)):
                 return
 
-    def show(self, id: str | None, request: gr.Request) -> Generator[View, None, bool]:
+    def _submit(self, recording: Path, settings: dict[str, Any], uploaded: bool, browser: str) -> Record:
+        """Make a job of a recording. Raises Refusal if the queue is full, OSError if it cannot be kept."""
+        self.worker.check_room()  # before it is copied
+        record = self.store.create(recording, recording.name, settings, uploaded, browser)
+        try:
+            self.worker.submit(record)
+        except Refusal:
+            self.store.discard(record)
+            raise
+        return record
+
+    def show(self, id: str | None, request: gr.Request, note: str = "") -> Generator[View, None, bool]:
         """Show a job as it changes while it waits or runs, then as it is on disk.
+
+        Args:
+            note: stands below its status.
 
         Returns:
             Whether it was shown to its end, and no other job was chosen meanwhile.
@@ -114,16 +141,17 @@ class Page:
             if (state, status, count) != (live.record.state, live.status, len(live.segments)):
                 first, more, begun = status is None, count != len(live.segments), state != live.record.state
                 state, status, count = live.record.state, live.status, len(live.segments)
-                yield self._live_view(live, first, more, begun)
+                yield self._live_view(live, first, more, begun, identify(request), note)
             live.finished.wait(REFRESH_SECONDS)
             if self._watching.get(request.session_hash) is not mine:
+                yield View(*[gr.skip()] * len(View._fields))  # gradio shows the last view again when a handler ends
                 return False
-        yield self._final_view(self.store.load(id))
+        yield self._final_view(self.store.load(id), identify(request), note)
         return self._watching.get(request.session_hash) is mine
 
     def show_latest(self, request: gr.Request) -> Iterator[View]:
-        """Show the job at work, else the last one: what a page that is opened or reloaded begins with."""
-        records = self.store.list()
+        """Show this browser's job at work, else its last one: what a page that is opened or reloaded begins with."""
+        records = self._find_jobs(identify(request))
         running = [record.id for record in records if self.worker.live(record.id)]
         yield from self.show(running[-1] if running else records[0].id if records else None, request)
 
@@ -142,10 +170,9 @@ class Page:
         if record is None or record.state not in (STOPPED, FAILED):
             raise _error("Only a job that was stopped or failed can be continued.")
         try:
-            self.worker.check_room()
+            self.worker.submit(record)
         except Refusal as error:
             raise _error(str(error)) from error
-        self.worker.submit(record)
         yield from self.show(record.id, request)
 
     def jump(self, event: gr.SelectData) -> Any:
@@ -154,12 +181,12 @@ class Page:
 
     # Views
 
-    def _live_view(self, live: Live, first: bool, more: bool, begun: bool) -> View:
+    def _live_view(self, live: Live, first: bool, more: bool, begun: bool, browser: str, note: str) -> View:
         """Only what has changed: all of it at first, the text if there is more, the list of jobs when one begins."""
         segments = list(live.segments)
         empty = None if first else gr.skip()
         return View(
-            status=f"{live.record.title}: {live.status}",
+            status=_status(f"{live.record.title}: {live.status}", note),
             text=_text(segments) if more else gr.skip(),
             segments=_rows(segments) if more else gr.skip(),
             player=gr.Audio(value=live.record.audio, subtitles=None) if first else gr.skip(),
@@ -168,14 +195,14 @@ class Page:
             differences=empty,
             measures=empty,
             plot=gr.HTML(visible=False) if first else gr.skip(),
-            jobs=self._choices(live.record) if begun else gr.skip(),
+            jobs=self._choices(browser, live.record) if begun else gr.skip(),
         )
 
-    def _final_view(self, record: Record | None) -> View:
+    def _final_view(self, record: Record | None, browser: str, note: str) -> View:
         if record is None:
             empty = dict.fromkeys(View._fields) | {"status": "No job yet.", "text": "", "segments": []}
             hidden = {"comparison": gr.Column(visible=False), "plot": gr.HTML(visible=False)}
-            return View(**empty | hidden | {"jobs": self._choices()})
+            return View(**empty | hidden | {"jobs": self._choices(browser)})
         transcript, dense = self.store.read_transcript(record), self.store.read_transcript(record, "dense")
         segments = transcript.segments if transcript else self.store.read_segments(record)
         differences = measures = None
@@ -184,7 +211,7 @@ class Page:
         found = Path(record.audio).is_file()
         plot = self.store.plot_path(record)
         return View(
-            status=f"{record.title}: {record.state}. {record.message}",
+            status=_status(f"{record.title}: {record.state}. {record.message}", note),
             text=_text(segments),
             segments=_rows(segments),
             player=gr.Audio(value=record.audio, subtitles=_subtitles(segments)) if found else None,
@@ -193,13 +220,19 @@ class Page:
             differences=differences,
             measures=measures,
             plot=gr.HTML(plot.read_text(encoding="utf-8"), visible=True) if plot.exists() else gr.HTML(visible=False),
-            jobs=self._choices(record),
+            jobs=self._choices(browser, record),
         )
 
-    def _choices(self, selected: Record | None = None) -> Any:
-        """The list of past jobs; in front of each title when it was made."""
-        choices = []
-        for record in self.store.list():
+    def _find_jobs(self, browser: str) -> list[Record]:
+        """The jobs of this browser, or all of them if they are shared; the newest first."""
+        return [record for record in self.store.list() if self.shared or (browser and record.browser == browser)]
+
+    def _choices(self, browser: str, selected: Record | None = None) -> Any:
+        """The list of past jobs, the selected one in any case; in front of each title when it was made."""
+        records, choices = self._find_jobs(browser), []
+        if selected and selected.id not in [record.id for record in records]:
+            records.insert(0, selected)
+        for record in records:
             made = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created))
             choices.append((f"{made}  {record.title} ({record.state})", record.id))
         return gr.Dropdown(choices=choices, value=selected.id if selected else None)
@@ -293,7 +326,20 @@ def _rows(segments: Sequence[Segment]) -> list[list[str]]:
 
 
 def _subtitles(segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    return [{"text": segment.text.strip(), "timestamp": [segment.start, segment.end]} for segment in segments]
+    return [{"text": cue.text, "timestamp": [cue.start, cue.end]} for cue in build_cues(segments)]
+
+
+def _check_told(language: str, hotwords: str, model: str) -> dict[str, str | None]:
+    """What the model is told, as it takes it. Raises ValueError if it cannot be told."""
+    if not (language or hotwords):
+        return {"language": None, "hotwords": None}
+    from unique_asr.transcribers import check_hotwords, check_language  # takes seconds
+
+    return {"language": check_language(language, model), "hotwords": check_hotwords(hotwords, model)}
+
+
+def _status(line: str, note: str) -> str:
+    return f"{line}\n{note}" if note else line
 
 
 def _error(message: str) -> gr.Error:

@@ -16,6 +16,7 @@ from unique_asr.application.jobs import Job
 from unique_asr.transcript import Segment, Transcript
 from unique_asr.writers import WRITERS, SegmentLog, read_transcript
 
+NAME_BYTES = 150  # with their extensions, names are shorter than the 255 bytes that file systems take
 ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
 
@@ -25,12 +26,22 @@ class Record:
     """One job, as job.json holds it."""
 
     id: str
-    title: str  # the recording's own name, for people only
+    title: str  # the recording's own name, for people
     audio: str  # the file that is read
     settings: dict[str, Any] = field(default_factory=dict)
     state: str = WAITING
     message: str = ""  # one line: why it stopped or failed, or the summary of what was done
     created: float = 0.0  # s since 1970
+    name: str = ""  # of its files, without extension; "": transcript, as older versions called all
+    browser: str = ""  # whose job it is; "": nobody's in particular
+
+
+def name_files(title: str) -> str:
+    """Return what the transcripts of a recording are called: its name without extension, safe on every file system."""
+    stem = re.sub(r"\.[A-Za-z0-9]{1,5}$", "", title)
+    name = "".join("_" if not each.isprintable() or each in '/\\:*?"<>|' else each for each in stem)
+    name = name.encode(errors="replace")[:NAME_BYTES].decode(errors="ignore").strip(". ")
+    return name or "recording"
 
 
 class Store:
@@ -40,27 +51,37 @@ class Store:
         self.folder = folder.expanduser().resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def create(self, recording: Path, title: str, settings: dict[str, Any], copy: bool) -> Record:
+    def create(self, recording: Path, title: str, settings: dict[str, Any], copy: bool, browser: str = "") -> Record:
         """Make a new job.
 
         Args:
-            title: what the recording is called, for people only.
+            title: what the recording is called, for people; its files are named after it.
             copy: keep a copy of the recording in the job's folder, under a name of our own.
+            browser: whose job it is.
 
         Raises:
             OSError: if it cannot be kept there.
         """
         id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         folder = self.folder / id
-        folder.mkdir()
-        if copy:
-            suffix = recording.suffix.lower()
-            kept = folder / f"recording{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
-            shutil.copyfile(recording, kept)
-            recording = kept
-        record = Record(id, title, str(recording), settings, created=time.time())
-        self.save(record)
+        try:
+            folder.mkdir()
+            if copy:
+                suffix = recording.suffix.lower()
+                kept = folder / f"recording{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
+                shutil.copyfile(recording, kept)
+                recording = kept
+            name = name_files(title)
+            record = Record(id, title, str(recording), settings, created=time.time(), name=name, browser=browser)
+            self.save(record)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return record
+
+    def discard(self, record: Record) -> None:
+        """Remove a job that was not begun, with its copy of the recording."""
+        shutil.rmtree(self.folder / record.id, ignore_errors=True)
 
     def save(self, record: Record) -> None:
         """Write job.json; the old one stays whole until the new one is."""
@@ -88,7 +109,12 @@ class Store:
 
     def locate(self, record: Record, kind: str = "transcript") -> Job:
         """Return where the transcripts go; the dense one of a comparison is of the kind "dense"."""
-        return Job(Path(record.audio), self.folder / record.id / kind, record.title)
+        folder = self.folder / record.id
+        if not record.name:
+            return Job(Path(record.audio), folder / kind, record.title)
+        # A folder of their own: whatever the recording is called, they replace neither it nor job.json.
+        name = record.name if kind == "transcript" else f"{record.name}.{kind}"
+        return Job(Path(record.audio), folder / "files" / name, record.title)
 
     def read_transcript(self, record: Record, kind: str = "transcript") -> Transcript | None:
         """Return the whole transcript, or the part that there is of it; None if there is nothing."""

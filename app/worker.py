@@ -129,7 +129,9 @@ class Worker:
         if error is None:
             record.state = DONE
         elif isinstance(error, Stopped):
-            record.state, record.message = STOPPED, "Continue goes on from there"
+            begun = record.state != WAITING
+            record.message = "Continue goes on from there" if begun else "it had not begun; Continue starts it"
+            record.state = STOPPED
         else:
             text = " ".join(str(error).split()) or "failed"
             record.state = FAILED

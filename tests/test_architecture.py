@@ -14,7 +14,14 @@ FOLDERS = ("unique_asr", "kernels", "app", "scripts", "benchmarks")
 LAYERS = [
     ["unique_asr.kernels"],
     ["unique_asr.attention"],
-    ["unique_asr.audio", "unique_asr.duration", "unique_asr.vad", "unique_asr.transcript", "unique_asr.sentences"],
+    [
+        "unique_asr.audio",
+        "unique_asr.duration",
+        "unique_asr.vad",
+        "unique_asr.remote",
+        "unique_asr.transcript",
+        "unique_asr.sentences",
+    ],
     ["unique_asr.data", "unique_asr.subtitle_units", "unique_asr.subtitles", "unique_asr.writers"],
     ["unique_asr.decoding", "unique_asr.models"],
     ["unique_asr.generation", "unique_asr.longform"],
@@ -22,7 +29,14 @@ LAYERS = [
     ["unique_asr.pipeline"],
     ["unique_asr"],  # the public names
     ["unique_asr.application"],
-    ["unique_asr.app", "unique_asr.benchmark", "unique_asr.evaluation", "unique_asr.server", "unique_asr.training"],
+    [
+        "unique_asr.app",
+        "unique_asr.benchmark",
+        "unique_asr.distributed",
+        "unique_asr.evaluation",
+        "unique_asr.server",
+        "unique_asr.training",
+    ],
     ["scripts", "benchmarks"],
 ]
 # Stricter than the layers: what these may import at all.

@@ -189,11 +189,11 @@ def test_what_is_imported_is_declared():
 
 
 def test_tests_skip_nothing_that_the_dev_extra_lacks():
-    """Packages of pytest.importorskip; data sets of the hub are the exception, which are large."""
+    """Packages of pytest.importorskip; data sets of the hub and Ray are the exceptions, which are large."""
     declared = distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
     for path in (ROOT / "tests").rglob("test_*.py"):
         packages = {name.partition(".")[0] for name in re.findall(r'importorskip\("([\w.]+)"', path.read_text())}
-        assert {DISTRIBUTIONS.get(package, package) for package in packages} <= declared | {"datasets"}, path
+        assert {DISTRIBUTIONS.get(package, package) for package in packages} <= declared | {"datasets", "ray"}, path
 
 
 def test_torch_and_torchaudio_of_the_container_are_those_of_the_package():

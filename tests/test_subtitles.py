@@ -103,6 +103,13 @@ def test_breaks_are_at_phrases():
             assert line.split()[-1].lower() not in ("the", "a", "of", "and", "mr.")
 
 
+def test_no_word_of_a_sentence_stands_alone_on_a_line():
+    (cue, *_) = build_cues(say("Thus, it is that the honor of three is saved, our country, our masters and our own."))
+    assert cue.text == "Thus, it is that the honor\nof three is saved,"
+    (cue,) = build_cues(say("Yes. And then he said nothing at all of it.", speed=30.0))
+    assert cue.text == "Yes.\nAnd then he said nothing at all of it."  # a sentence may
+
+
 def test_a_pause_ends_a_cue():
     segment = Segment(0, 0.0, 9.0, "we went out then we came home again", [])
     times = [0.0, 0.3, 0.7, 4.0, 4.4, 4.7, 5.0, 5.4]

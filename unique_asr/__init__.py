@@ -14,6 +14,7 @@ with unique_asr.sparse_attention(model, budget=512):  # any transformers decoder
 """
 
 from importlib import import_module
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from unique_asr.pipeline import transcribe, transcribe_batch
 
 __version__ = "0.1.0"
+_BEGAN = perf_counter()  # before anything heavy is imported: where the time of a program is counted from
 __all__ = ["__version__", "sparse_attention", "transcribe", "transcribe_batch"]
 
 _MODULES = {

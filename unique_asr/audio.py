@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 
 from unique_asr.duration import announced_duration, known_duration, measure_duration
+from unique_asr.remote import FetchLimits, RemoteCopy, RemoteError, fetch, is_uri, shown_name, to_path
 
 SAMPLE_RATE = 16000  # Hz, after decoding
 GAP_TOLERANCE = 0.2  # s; a longer hole between the timestamps of two frames is filled with silence
@@ -36,12 +36,16 @@ class AudioFile:
     Times are those of a player: audio that starts later than the video, or that has holes, is padded with silence.
 
     Args:
+        path: a file, or a URI (https://..., s3://...), which is copied to a temporary file first.
         start, end: seconds between which the file is read.
         channel: 1 for the first (left) one; None for the mean of all.
         name: what messages and transcripts call the file, if not its path.
         vad: put silence in the place of what is not speech, see `vad.py`.
+        limits: how much is fetched of a URI, and how long that may take.
+        progress: see `fetch`.
 
     Attributes:
+        copy: of a URI; else None.
         warnings: one line each about what is damaged or missing; they come while `blocks` decodes.
         dropped: seconds that voice activity detection took for anything but speech.
 
@@ -57,9 +61,12 @@ class AudioFile:
         channel: int | None = None,
         name: str | None = None,
         vad: bool = False,
+        limits: FetchLimits | None = None,
+        progress: Callable[[str, float, float], None] | None = None,
     ) -> None:
-        self.path = Path(path).expanduser()
-        self.name = name or str(self.path)
+        self.copy = _fetch(path, limits, progress) if is_uri(path) else None
+        self.path = self.copy.path if self.copy else to_path(path)
+        self.name = name or (shown_name(path) if self.copy else str(self.path))
         self.start, self.end, self.channel, self.vad = start, end, channel, vad
         self.dropped = 0.0
         self.warnings: list[str] = []
@@ -228,6 +235,13 @@ class AudioFile:
             )
         if damaged:
             self.warnings.append(f"{self.name}: {damaged} damaged packets skipped")
+
+
+def _fetch(uri: str, limits: FetchLimits | None, progress: Callable[[str, float, float], None] | None) -> RemoteCopy:
+    try:
+        return fetch(uri, limits, progress)
+    except RemoteError as error:
+        raise AudioError(str(error)) from error
 
 
 def filter_speech(stream: Iterable[np.ndarray], seconds: float, source: Any) -> Iterator[np.ndarray]:

@@ -28,8 +28,9 @@ CUE = 3.0
 SENTENCE_INSIDE = 4.0  # more than CUE: a sentence gets a cue of its own unless that were too short to read
 SPEAKER_INSIDE = 6.0
 PAUSE_INSIDE = 6.0  # for each second over 0.3
-FRAGMENT = 2.0  # part of a sentence, on less than FRAGMENT_WIDTH columns
+FRAGMENT = 2.0  # part of a sentence, on a cue of less than FRAGMENT_WIDTH columns or a line of less than LONE_WIDTH
 FRAGMENT_WIDTH = 16
+LONE_WIDTH = 10  # about a word
 SHORT = 30.0  # times the share of the shortest duration that is lacking
 HURRIED = 8.0  # times the share of the reading time that is lacking
 HOPELESS = 40.0  # more inside a cue is not looked at
@@ -219,7 +220,10 @@ def _break_lines(group: Sequence[Unit], limits: SubtitleLimits) -> tuple[str, ..
                 break
             lines, cost, breaks = fill(index + 1)
             uneven = 4 * ((width - mean) / limits.max_line_width) ** 2 + 0.001 * width * (first == 0)
-            cost += uneven + unit.break_cost * (index + 1 < count)
+            after = unit.break_cost * (index + 1 < count)
+            cost += uneven + after
+            if width < LONE_WIDTH and (after or (first and group[first - 1].break_cost)):
+                cost += FRAGMENT
             choices.append((lines + 1, cost, (first, *breaks)))
         return min(choices)
 

@@ -65,7 +65,7 @@ class TranscriptionInfo:
     """How a transcript was made, and whether it is whole. Complete once the iterator of segments is exhausted."""
 
     audio: str  # the file's path
-    file: dict[str, Any] = field(default_factory=dict)  # of the recording: size, modified, sha256; for jobs on disk
+    file: dict[str, Any] = field(default_factory=dict)  # of the recording, for jobs on disk: size, modified, sha256 ...
     duration: float = 0.0  # s, of what was transcribed
     model: str = "default"
     device: str = "cpu"

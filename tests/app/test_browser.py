@@ -1,19 +1,17 @@
 # ruff: noqa: E402  (what follows needs Playwright and gradio)
-"""The page in a real browser, driven by Playwright: Debian's chromium, or Playwright's own."""
+"""The page in a real browser, driven by Playwright."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 pytest.importorskip("gradio", reason="the page needs gradio")
 
+from chromium import start_chromium
 from test_page import DATA, Script, configuration
 from unique_asr.app.cli import launch
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
@@ -21,9 +19,10 @@ expect.set_options(timeout=20_000)
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        if not (CHROMIUM or Path(driver.chromium.executable_path).exists()):
-            pytest.skip("no chromium: apt-get install chromium, or playwright install chromium")
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            browser = start_chromium(driver)
+        except playwright.Error as error:
+            pytest.skip(f"no chromium starts (.ci/install_chromium installs one): {str(error).splitlines()[0]}")
         yield browser
         browser.close()
 
@@ -38,13 +37,14 @@ def tab(browser, script, tmp_path):
     """An open page; nothing on it may raise an error."""
     (tmp_path / "talks").mkdir()
     blocks = launch(configuration(tmp_path), script.load, block=False)
-    tab = browser.new_page()
+    context = browser.new_context()
+    tab = context.new_page()
     errors = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(blocks.local_url)
     yield tab
     script.gate.set()
-    tab.close()
+    context.close()
     blocks.close()
     assert errors == []
 
@@ -79,8 +79,8 @@ def test_upload_live_text_refresh_and_download(tab, script):
     wait_for_status(tab, "done")
     assert len(text(tab).input_value().splitlines()) == 9
     with tab.expect_download() as download:
-        tab.locator("#files a[download='transcript.srt']").click()
-    assert "00:00:08,000 --> 00:00:08,900\nSegment 8 is sparse." in download.value.path().read_text()
+        tab.locator("#files a[download='nomads.srt']").click()
+    assert "00:00:08,000 --> 00:00:09,000\nSegment 8 is sparse." in download.value.path().read_text()
 
 
 def test_stop_and_continue(tab, script):
@@ -126,7 +126,57 @@ def test_the_plot_of_what_was_read_is_shown(tab):
     upload(tab, "repose.opus")
     wait_for_status(tab, "repose.opus: done")
     expect(tab.locator("#plot svg")).to_contain_text("0:15")  # it is that of this recording
-    expect(tab.locator("#files a[download='transcript.reads.svg']")).to_be_visible()
+    expect(tab.locator("#files a[download='repose.reads.svg']")).to_be_visible()
+
+
+def test_another_browser_does_not_see_the_job(browser, tab):
+    upload(tab)
+    wait_for_status(tab, "nomads.opus: done")
+    second_tab = tab.context.new_page()
+    second_tab.goto(tab.url)
+    wait_for_status(second_tab, "nomads.opus: done")
+    other = browser.new_context()
+    theirs = other.new_page()
+    theirs.goto(tab.url)
+    wait_for_status(theirs, "No job yet.")
+    upload(theirs, "repose.opus")
+    wait_for_status(theirs, "repose.opus: done")
+    tab.reload()
+    wait_for_status(tab, "nomads.opus: done")
+    other.close()
+
+
+def test_stop_ends_a_waiting_job_at_once(tab, script):
+    script.gate.clear()
+    upload(tab)
+    expect(text(tab)).to_have_value("[00:00.0] Segment 0 is sparse.")
+    second = tab.context.new_page()
+    second.goto(tab.url)
+    wait_for_status(second, "nomads.opus")
+    upload(second, "repose.opus")
+    wait_for_status(second, "repose.opus: Waiting")
+    expect(second.locator("#jobs input")).to_have_value(re.compile(r"repose\.opus"))  # what Stop is about
+    second.locator("#stop").click()
+    wait_for_status(second, "repose.opus: stopped")
+    assert "nomads.opus: Transcribing" in tab.locator("#status textarea").input_value()
+
+
+def test_files_that_the_queue_does_not_take_are_named(tab, script, tmp_path):
+    script.gate.clear()
+    copies = [tmp_path / f"talk {number}, 100 % (é).opus" for number in range(12)]
+    for copy in copies:
+        copy.write_bytes((DATA / "nomads.opus").read_bytes())
+    tab.locator("#upload input[type=file]").set_input_files([str(copy) for copy in copies])
+    expect(tab.locator("#upload a[download]")).to_have_count(12)
+    tab.locator("#transcribe").click()
+    expect(tab.locator("body")).to_contain_text(
+        "At most 8 jobs may wait, and 8 do; try again later. Not taken: talk 9, 100"
+    )
+    script.gate.set()
+    wait_for_status(tab, "talk 8, 100 % (é).opus: done")
+    with tab.expect_download() as download:
+        tab.locator("#files a[download='talk 8, 100 % (é).vtt']").click()
+    assert download.value.path().read_text().startswith("WEBVTT")
 
 
 def test_a_refusal_is_shown(tab):

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +20,8 @@ from gradio_client.exceptions import AppError
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from unique_asr.app.cli import launch
+from unique_asr.app.store import name_files
+from unique_asr.app.visitors import COOKIE, find_browser
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.transcript import Segment, TranscriptionInfo, text_settings
@@ -53,7 +59,7 @@ class FakeTranscriber:
         attention = self.settings["attention"].to_dict()
         part = {"start": audio.start, "end": audio.end, "channel": audio.channel, "vad": audio.vad}
         text = text_settings(max_pass_seconds=None, **part, **told)
-        info = TranscriptionInfo(audio.name, audio.duration, attention=attention, settings=text)
+        info = TranscriptionInfo(audio.name, duration=audio.duration, attention=attention, settings=text)
         info.sparsity = {"steps": 9, "sparse_steps": 5, "share_of_pages_read": 0.5}
         return self.segments(info, progress, unfinished.state["segment"] if unfinished else 0, on_pass), info
 
@@ -102,9 +108,16 @@ def serve(tmp_path, script):
         running.pop().close()
 
 
+def browse(page, browser="a"):
+    """A browser that opens a page, or another one's page, and has been there before."""
+    url = page.src if isinstance(page, Client) else page.local_url
+    cookies = {"cookie": f"{COOKIE}={32 * browser}"} if browser else {}
+    return Client(url, headers=cookies, verbose=False)
+
+
 @pytest.fixture
 def page(serve):
-    return Client(serve().local_url, verbose=False)
+    return browse(serve())
 
 
 def settings(upload=None, recorded=None, path="", compare=False, **changes):
@@ -145,9 +158,11 @@ def test_an_upload_becomes_a_job_with_every_format(page, tmp_path):
     assert Path(result[FILES][0]).read_text().startswith("Segment 0")
     folder = folder_of(tmp_path, result)
     assert (folder / "recording.opus").read_bytes() == talk.read_bytes()  # under a name of our own
-    assert read_transcript(folder / "transcript.json").info.settings["prompt"] == "Names: Ada."
+    (transcript,) = folder.glob("files/été (1)*.json")  # without what gradio takes for dangerous
+    assert read_transcript(transcript).info.settings["prompt"] == "Names: Ada."
     assert not list(tmp_path.rglob("x"))
-    assert not list(folder.glob("*.partial.*"))
+    assert not list(folder.rglob("*.partial.*"))
+    assert {Path(name).stem for name in result[FILES]} == {transcript.stem}
 
 
 def test_text_comes_while_it_is_decoded(page, script, tmp_path):
@@ -163,7 +178,7 @@ def test_text_comes_while_it_is_decoded(page, script, tmp_path):
 
 def test_stop_ends_this_job_only_and_continue_completes_it(page, serve, script, tmp_path):
     script.gate.clear()
-    other = Client(page.src, verbose=False)
+    other = browse(page)
     first = page.submit(*settings(upload=DATA / "nomads.opus"), api_name="/transcribe")
     wait_for(lambda: any(output[TEXT] for output in first.outputs()))
     second = other.submit(*settings(upload=DATA / "repose.opus"), api_name="/transcribe")
@@ -174,7 +189,7 @@ def test_stop_ends_this_job_only_and_continue_completes_it(page, serve, script, 
     result = first.result(timeout=30)
     assert "stopped" in result[STATUS]
     assert len(result[TEXT].splitlines()) == 1
-    assert {Path(name).name for name in result[FILES]} >= {"transcript.partial.txt", "transcript.partial.json"}
+    assert {Path(name).name for name in result[FILES]} >= {"nomads.partial.txt", "nomads.partial.json"}
     script.gate.set()
     assert len(second.result(timeout=30)[TEXT].splitlines()) == 9
 
@@ -189,14 +204,14 @@ def test_jobs_survive_a_reload_and_a_restart(page, serve, script):
     script.gate.clear()
     job = page.submit(*settings(upload=DATA / "nomads.opus"), api_name="/transcribe")
     wait_for(lambda: any(output[TEXT] for output in job.outputs()))
-    reloaded = Client(page.src, verbose=False)
+    reloaded = browse(page)
     page.close()
     again = reloaded.submit(api_name="/latest")
     wait_for(lambda: any(output[TEXT] for output in again.outputs()))  # it is still at work
     script.gate.set()
     assert len(again.result(timeout=30)[TEXT].splitlines()) == 9
 
-    restarted = Client(serve().local_url, verbose=False)
+    restarted = browse(serve())
     result = restarted.predict(api_name="/latest")
     assert len(result[TEXT].splitlines()) == 9
     assert "nomads.opus (done)" in result[JOBS]["choices"][0][0]
@@ -204,7 +219,7 @@ def test_jobs_survive_a_reload_and_a_restart(page, serve, script):
 
 
 def test_a_job_that_the_server_left_behind_can_be_continued(serve, script, tmp_path):
-    page = Client(serve().local_url, verbose=False)
+    page = browse(serve())
     script.fail_at = 4
     result = transcribe(page, upload=DATA / "nomads.opus")
     assert "failed. the model failed (RuntimeError)" in result[STATUS]
@@ -212,7 +227,7 @@ def test_a_job_that_the_server_left_behind_can_be_continued(serve, script, tmp_p
     record = folder_of(tmp_path, result) / "job.json"
     record.write_text(record.read_text().replace('"failed"', '"running"'))  # as a crash leaves it
     script.fail_at = None
-    page = Client(serve().local_url, verbose=False)
+    page = browse(serve())
     assert "restarted" in page.predict(api_name="/latest")[STATUS]
     result = page.predict(job_id(result), api_name="/continue")
     assert len(result[TEXT].splitlines()) == 9
@@ -230,19 +245,19 @@ def test_what_was_read_is_plotted_if_asked_for(page, tmp_path):
     result = transcribe(page, upload=DATA / "nomads.opus")
     assert not result[PLOT]["visible"]
     result = transcribe(page, upload=DATA / "nomads.opus", reads=True, compare=True)
-    plot = folder_of(tmp_path, result) / "transcript.reads.svg"
+    plot = folder_of(tmp_path, result) / "files" / "nomads.reads.svg"
     assert result[PLOT]["visible"]
     assert result[PLOT]["value"] == plot.read_text()
     assert ">0:08</text>" in plot.read_text()
     assert len(result[FILES]) == 11
-    assert not list(plot.parent.glob("dense.reads.svg"))
+    assert not list(plot.parent.glob("*dense.reads.svg"))
     assert page.predict(job_id(result), api_name="/show")[PLOT]["visible"]
 
 
 def test_voice_activity_detection_reaches_the_recording(page, tmp_path, monkeypatch):
     monkeypatch.setattr("unique_asr.vad.is_installed", lambda: True)
     result = transcribe(page, upload=DATA / "nomads.opus", vad=True)
-    assert read_transcript(folder_of(tmp_path, result) / "transcript.json").info.settings["vad"] is True
+    assert read_transcript(folder_of(tmp_path, result) / "files" / "nomads.json").info.settings["vad"] is True
     monkeypatch.setattr("unique_asr.vad.is_installed", lambda: False)
     with pytest.raises(AppError, match="needs the package silero-vad"):
         transcribe(page, upload=DATA / "nomads.opus", vad=True)
@@ -260,7 +275,7 @@ def test_several_files_are_a_job_each_one_after_the_other(page, script, tmp_path
     script.gate.set()
     assert "repose.opus: done" in shown.result(timeout=30)[STATUS]
     assert any("nomads.opus: done" in output[STATUS] for output in shown.outputs())
-    assert len(list((tmp_path / "jobs").glob("*/transcript.json"))) == 2
+    assert len(list((tmp_path / "jobs").glob("*/files/*.json"))) == 2
 
 
 def test_another_job_that_is_chosen_is_not_taken_away_by_the_next_file(page, script):
@@ -276,7 +291,7 @@ def test_another_job_that_is_chosen_is_not_taken_away_by_the_next_file(page, scr
 
 def test_the_language_reaches_the_model(page, tmp_path):
     result = transcribe(page, upload=DATA / "nomads.opus", language="English")
-    assert read_transcript(folder_of(tmp_path, result) / "transcript.json").info.settings["language"] == "en"
+    assert read_transcript(folder_of(tmp_path, result) / "files" / "nomads.json").info.settings["language"] == "en"
 
 
 def test_a_file_of_an_allowed_folder(page, tmp_path):
@@ -296,7 +311,7 @@ def refusing(tmp_path_factory):
     (folder / "talks" / "link.opus").symlink_to(folder / "secret.opus")
     script = Script()
     blocks = launch(configuration(folder), script.load, block=False)
-    yield Client(blocks.local_url, verbose=False), folder
+    yield browse(blocks), folder
     blocks.close()
     assert script.loaded == 0
     assert list((folder / "jobs").iterdir()) == []
@@ -351,9 +366,171 @@ def test_only_ids_of_jobs_reach_the_disk(refusing, id):
 
 
 def test_limits(serve, script):
-    page = Client(serve(max_minutes=0.1).local_url, verbose=False)
+    page = browse(serve(max_minutes=0.1))
     with pytest.raises(AppError, match=r"longer than 0\.1 minutes"):
         transcribe(page, upload=DATA / "nomads.opus")
+
+
+def begin(page, script, **options):
+    """A job that is at work; what it gives so far."""
+    script.gate.clear()
+    job = page.submit(*settings(**options), api_name="/transcribe")
+    wait_for(lambda: any(output[TEXT] for output in job.outputs()))
+    return job
+
+
+def test_a_queue_that_is_full_takes_nothing(serve, script, tmp_path):
+    page = browse(serve(max_waiting=0))
+    job = begin(page, script, upload=DATA / "nomads.opus")
+    with pytest.raises(AppError, match="At most 0 jobs may wait, and 0 do"):
+        transcribe(browse(page), upload=DATA / "repose.opus")
+    assert len(list((tmp_path / "jobs").iterdir())) == 1
+    script.gate.set()
+    assert "done" in job.result(timeout=30)[STATUS]
+
+
+def test_a_batch_is_taken_up_to_the_limit_and_the_rest_is_named(serve, script, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("gradio.Warning", lambda message, **_: warnings.append(message))
+    batch = [tmp_path / f"{name}.opus" for name in ("one", "two", "three", "four")]
+    for copy in batch:
+        shutil.copy(DATA / "nomads.opus", copy)
+    page = browse(serve(max_waiting=1))
+    job = begin(page, script, upload=batch)
+    missing = "At most 1 jobs may wait, and 1 do; try again later. Not taken: three.opus, four.opus"
+    assert warnings == [missing]
+    assert all(missing in output[STATUS] for output in job.outputs())
+    script.gate.set()
+    result = job.result(timeout=30)
+    assert "two.opus: done" in result[STATUS]
+    assert missing in result[STATUS]
+    assert len(list((tmp_path / "jobs").iterdir())) == 2
+
+
+def test_a_disk_that_is_full_names_the_rest_too(page, tmp_path, monkeypatch):
+    real = shutil.copyfile
+
+    def copy(source, target, **options):
+        real(source, target, **options)
+        if "jobs" in Path(target).parts and "repose" in str(source):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unique_asr.app.store.shutil.copyfile", copy)
+    result = transcribe(page, upload=[DATA / "nomads.opus", DATA / "repose.opus"])
+    assert "nomads.opus: done" in result[STATUS]
+    assert "(No space left on device) Not taken: repose.opus" in result[STATUS]
+    assert len(list((tmp_path / "jobs").iterdir())) == 1  # what was half copied is gone
+    with pytest.raises(AppError, match="cannot be kept there"):
+        transcribe(page, upload=DATA / "repose.opus")
+
+
+def test_stop_takes_a_waiting_job_out_of_the_queue_at_once(serve, script):
+    page = browse(serve(max_waiting=1))
+    first = begin(page, script, upload=DATA / "nomads.opus")
+    second = browse(page).submit(*settings(upload=DATA / "repose.opus"), api_name="/transcribe")
+    wait_for(lambda: second.outputs())
+    page.predict(job_id(second.outputs()[0]), api_name="/stop")
+    result = second.result(timeout=5)  # the first one is still at work
+    assert "repose.opus: stopped. it had not begun" in result[STATUS]
+    assert not first.done()
+    third = browse(page).submit(*settings(upload=DATA / "repose.opus"), api_name="/transcribe")  # its place is free
+    wait_for(lambda: third.outputs())
+    assert "Waiting" in third.outputs()[0][STATUS]
+    script.gate.set()
+    assert "done" in first.result(timeout=30)[STATUS]
+    assert "done" in third.result(timeout=30)[STATUS]
+    result = page.predict(job_id(result), api_name="/continue")
+    assert len(result[TEXT].splitlines()) == 9
+
+
+def test_a_view_that_was_left_does_not_come_back(page, script):
+    """What a handler showed last is sent again when it ends: then Stop would be about the job of the older view."""
+    older = begin(page, script, upload=DATA / "nomads.opus")
+    newer = page.submit(*settings(upload=DATA / "repose.opus"), api_name="/transcribe")  # of the same tab
+    wait_for(lambda: newer.outputs())
+    left = older.result(timeout=10)
+    assert all(value.get("props", value) == {"__type__": "update"} for value in left)  # nothing is shown
+    script.gate.set()
+    assert "repose.opus: done" in newer.result(timeout=30)[STATUS]
+
+
+def test_a_browser_sees_its_own_jobs_only(serve):
+    page = browse(serve())
+    result = transcribe(page, upload=DATA / "nomads.opus")
+    for other in (browse(page, "b"), browse(page, "")):
+        assert other.predict(api_name="/latest")[STATUS] == "No job yet."
+        assert other.predict(api_name="/latest")[JOBS]["choices"] == []
+        assert "done" in other.predict(job_id(result), api_name="/show")[STATUS]  # who knows the id may see it
+    theirs = transcribe(browse(page, "b"), upload=DATA / "repose.opus")
+    assert [choice[1] for choice in page.predict(api_name="/latest")[JOBS]["choices"]] == [job_id(result)]
+    shared = browse(serve(shared=True), "c").predict(api_name="/latest")
+    assert {choice[1] for choice in shared[JOBS]["choices"]} == {job_id(result), job_id(theirs)}
+
+
+def test_a_browser_gets_a_cookie_once(page):
+    url = page.src
+    answer = httpx.get(url)
+    cookie = answer.headers["set-cookie"]
+    assert find_browser(cookie.partition(";")[0])
+    assert "HttpOnly" in cookie
+    assert "set-cookie" not in httpx.get(url, headers={"cookie": cookie.partition(";")[0]}).headers
+    assert "set-cookie" in httpx.get(url, headers={"cookie": f"{COOKIE}=forged"}).headers
+    assert "set-cookie" not in httpx.get(f"{url}config").headers
+
+
+@pytest.mark.parametrize(
+    "title", ["job.mp3", "recording.json", "..opus", "a/../b", "\0", "x" * 300 + ".wav", 99 * "会议"]
+)
+def test_no_name_of_a_recording_does_harm(title, tmp_path):
+    from unique_asr.app.store import Store
+
+    store = Store(tmp_path / "jobs")
+    record = store.create(DATA / "nomads.opus", title, {}, copy=True)
+    job = store.locate(record, "dense")
+    assert job.base.parent == tmp_path / "jobs" / record.id / "files"
+    assert len(job.partial_path("jsonl").name.encode()) <= 200
+    assert store.load(record.id) == record
+
+
+def test_files_are_named_after_the_recording():
+    assert name_files("Été, 2026.05.01 (b).m4a") == "Été, 2026.05.01 (b)"
+    assert name_files("a:b?.mp3") == "a_b_"
+    assert name_files(".opus") == "recording"
+    assert name_files("\udce9t\udce9.wav") == "_t_"
+
+
+def test_jobs_of_earlier_versions_are_found(serve, tmp_path):
+    result = transcribe(browse(serve()), upload=DATA / "nomads.opus")
+    folder = folder_of(tmp_path, result)
+    for file in (folder / "files").iterdir():
+        file.rename(folder / file.name.replace("nomads", "transcript"))
+    record = json.loads((folder / "job.json").read_text())
+    del record["name"], record["browser"]
+    (folder / "job.json").write_text(json.dumps(record))
+    result = browse(serve(shared=True)).predict(api_name="/latest")
+    assert len(result[TEXT].splitlines()) == 9
+    assert len(result[FILES]) == 5
+
+
+def test_the_command_says_where_the_page_is_and_nothing_else(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "unique_asr.app", f"port={port}", f"jobs={tmp_path}/jobs", "examples=[]"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            lines = [process.stdout.readline() for _ in range(2)]
+            assert lines == ["Starting the page ...\n", f"The page is on http://127.0.0.1:{port} (Ctrl-C ends it)\n"]
+            page = Client(f"http://127.0.0.1:{port}/", verbose=False)
+            assert page.predict(api_name="/latest")[STATUS] == "No job yet."
+            with pytest.raises(AppError, match="not audio or video"):
+                transcribe(page, upload=DATA / "manifest.jsonl")
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert rest == "The page has ended; jobs that were not done can be continued\n"
+    assert process.returncode == 0
 
 
 def test_attention_settings_are_those_of_the_page():

@@ -51,6 +51,7 @@ TOOLS = {
     "pip",
     "curl",
     "docker",
+    "ray",
     "ffmpeg",
     "python3",
     "ruff",

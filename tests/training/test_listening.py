@@ -110,16 +110,83 @@ def test_it_listens_once(listener, manifest, tmp_path, monkeypatch):
         sources()
 
 
+def hear_all(listener, manifest, tmp_path, **options):
+    model, processor = listener
+    return load_or_listen(
+        model, processor, lambda: read_manifests([manifest], {}, model.device, log=lambda line: None), {},
+        tmp_path / "heard.pt", CLEAN, log=lambda line: None, **options,
+    )  # fmt: skip
+
+
 def test_what_falls_out_is_counted(listener, write_manifest, tmp_path):
     """Of texts that are not those of the audio nothing is kept, and that is said in one line."""
-    model, processor = listener
-    manifest = write_manifest({"a.wav": None, "b.wav": None}, seconds=9.0, text="zebras hum quietly far away")
-    with pytest.raises(ValueError, match="heard 0% of the words, and of none of 2 stretches of speech the 70% that"):
-        load_or_listen(
-            model, processor, lambda: read_manifests([manifest], {}, model.device), {}, tmp_path / "heard.pt", CLEAN,
-            log=lambda line: None,
-        )  # fmt: skip
+    half = {"start": 4.0, "end": 9.0, "text": "B C D"}
+    segments = {"a.wav": [{"start": 0.0, "end": 4.0, "text": 12 * "zebras "}, half], "b.wav": None}
+    manifest = write_manifest(segments, seconds=9.0, text=" ")
+    with pytest.raises(ValueError) as caught:
+        hear_all(listener, manifest, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(
+        "data: no utterance to train on: of 3 utterances none is kept, 2 lie where fewer than 70% of the words were "
+        'heard, 1 have no words (0% of all words were); where the text is "zebras zebras'
+    )
+    assert '...", "' in message
+    assert "are the texts those of the audio" in message
     assert not (tmp_path / "heard.pt").exists()
+
+
+def test_it_does_not_listen_on_where_nothing_is_kept(listener, write_manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(listening_module, "TRIAL_UTTERANCES", 3)
+    monkeypatch.setattr(listening_module, "TRIAL_STRETCHES", 2)
+    listened, hears = [], listening_module.hear
+
+    def count(model, batcher, items, *rest):
+        listened.append(len(items))
+        return hears(model, batcher, items, *rest)
+
+    monkeypatch.setattr(listening_module, "hear", count)
+    manifest = write_manifest({f"{index}.wav": None for index in range(12)}, seconds=2.0, text="zebras hum quietly")
+    with pytest.raises(ValueError, match="of 3 utterances, drawn from all 12, none is kept, 3 lie where"):
+        hear_all(listener, manifest, tmp_path)
+    assert listened == [3]
+
+
+def test_what_is_heard_first_is_no_other_way_to_hear(listener, manifest, tmp_path, monkeypatch):
+    """The trial takes stretches from everywhere; recordings keep their order, and each is heard once."""
+    model, processor = listener
+    sources = read_manifests([manifest, manifest, manifest], {}, model.device)
+    whole = listen(model, processor, sources, readings=2, log=lambda line: None)
+    monkeypatch.setattr(listening_module, "TRIAL_UTTERANCES", 1)
+    monkeypatch.setattr(listening_module, "TRIAL_STRETCHES", 2)
+    lines = []
+    split = listen(model, processor, sources, readings=2, log=lines.append)
+    assert [[[part[:2] for part in each] for each in found] for found in split.values()] == [
+        [[part[:2] for part in each] for each in found] for found in whole.values()
+    ]
+    assert "listened to 100%" in lines[-1]
+    assert "12 of 12 stretches kept" in lines[-1]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_trial_is_large_enough_and_spread(processes):
+    utterances = [1, 50] * 200
+    trial, rest = listening_module._split_trial(range(400), utterances, processes)
+    assert sorted(trial + rest) == list(range(400))
+    assert rest == sorted(rest)
+    assert len(trial) == -(-20 // processes)  # enough of them have 50 utterances
+    assert max(trial) > 200
+    trial, _ = listening_module._split_trial(range(400), [1] * 400, processes)
+    assert len(trial) == -(-200 // processes)
+    assert listening_module._split_trial(range(0), [], processes) == ([], [])
+
+
+def test_what_the_filters_leave_is_said_before_listening(listener, write_manifest, tmp_path):
+    segments = [{"start": 0, "end": 1, "text": "a", "match": 0.1}, {"start": 1, "end": 30, "text": "b"}]
+    manifest = write_manifest({"a.wav": segments}, seconds=31.0)
+    wanted = r"train on: left out are 1 misread, 1 longer than 28 s; check data\.manifests"
+    with pytest.raises(ValueError, match=wanted):
+        hear_all(listener, manifest, tmp_path)
 
 
 def test_what_trains_decides_whether_once_is_enough(listener, speech_llm):

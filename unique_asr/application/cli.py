@@ -6,46 +6,79 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from unique_asr import _BEGAN
 from unique_asr.application.display import ConsoleDisplay, JSONLines, format_speed
-from unique_asr.application.jobs import find_recordings, plan, resolve_formats
+from unique_asr.application.jobs import Job, find_recordings, plan, resolve_formats
 from unique_asr.application.overrides import FAILED, INTERRUPTED, SUCCESS, USAGE, run, whole_number
-from unique_asr.application.session import Output, Session, TranscriptionSettings, load_transcriber
+from unique_asr.application.session import Outcome, Output, Session, TranscriptionSettings, load_transcriber
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, check_part, parse_time
+from unique_asr.remote import FetchLimits
 from unique_asr.subtitles import SubtitleLimits
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
 
+# Transcribes jobs elsewhere than in this process, with transcribers that the last argument makes. It raises ValueError
+# before it begins, if an option does not fit.
+Runner = Callable[
+    [DictConfig, Sequence[Job], TranscriptionSettings, Output, ConsoleDisplay, Callable[..., "Transcriber"]], Outcome
+]
+
 LITERAL_KEYS = (
-    *("audio", "start", "end", "language", "hotwords"),
+    *("audio", "start", "end", "language", "hotwords", "ray.address"),
     *("output.dir", "output.format", "model.name_or_path", "decoding.prompt"),
 )
 LITERAL_GROUPS = {"model": "model.name_or_path"}
 
 
-def main(arguments: Sequence[str] | None = None, load: Callable[..., Transcriber] = load_transcriber) -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    load: Callable[..., Transcriber] = load_transcriber,
+    runners: Mapping[str, Runner] | None = None,
+) -> None:
     """Transcribe what the arguments name, and exit.
 
     Args:
         arguments: by default those of the process.
         load: makes the transcriber from its settings.
+        runners: by the names that `runner=` has for them, besides `local`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that is stopped keeps its work too
+    began = _BEGAN if arguments is None else time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = [*read_saved_attention(arguments), *arguments]
-    sys.exit(run(lambda config: transcribe(config, load), "transcribe", arguments, LITERAL_KEYS, LITERAL_GROUPS))
+    sys.exit(
+        run(
+            lambda config: transcribe(config, load, runners, began),
+            "transcribe",
+            arguments,
+            LITERAL_KEYS,
+            LITERAL_GROUPS,
+        )
+    )
 
 
-def transcribe(config: DictConfig, load: Callable[..., Transcriber] = load_transcriber) -> int:
-    """Transcribe every recording that config.audio names, and return the exit code."""
+def transcribe(
+    config: DictConfig,
+    load: Callable[..., Transcriber] = load_transcriber,
+    runners: Mapping[str, Runner] | None = None,
+    began: float | None = None,
+) -> int:
+    """Transcribe every recording that config.audio names, and return the exit code.
+
+    Args:
+        load, runners: as for `main`.
+        began: value of `time.perf_counter` from which the time of the summary counts, imports included; None: now.
+    """
+    began = began or time.perf_counter()
     display = (JSONLines if config.jsonl else ConsoleDisplay)(config.quiet)
     if OmegaConf.is_missing(config, "audio") or not config.audio:
         program = "unique-asr" if sys.argv[0].endswith("unique-asr") else "python scripts/transcribe.py"
@@ -57,22 +90,30 @@ def transcribe(config: DictConfig, load: Callable[..., Transcriber] = load_trans
         audio = OmegaConf.to_container(config.audio) if OmegaConf.is_list(config.audio) else config.audio
         output = read_output(config)
         jobs = plan(find_recordings(audio), config.output.dir)
-        batch = read_batch(config)
+        batch, limits = read_batch(config), read_limits(config)
         settings = read_settings(config)
+        runner = find_runner(config, runners or {})
     except AudioError as error:
         display.error(str(error))
         return FAILED
     except ValueError as error:
         display.error(str(error))
         return USAGE
-    begin = time.perf_counter()
     try:
-        with Session(load, batch) as session:
+        if runner is not None:
+            outcome = runner(config, jobs, settings, output, display, load)
+            return FAILED if outcome.failed else SUCCESS
+        with Session(load, batch, limits, began) as session:
             outcome = session.transcribe_all(jobs, settings, output, display, config.debug)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except ValueError as error:  # an option of the runner; the session's are told by the session
+        if config.debug:
+            raise
+        display.error(str(error))
+        return USAGE
     if batch > 1 and len(outcome.durations) > 1:
-        speed = format_speed(sum(outcome.durations), time.perf_counter() - begin)
+        speed = format_speed(sum(outcome.durations), time.perf_counter() - began)
         display.note(f"{len(outcome.durations)} recordings: {speed}")
     return FAILED if outcome.failed else SUCCESS
 
@@ -101,6 +142,21 @@ def read_output(config: DictConfig) -> Output:
         page_reads=config.output.reads,
         subtitles=SubtitleLimits(**limits),
     )
+
+
+def find_runner(config: DictConfig, runners: Mapping[str, Runner]) -> Runner | None:
+    """Return what `runner=` names, None for this process. Raises ValueError if there is no such runner."""
+    if config.runner != "local" and config.runner not in runners:
+        raise ValueError(f"runner={config.runner}: choose from {', '.join(['local', *runners])}")
+    return runners.get(config.runner)
+
+
+def read_limits(config: DictConfig) -> FetchLimits:
+    """Return how much is fetched of a URI. Raises ValueError if a limit is no positive number."""
+    for name, value in config.fetch.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"fetch.{name}={value}: give a positive number")
+    return FetchLimits(**config.fetch)
 
 
 def read_batch(config: DictConfig) -> int:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.progress import (
 from unique_asr.transcript import Segment, TranscriptionInfo
 
 STAGES = {  # of the pipeline, in order
+    "fetch": "Fetching",
     "load": "Loading the model",
     "encode": "Listening",
     "prefill": "Reading",
@@ -60,6 +61,11 @@ def show_waiting(what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def show_imports() -> AbstractContextManager[None]:
+    """Show that PyTorch and transformers are imported, which takes seconds, where they are not there already."""
+    return nullcontext() if "torch" in sys.modules else show_waiting("Loading PyTorch and transformers")
 
 
 def format_time(seconds: float) -> str:

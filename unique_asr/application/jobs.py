@@ -11,12 +11,13 @@ import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unique_asr.application.file_identity import is_same_file
+from unique_asr.application.file_identity import has_changed, is_same_file, is_same_uri
 from unique_asr.audio import AudioError
+from unique_asr.remote import RemoteError, RemoteFile, full_place, is_uri, list_remote, to_path
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished
 from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, read_transcript
 
@@ -36,18 +37,24 @@ class OutputError(ValueError):
     """Transcripts that cannot go where they should; the message is one line with the remedy."""
 
 
-def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Return the files that `audio` names: a file, a folder (without its subfolders), a glob, -, or a list of these.
+def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path | RemoteFile]:
+    """Return what `audio` names: a file, a folder (without its subfolders), a glob, a URI, -, or a list of these.
+
+    `@FILE` names what the lines of a text file name: paths and URIs, no folders or globs.
 
     Raises:
-        AudioError: if a folder or a glob holds no recording. That a file exists is not checked here.
+        AudioError: if a folder, a glob or a list holds no recording. That a file exists is not checked here.
     """
     names = [audio] if isinstance(audio, str | Path) else list(audio)
-    found: dict[Path, None] = {}
+    found: dict[Path | RemoteFile, None] = {}
     for name in names:
-        path = Path(name).expanduser()
-        if path == STDIN:
+        path = to_path(name)
+        if is_uri(name):
+            files = _find_remote(name)
+        elif path == STDIN:
             files = [path]
+        elif str(name).startswith("@") and not os.path.exists(path):
+            files = _read_list(to_path(str(name)[1:]))
         elif os.path.isdir(path):  # unlike Path.is_dir, never raises
             files = sorted(file for file in path.iterdir() if _is_media(file))
             if not files:
@@ -61,6 +68,26 @@ def find_recordings(audio: str | Path | Iterable[str | Path]) -> list[Path]:
             files = [path]
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def _find_remote(uri: str) -> list[RemoteFile]:
+    try:
+        return list_remote(uri, lambda name: Path(name).suffix.lower() in MEDIA_SUFFIXES)
+    except RemoteError as error:
+        raise AudioError(str(error)) from error
+
+
+def _read_list(path: Path) -> list[Path | RemoteFile]:
+    """Recordings of a text file, one a line; # begins a comment. Many URIs end alike: each keeps its whole path."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise AudioError(f"audio=@{path}: the list cannot be read ({reason})") from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise AudioError(f"audio=@{path}: the list names no recording")
+    return [RemoteFile(name, full_place(name)) if is_uri(name) else to_path(name) for name in names]
 
 
 def resolve_formats(value: str | Iterable[str]) -> list[str]:
@@ -82,12 +109,12 @@ class Job:
     """One recording and where its transcripts go.
 
     Attributes:
-        audio: the recording; STDIN for standard input.
+        audio: the recording; STDIN for standard input; a URI if it lies elsewhere.
         base: path of its transcripts, without extension.
         title: what the recording is called, if not by its path.
     """
 
-    audio: Path
+    audio: Path | str
     base: Path
     title: str = ""
 
@@ -117,7 +144,8 @@ class Job:
         for path in self.list_outputs():
             try:
                 status = os.stat(path)
-                itself = self.audio != STDIN and os.path.samestat(status, os.stat(self.audio))
+                local = self.audio != STDIN and not is_uri(self.audio)
+                itself = local and os.path.samestat(status, os.stat(self.audio))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -167,12 +195,25 @@ class Job:
             return "something other than a transcript"
         return self._compare(info, provenance)
 
+    def has_changed(self) -> bool:
+        """Return whether the recording, a URI, is perhaps no longer the one that the .json on disk was made from."""
+        try:
+            known = read_transcript(self.path("json")).info.file
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return is_same_uri(known, self.audio) and has_changed(known, self.audio)
+
     def _compare(self, info: TranscriptionInfo, provenance: Mapping[str, Any]) -> str | None:
         same_name = Path(info.audio).name == Path(self.name).name
         # Older transcripts know the name alone, and so it is where no file is there yet. The duration is no help:
         # many containers only estimate it.
-        known = info.file and os.path.isfile(self.audio)
-        if not (is_same_file(info.file, self.audio, same_name) if known else same_name):
+        if info.file and is_uri(self.audio):
+            same = is_same_uri(info.file, self.audio)
+        elif info.file and os.path.isfile(self.audio):
+            same = is_same_file(info.file, self.audio, same_name)
+        else:
+            same = same_name
+        if not same:
             return f"another recording ({info.audio})"
         made = {"model": info.model, **info.attention, **info.settings}
         for name, value in provenance.items():
@@ -225,50 +266,64 @@ class Job:
             self.partial_path(extension).unlink(missing_ok=True)
 
 
-def plan(recordings: Sequence[Path], folder: str | Path | None = None) -> list[Job]:
+def plan(recordings: Sequence[Path | RemoteFile], folder: str | Path | None = None) -> list[Job]:
     """Return a job for each recording, of which no two write the same files, and none writes over a recording.
 
     talk.mp3 gives talk.txt; with a talk.wav beside it the two give talk.mp3.txt and talk.wav.txt. So does a recording
     that is itself called talk.txt.
 
     Args:
-        folder: of the transcripts; by default that of each recording.
+        folder: of the transcripts; by default that of each recording, and the current one for URIs.
 
     Raises:
-        OutputError: if `folder` is a file, or two recordings would write the same files, or one over another.
+        OutputError: if `folder` is a file or elsewhere, or two recordings would write the same files, or one over
+            another.
     """
-    folder = Path(folder).expanduser() if folder is not None else None
+    if is_uri(folder):
+        raise OutputError(f"output.dir={folder}: is not a folder; transcripts go to a path, such as a mounted share")
+    folder = to_path(folder) if folder is not None else None
     if folder is not None and os.path.exists(folder) and not folder.is_dir():
         raise OutputError(f"output.dir={folder}: is not a folder")
-    stems = Counter((folder or path.parent, _fold(path.stem)) for path in recordings)
-    places = {_fold(os.path.abspath(path)): path for path in recordings if path != STDIN}
-    siblings: dict[Path, dict[str, set[str]]] = {}
+    targets = [_find_target(recording, folder) for recording in recordings]
+    stems = Counter((target.parent, _fold(target.stem)) for target in targets)
+    files = [recording for recording in recordings if isinstance(recording, Path) and recording != STDIN]
+    places = {_fold(os.path.abspath(path)): path for path in files}
+    siblings = {parent: _list_media(parent) for parent in {path.parent for path in files}}
     jobs: dict[Path, Job] = {}
     folded: dict[str, Job] = {}
-    for path in recordings:
-        if path == STDIN:
-            job = Job(path, (folder or Path()) / "stdin", "stdin")
+    for recording, target in zip(recordings, targets, strict=True):
+        local = isinstance(recording, Path)
+        if recording == STDIN:
+            job = Job(recording, target, "stdin")
         else:
-            target = folder or path.parent
-            if path.parent not in siblings:
-                siblings[path.parent] = _list_media(path.parent)
-            shared = stems[target, _fold(path.stem)] > 1 or siblings[path.parent][_fold(path.stem)] - {path.name}
-            job = Job(path, target / path.stem)
-            if shared or _is_named_as_output(path) or _find_covered(job, places):
-                job = Job(path, target / path.name)
+            whole = Job(recording, target) if local else Job(recording.uri, target, recording.name)
+            job = replace(whole, base=target.with_name(target.stem))
+            shared = stems[target.parent, _fold(target.stem)] > 1 or (
+                local and siblings[recording.parent][_fold(recording.stem)] - {recording.name}
+            )
+            if shared or _is_named_as_output(target) or _find_covered(job, places):
+                job = whole
             if covered := _find_covered(job, places):
                 raise OutputError(
-                    f"the transcript of {path} would be written over the recording {covered}; "
+                    f"the transcript of {job.name} would be written over the recording {covered}; "
                     "output.dir=FOLDER writes elsewhere"
                 )
         other = jobs.get(job.base) or folded.get(_fold(str(job.base)))
         if other is not None and (other.base == job.base or _ignores_case(job.base.parent)):
+            apart = "leave output.dir out or transcribe them one by one"
             raise OutputError(
-                f"{other.audio} and {path} would both be written to {job.base}.*; "
-                "leave output.dir out or transcribe them one by one"
+                f"{other.name} and {job.name} would both be written to {job.base}.*; "
+                f"{apart if local else 'list them in a file, audio=@FILE'}"
             )
         jobs[job.base] = folded[_fold(str(job.base))] = job
     return list(jobs.values())
+
+
+def _find_target(recording: Path | RemoteFile, folder: Path | None) -> Path:
+    """The name of a recording in the folder of its transcripts."""
+    if isinstance(recording, RemoteFile):
+        return (folder or Path()) / recording.place
+    return (folder or Path()) / "stdin" if recording == STDIN else (folder or recording.parent) / recording.name
 
 
 def _fold(name: str) -> str:

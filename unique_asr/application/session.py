@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unique_asr.application.display import Display, format_time
-from unique_asr.application.file_identity import identify_file
+from unique_asr.application.file_identity import identify_file, identify_remote
 from unique_asr.application.jobs import LOG, PLOT, STDIN, Job, OutputError
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.audio import AudioError, AudioFile, explain_temporary_errors
 from unique_asr.decoding.engine import PENDING, Pending
 from unique_asr.longform.page_reads import PageReads
+from unique_asr.remote import FetchLimits, is_uri
 from unique_asr.subtitles import SubtitleLimits
 from unique_asr.transcript import Transcript, TranscriptionInfo, Unfinished, text_settings
 from unique_asr.writers import WRITERS, ResultWriter, SegmentLog, make_writers, open_replacement, read_transcript
@@ -135,10 +136,19 @@ class Session:
     Args:
         load: makes the transcriber, as `unique_asr.transcribers.make_transcriber` does.
         batch: recordings that `transcribe_all` decodes side by side.
+        limits: how much is fetched of a recording that lies elsewhere, and how long that may take.
+        began: value of `time.perf_counter` from which the time of the first recording counts; None: when it begins.
     """
 
-    def __init__(self, load: Callable[..., Transcriber] = load_transcriber, batch: int = 1) -> None:
-        self.batch = batch
+    def __init__(
+        self,
+        load: Callable[..., Transcriber] = load_transcriber,
+        batch: int = 1,
+        limits: FetchLimits | None = None,
+        began: float | None = None,
+    ) -> None:
+        self.batch, self.limits = batch, limits or FetchLimits()
+        self._began = began
         self._load = load
         self._loaded: tuple[TranscriptionSettings, Transcriber] | None = None
         self._load_failed = False
@@ -241,13 +251,17 @@ class Session:
         self, job: Job, settings: TranscriptionSettings, output: Output, display: Display, alone: bool = False
     ) -> Generator[Pending, None, TranscriptionInfo | None]:
         """Transcribe one recording; yields where the engine has to make a step first."""
-        begin = time.perf_counter()
+        begin, self._began = self._began or time.perf_counter(), None
         if job.audio == STDIN:
             job = replace(job, audio=self._copy_stdin())
-        source = AudioFile(job.audio, **settings.part, name=job.name)
+        source = None
+        if not is_uri(job.audio) or (not output.overwrite and job.has_changed()):
+            job, source = self._open(job, settings, display)
         formats = find_missing_formats(job, output, settings.provenance, display)
         if not formats:
             return None
+        if source is None:  # a URI is not fetched before it is needed
+            job, source = self._open(job, settings, display)
         unfinished, keep = None, 0
         if output.resume:
             unfinished, keep = job.read_unfinished(settings.provenance)
@@ -278,6 +292,16 @@ class Session:
             display.warning(warning)
         display.summary(transcript.info, time.perf_counter() - begin, files)
         return transcript.info
+
+    def _open(self, job: Job, settings: TranscriptionSettings, display: Display) -> tuple[Job, AudioFile]:
+        """Open a recording; that of a URI is a copy, which is also that of the job from now on."""
+        if not is_uri(job.audio):
+            return job, AudioFile(job.audio, **settings.part, name=job.name)
+        with display:
+            display.note(f"Fetching {job.name} ...")
+            fetching = {"limits": self.limits, "progress": display.progress}
+            source = AudioFile(job.audio, **settings.part, name=job.name, **fetching)
+        return replace(job, audio=source.path, title=job.name), source
 
     def _get_transcriber(self, settings: TranscriptionSettings, display: Display) -> Transcriber:
         """Return the transcriber for these settings; with another attention alone, its model is taken over."""
@@ -400,7 +424,7 @@ def write_transcript(
                 reads=reads,
                 sequence=sequence,
             )
-            info.file = identify_file(source.path)
+            info.file = identify_remote(source.copy) if source.copy else identify_file(source.path)
             log.info = info
             transcript = Transcript([], info)
             if unfinished is not None and unfinished.segments:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
+from unique_asr.application.display import show_imports
 from unique_asr.application.overrides import run, whole_number
 
 # Options whose values are file names, taken as they are written.
@@ -42,14 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             check_options(config)
             results = tables.setdefault(config.output.dir, [])
-            if config.task == "speech":
-                from unique_asr.evaluation.speech_evaluation import evaluate_speech
-
-                evaluate_speech(config, results)
-            else:
-                from unique_asr.evaluation.text_evaluation import evaluate_text
-
-                evaluate_text(config, results)
+            with show_imports():
+                if config.task == "speech":
+                    from unique_asr.evaluation.speech_evaluation import evaluate_speech as evaluate
+                else:
+                    from unique_asr.evaluation.text_evaluation import evaluate_text as evaluate
+            evaluate(config, results)
         except (OSError, ValueError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             exit_code = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from unique_asr.application.overrides import run
@@ -40,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def task(config: DictConfig) -> None:
         nonlocal code
-        from unique_asr.training.finetune import finetune  # imports torch: after the options were checked
+        from unique_asr.application.display import show_imports
+
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate starts
+        with show_imports() if first else nullcontext():  # after the options were checked
+            from unique_asr.training.finetune import finetune
 
         try:
             finetune(config)

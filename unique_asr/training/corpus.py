@@ -7,6 +7,7 @@ augmenting them and computing features needs no loading.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,7 @@ class Source:
     audio: Tensor  # [samples] int16
     recordings: list[list[TrainingUtterance]]
     weight: float  # how often it is drawn from, relative to other sources
+    left_out: Counter[str] = field(default_factory=Counter)  # utterances that the filters took away, by reason
     cased_runs: list[list[TrainingUtterance]] = field(init=False)  # consecutive utterances of known case
 
     def __post_init__(self) -> None:
@@ -96,6 +98,26 @@ class TrainingItem:
         return sum(utterance.seconds + gap for _, utterance, gap in self.pieces)
 
 
+def check_utterances(sources: Iterable[Source]) -> None:
+    """Raise ValueError if there is nothing to draw; it says how many utterances were left out, and why."""
+    left_out: Counter[str] = Counter()
+    for source in sources:
+        if source.has_utterances(cased=False):
+            return
+        left_out.update(source.left_out)
+    if left_out:
+        raise ValueError(
+            f"data: no utterance to train on: left out are {describe_left_out(left_out)}; check data.manifests, "
+            "data.synthetic and data.min_match"
+        )
+    raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and data.weights")
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return "3 misread, 1 longer than 28 s"."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+
+
 class Corpus:
     """Draws items of a wanted length from several sources.
 
@@ -119,8 +141,7 @@ class Corpus:
         Raises:
             ValueError: there is nothing to draw from.
         """
-        if not any(source.has_utterances(cased=False) for source in self.sources):
-            raise ValueError("data: no utterance to train on; check data.manifests, data.synthetic and the filters")
+        check_utterances(self.sources)
         cased = self.random.random() < cased_share and any(source.has_utterances(cased=True) for source in self.sources)
         pieces: list[tuple[Source, TrainingUtterance, float]] = []
         total = 0.0

@@ -56,6 +56,7 @@ def finetune(config: DictConfig) -> None:
     stages = read_stages(config)
     bits = read_bits(config)
     torch.set_float32_matmul_precision("high")
+    log(f"loading {describe_start(config)}")
     model, reader = load_start(config, device, dtype)
     own = not config.text.model and pretrained.find(model) is None  # of this package: stored packed
     # Dropout stays off: the augmentation regularises, and frozen parts must give what they give at inference.
@@ -140,11 +141,23 @@ def find_packed_start(config: DictConfig) -> Path:
     return folder
 
 
+def describe_start(config: DictConfig) -> str:
+    """Name what training begins with; raises ValueError if nothing is named."""
+    init = config.init
+    if name := config.text.model or init.model:
+        return str(name)
+    if not (init.encoder and init.language_model):
+        raise ValueError(
+            "nothing to start from: give init.model, or init.encoder and init.language_model, or text.model"
+        )
+    return f"{init.encoder} and {init.language_model}"
+
+
 def load_start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, object]:
     """The model that training begins with, and its processor or tokenizer.
 
     Weights are float32; those of pretrained speech LLMs are in `dtype`, for most of them seldom train.
-    Raises ValueError if nothing is named, and ModelError for what cannot be loaded.
+    Raises ModelError for what cannot be loaded.
     """
     init = config.init
     if config.text.model:
@@ -163,10 +176,6 @@ def load_start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> 
             raise ModelError(f"init.{error}; conf/model lists what can be fine-tuned") from error
         pretrained.merge_lora(model)
         return model, processor
-    if not (init.encoder and init.language_model):
-        raise ValueError(
-            "nothing to start from: give init.model, or init.encoder and init.language_model, or text.model"
-        )
     options = OmegaConf.to_container(init.options, resolve=True)
     if init.projector:
         model, processor = compose_with_projector(init.encoder, init.language_model, init.projector, options)

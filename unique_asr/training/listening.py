@@ -16,11 +16,13 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from unique_asr.models.speech_llm.fingerprint import compute_hearing_fingerprint
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
 from unique_asr.training.augment import AugmentConfig
 from unique_asr.training.case_restoration import normalise, restore_case
-from unique_asr.training.corpus import Source, TrainingItem, TrainingUtterance
+from unique_asr.training.corpus import Source, TrainingItem, TrainingUtterance, check_utterances
 from unique_asr.training.distributed import Processes
 from unique_asr.training.speech_batches import SpeechBatcher
 from unique_asr.training.stages import StageConfig
@@ -38,6 +40,8 @@ WINDOWS = 128  # that the listener hears at once
 MAX_PAUSE = 1.0  # seconds between two utterances; what lies in a longer pause may be speech that has no text
 MIN_MATCH = 0.7  # share of the words of a stretch that has to be heard; of less, the text may be another
 MIN_PART = 0.6  # the same of each part
+TRIAL_UTTERANCES = 200  # that are heard first, from everywhere: if none of them is kept, no more are heard
+TRIAL_STRETCHES = 20  # at least, for one long stretch may be the only wrong one
 CLEAN = AugmentConfig(speed=0, gain_db=0, noise_share=0, frequency_masks=0, time_masks=0)
 
 Stretch = list[TrainingUtterance]  # consecutive utterances of a recording
@@ -52,6 +56,65 @@ class Part:
     text: str
     start: int
     stop: int
+
+
+@dataclass
+class Tally:
+    """What became of the utterances that were heard so far.
+
+    Attributes:
+        kept: stretches.
+        left_out: utterances, by why they were.
+        example: the text of the first stretch that was left out, and what was heard.
+    """
+
+    utterances: int = 0
+    stretches: int = 0
+    kept: int = 0
+    words: int = 0
+    words_heard: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    example: tuple[str, str] | None = None
+
+    def judge(self, stretch: Stretch, texts: Sequence[str], parts: Sequence[Part], matched: int, count: int) -> bool:
+        """Note a stretch, the texts of its positions and what `cut_stretch` found; return whether it is kept."""
+        self.utterances, self.stretches = self.utterances + len(stretch), self.stretches + 1
+        self.words, self.words_heard = self.words + count, self.words_heard + matched
+        if parts and matched >= MIN_MATCH * count:
+            self.kept += 1
+            return True
+        reason = f"lie where fewer than {MIN_MATCH:.0%} of the words were heard" if count else "have no words"
+        self.left_out[reason] += len(stretch)
+        if count and self.example is None:
+            self.example = " ".join(utterance.text for utterance in stretch), "".join(texts).strip()
+        return False
+
+    def add(self, other: Tally) -> None:
+        """Note what another process heard."""
+        for name in ("utterances", "stretches", "kept", "words", "words_heard"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.left_out.update(other.left_out)
+        self.example = self.example or other.example
+
+    @property
+    def share(self) -> float:
+        """Share of the words that were heard."""
+        return self.words_heard / max(self.words, 1)
+
+    def explain(self, total: int) -> str:
+        """Return, in one line, why nothing is kept of `total` utterances."""
+        some = f"{total} utterances"
+        if self.utterances < total:
+            some = f"{self.utterances} utterances, drawn from all {total},"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        example = ""
+        if self.example:
+            text, heard = (line if len(line) <= 60 else f"{line[:57]}..." for line in self.example)
+            example = f'; where the text is "{text}", "{heard}" was heard'
+        return (
+            f"data: no utterance to train on: of {some} none is kept, {reasons} ({self.share:.0%} of all words were)"
+            f"{example}; are the texts those of the audio, in words that the listener knows?"
+        )
 
 
 def can_listen_once(model: SpeechLLMForConditionalGeneration, stages: Sequence[StageConfig]) -> bool:
@@ -91,6 +154,7 @@ def load_or_listen(
     if {name: kept.get(name) for name in wanted} == wanted:
         return make_sources(kept["sources"])
     sources = read()
+    check_utterances(sources)
     hours = sum(source.hours for source in sources)
     log(f"listening to {hours * readings:.1f} h of speech once, for {path}")
     found = listen(model, processor, sources, augment, readings, processes, log)
@@ -166,42 +230,40 @@ def listen(
     processes = processes or Processes()
     texts = decode_position_texts(model, processor)
     stretches = [(source, stretch) for source in sources for each in source.recordings for stretch in _stretches(each)]
+    total = sum(len(stretch) for _, stretch in stretches)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # words that are nearly as likely
-    heard, words, right, stretches_heard = [], 0, 0, 0
+    tally, heard = Tally(), []
     began = logged = time.monotonic()
-    own = stretches[processes.rank :: processes.count]
-    for reading in range(readings):
+    own = range(processes.rank, len(stretches), processes.count)
+    trial, rest = _split_trial(own, [len(stretch) for _, stretch in stretches], processes.count)
+    done = 0
+    for reading, places in [(0, trial), (0, rest), *((reading, own) for reading in range(1, readings))]:
         batcher = SpeechBatcher(model, processor, augment if reading else CLEAN, seed=1000 * processes.rank + reading)
-        done = 0
-        for group in _groups(own, windows * (processor.window_seconds - 2 * processor.margin_seconds)):
-            items = [TrainingItem([(source, _whole(stretch), 0.0)], cased=False) for source, stretch in group]
-            for (source, stretch), (tokens, candidates, weights) in zip(
-                group, hear(model, batcher, items, windows), strict=True
-            ):
-                parts, matched, count = cut_stretch(stretch, [texts[token] for token in tokens.tolist()])
-                words, right = words + count, right + matched
-                stretches_heard += 1
-                if parts and matched >= MIN_MATCH * count:
-                    heard.append((source.name, [_kept(part, stretch, candidates, weights) for part in parts]))
+        for group in _groups(places, stretches, windows * (processor.window_seconds - 2 * processor.margin_seconds)):
+            items = [TrainingItem([(stretches[i][0], _whole(stretches[i][1]), 0.0)], cased=False) for i in group]
+            for place, (tokens, candidates, weights) in zip(group, hear(model, batcher, items, windows), strict=True):
+                source, stretch = stretches[place]
+                written = [texts[token] for token in tokens.tolist()]
+                parts, matched, count = cut_stretch(stretch, written)
+                if tally.judge(stretch, written, parts, matched, count):
+                    recording = [_kept(part, stretch, candidates, weights) for part in parts]
+                    heard.append((reading, place, source.name, recording))
             done += len(group)
-            seconds, share = time.monotonic() - began, (reading + done / len(own)) / readings
+            seconds, share = time.monotonic() - began, done / (len(own) * readings)
             if time.monotonic() - logged > 10 or share == 1:
                 logged = time.monotonic()
                 left = seconds * (1 - share) / share
                 log(
-                    f"listened to {share:.0%}, {right / max(words, 1):.1%} of the words heard, {len(heard)} of "
-                    f"{stretches_heard} stretches kept, {seconds:.0f} s, {left:.0f} s left"
+                    f"listened to {share:.0%}, {tally.share:.1%} of the words heard, {tally.kept} of "
+                    f"{tally.stretches} stretches kept, {seconds:.0f} s, {left:.0f} s left"
                 )
+        if places is trial:
+            _check_trial(processes.gather(tally), total)
     torch.set_float32_matmul_precision(precision)
-    if not sum(processes.gather(len(heard))):
-        raise ValueError(
-            f"data: no utterance to train on: the listener heard {right / max(words, 1):.0%} of the words, and "
-            f"of none of {stretches_heard} stretches of speech the {MIN_MATCH:.0%} that are needed; are the texts "
-            "those of the audio?"
-        )
     by_source: dict[str, list] = {}
-    for name, recording in (each for found in processes.gather(heard) for each in found):
+    found = sorted((each for own in processes.gather(heard) for each in own), key=lambda each: each[:2])
+    for _, _, name, recording in found:
         by_source.setdefault(name, []).append(recording)
     return by_source
 
@@ -286,16 +348,39 @@ def _stretches(recording: Sequence[TrainingUtterance]) -> Iterator[Stretch]:
     yield found
 
 
-def _groups(stretches: Sequence[tuple[Source, Stretch]], seconds: float) -> Iterator[list[tuple[Source, Stretch]]]:
-    """Yield groups of stretches of about `seconds` of speech together, one stretch at least."""
-    group: list[tuple[Source, Stretch]] = []
+def _split_trial(places: Sequence[int], utterances: Sequence[int], processes: int) -> tuple[list[int], list[int]]:
+    """Split the places of stretches into those that are heard first, drawn from everywhere, and the rest.
+
+    Args:
+        utterances: of the stretch at each place.
+        processes: that share the work.
+    """
+    order = np.random.default_rng(0).permutation(places).tolist()
+    counts = np.cumsum([utterances[place] for place in order])
+    enough = int(np.searchsorted(counts, TRIAL_UTTERANCES / processes)) + 1
+    size = max(enough, -(-TRIAL_STRETCHES // processes))
+    return order[:size], sorted(order[size:])
+
+
+def _check_trial(tallies: Sequence[Tally], total: int) -> None:
+    """Raise ValueError if no process has kept anything."""
+    tally = Tally()
+    for each in tallies:
+        tally.add(each)
+    if not tally.kept:
+        raise ValueError(tally.explain(total))
+
+
+def _groups(places: Sequence[int], stretches: Sequence[tuple[Source, Stretch]], seconds: float) -> Iterator[list[int]]:
+    """Yield groups of places, of about `seconds` of speech together, one stretch at least."""
+    group: list[int] = []
     total = 0.0
-    for source, stretch in stretches:
-        length = _whole(stretch).seconds
+    for place in places:
+        length = _whole(stretches[place][1]).seconds
         if group and total + length > seconds:
             yield group
             group, total = [], 0.0
-        group.append((source, stretch))
+        group.append(place)
         total += length
     if group:
         yield group

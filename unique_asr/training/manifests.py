@@ -14,10 +14,18 @@ import torch
 from unique_asr.audio import load_audio
 from unique_asr.evaluation.readers import HUB_NAME, read_hub
 from unique_asr.models.speech_llm.processing import SAMPLE_RATE
-from unique_asr.training.corpus import Source, TrainingUtterance, has_case
+from unique_asr.training.corpus import (
+    MAX_UTTERANCE_SECONDS,
+    MIN_SAMPLES,
+    Source,
+    TrainingUtterance,
+    describe_left_out,
+    has_case,
+)
 
-MIN_SAMPLES = SAMPLE_RATE // 20  # of an utterance
-MAX_UTTERANCE_SECONDS = 28.0  # a longer utterance is left out: slowed down it would not fit into the encoder's window
+TOO_LONG = f"longer than {MAX_UTTERANCE_SECONDS:g} s"  # why utterances are left out
+OUTSIDE = "outside their audio"
+MISREAD = "misread"
 
 
 def read_manifests(
@@ -81,13 +89,9 @@ def read_manifests(
     by_source: dict[str, list[tuple[np.ndarray, dict]]] = {}
     for samples, (_, row) in zip(audio, rows, strict=True):
         by_source.setdefault(_source_name(row), []).append((samples, row))
-    left_out: Counter[str] = Counter()
-    sources = [
-        _source(name, entries, weights.get(name, 1.0), device, min_match, left_out)
-        for name, entries in by_source.items()
-    ]
-    if left_out:
-        log("segments left out: " + ", ".join(f"{count} {reason}" for reason, count in left_out.items()))
+    sources = [_source(name, entries, weights.get(name, 1.0), device, min_match) for name, entries in by_source.items()]
+    if left_out := sum((source.left_out for source in sources), Counter()):
+        log(f"segments left out: {describe_left_out(left_out)}")
     return sources
 
 
@@ -135,20 +139,20 @@ def _source(
     weight: float,
     device: torch.device,
     min_match: float,
-    left_out: Counter[str],
 ) -> Source:
     recordings, offset = [], 0
+    left_out: Counter[str] = Counter()
     for samples, row in entries:
         segments = row.get("segments") or [_whole(row, len(samples) / SAMPLE_RATE)]
         recording = []
         for segment in segments:
             start, end = round(segment["start"] * SAMPLE_RATE), round(segment["end"] * SAMPLE_RATE)
             if end - start > MAX_UTTERANCE_SECONDS * SAMPLE_RATE:
-                reason = f"longer than {MAX_UTTERANCE_SECONDS:g} s"
+                reason = TOO_LONG
             elif end > len(samples) + SAMPLE_RATE // 10 or min(end, len(samples)) - start < MIN_SAMPLES:
-                reason = "outside their audio"
+                reason = OUTSIDE
             elif segment.get("match") is not None and segment["match"] < min_match:
-                reason = "misread"
+                reason = MISREAD
             else:
                 reason = None
             if reason:
@@ -160,7 +164,7 @@ def _source(
             recordings.append(recording)
         offset += len(samples)
     audio = torch.from_numpy(np.concatenate([samples for samples, _ in entries])).to(device)
-    return Source(name, audio, recordings, weight)
+    return Source(name, audio, recordings, weight, left_out)
 
 
 def _whole(row: dict, seconds: float) -> dict:
@@ -191,14 +195,18 @@ def read_synthetic(folder: str | Path, weights: dict[str, float], device: torch.
     for shard in shards:
         flat[offsets[shard] : offsets[shard] + len(audio[shard])] = torch.from_numpy(np.array(audio[shard])).to(device)
     recordings: dict[str, dict[str, list[TrainingUtterance]]] = {}
+    left_out: dict[str, Counter[str]] = {}
     for row in rows:
         start = offsets[row["shard"]] + row["offset"]
         cased = row["text"] if has_case(row["text"]) else row.get("cased")
         utterance = TrainingUtterance(start, start + row["samples"], row["text"], cased)
+        speakers = recordings.setdefault(row["source"], {})
         if utterance.seconds <= MAX_UTTERANCE_SECONDS:
-            recordings.setdefault(row["source"], {}).setdefault(row["speaker"], []).append(utterance)
+            speakers.setdefault(row["speaker"], []).append(utterance)
+        else:
+            left_out.setdefault(row["source"], Counter())[TOO_LONG] += 1
     return [
-        Source(name, flat, list(speakers.values()), weights.get(name, 1.0))
+        Source(name, flat, list(speakers.values()), weights.get(name, 1.0), left_out.get(name, Counter()))
         for name, speakers in recordings.items()
         if weights.get(name, 1.0) > 0
     ]

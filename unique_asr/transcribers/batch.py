@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from unique_asr.decoding.engine import PENDING, Engine, Pending
+from unique_asr.remote import shown_name
 from unique_asr.transcribers.base import Audio, PipelineError, Transcriber, open_audio
 from unique_asr.transcript import Progress, Segment, Transcript, TranscriptionInfo
 
@@ -110,7 +111,8 @@ def transcribe_recording(
 
     Returns the transcript; an error that cut it short is its stop reason and its last warning.
     """
-    transcript = Transcript([], TranscriptionInfo(str(audio) if isinstance(audio, str | PathLike) else "<array>"))
+    name = shown_name(str(audio)) if isinstance(audio, str | PathLike) else "<array>"
+    transcript = Transcript([], TranscriptionInfo(name))
     sequence = engine.new_sequence() if engine else None
     try:
         source = open_audio(audio, vad=vad)
