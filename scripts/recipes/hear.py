@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from unique_asr.models.listening_llm import Listener, ListeningLLMConfig
+from unique_asr.models.listening_llm import ListeningLLMConfig, WhisperListener
 from unique_asr.models.loading import resolve_device
 from unique_asr.training.heard_text import write_pairs
 from unique_asr.training.hearing import hear_pairs
@@ -38,7 +38,7 @@ def main() -> None:
     device = resolve_device(arguments.device)
     model = WhisperForConditionalGeneration.from_pretrained(arguments.whisper, dtype=torch.float32).to(device).eval()
     config = ListeningLLMConfig(model.config, beams=arguments.beams, alternatives=arguments.alternatives)
-    listener = Listener(model, WhisperProcessor.from_pretrained(arguments.whisper), config)
+    listener = WhisperListener(model, WhisperProcessor.from_pretrained(arguments.whisper), config)
     part, parts = map(int, arguments.share.split("/"))
     host = torch.device("cpu")
     sources = read_manifests(arguments.manifest, {}, host) if arguments.manifest else []

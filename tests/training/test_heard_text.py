@@ -5,8 +5,8 @@ import pytest
 
 from unique_asr.models.listening_llm import HeardPrompt, HeardWord
 from unique_asr.training.heard_text import (
+    HeardPart,
     HeardTextRowMaker,
-    Part,
     list_names,
     misspell,
     read_pairs,
@@ -23,7 +23,7 @@ def stage(**options):
 
 
 def part(heard, said):
-    return Part(tuple(HeardWord(f" {word}", 0.0, 0.0) for word in heard.split()), said, 2.0)
+    return HeardPart(tuple(HeardWord(f" {word}", 0.0, 0.0) for word in heard.split()), said, 2.0)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_names_are_found_and_misspelled():
 
 
 def test_pairs_are_read_as_they_were_written(tmp_path):
-    recording = [Part((HeardWord(" a", 0.0, 0.0, 0.5, " b", 1), HeardWord(" c", 0.0, 0.0, 1.0)), "A c.", 1.5)]
+    recording = [HeardPart((HeardWord(" a", 0.0, 0.0, 0.5, " b", 1), HeardWord(" c", 0.0, 0.0, 1.0)), "A c.", 1.5)]
     write_pairs(tmp_path / "p.jsonl.gz", [("news", recording), ("noise", recording)])
     assert read_pairs([tmp_path / "p.jsonl.gz"], {"noise": 0, "news": 2}) == [recording, recording]
 

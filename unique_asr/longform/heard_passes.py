@@ -43,7 +43,7 @@ class HeardPassConfig:
 
 
 @dataclass
-class PassText:
+class HeardPassText:
     """The text of one pass on its way from tokens to words with times."""
 
     words: WordStream
@@ -181,7 +181,7 @@ class HeardPassRunner:
             embeds = table(torch.tensor([ids], device=table.weight.device))
             sequence.reset()
             sequence.prefill(embeds, partial(progress, "prefill") if progress else None)
-        text, segmenter = PassText(WordStream(self.processor.tokenizer)), Segmenter(self.segmentation)
+        text, segmenter = HeardPassText(WordStream(self.processor.tokenizer)), Segmenter(self.segmentation)
         tokens, written = sequence.tokens(limit, self.stop_ids), 0
         while text.broken is None:
             with report.measure("decode"):
@@ -221,7 +221,7 @@ class HeardPassRunner:
         return len(drafts) >= self.config.min_words and drafts[-1].ends_sentence
 
     def _place(
-        self, text: PassText, heard: HeardSpeech, spoken: Sequence[str], cursor: int
+        self, text: HeardPassText, heard: HeardSpeech, spoken: Sequence[str], cursor: int
     ) -> tuple[int, list[tuple[DraftWord, Word]]]:
         """Place the words that wait; return the new cursor and the words with their times.
 

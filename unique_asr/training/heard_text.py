@@ -37,7 +37,7 @@ SPELLINGS = ["ph f", "f ph", "c k", "k ck", "ck k", "y i", "i y", "ee ea", "ea e
 
 
 @dataclass(frozen=True)
-class Part:
+class HeardPart:
     """A stretch of speech: the words heard, and what was said."""
 
     words: tuple[HeardWord, ...]
@@ -58,7 +58,7 @@ class HeardTextRowMaker:
     """
 
     def __init__(
-        self, texts: Sequence[Sequence[str]], recordings: Sequence[Sequence[Part]], prompt: HeardPrompt
+        self, texts: Sequence[Sequence[str]], recordings: Sequence[Sequence[HeardPart]], prompt: HeardPrompt
     ) -> None:
         if not texts and not recordings:
             raise ValueError("data: nothing to learn from; check data.pairs and data.texts")
@@ -98,12 +98,12 @@ class HeardTextRowMaker:
         none = torch.zeros(0, 1)
         return HeardRow(before, none.long(), none, [], self.prompt.tokenize_answer(" ".join(said)), seconds)
 
-    def _draw_recorded(self, random: np.random.Generator) -> Iterator[Part]:
+    def _draw_recorded(self, random: np.random.Generator) -> Iterator[HeardPart]:
         while True:
             parts = self.recordings[random.choice(len(self.recordings), p=self.shares)]
             yield from parts[int(random.integers(len(parts))) :]
 
-    def _draw_texts(self, random: np.random.Generator) -> Iterator[Part]:
+    def _draw_texts(self, random: np.random.Generator) -> Iterator[HeardPart]:
         while True:
             lines = self.texts[int(random.integers(len(self.texts)))]
             shuffled = random.random() < SHUFFLED_SHARE
@@ -112,7 +112,7 @@ class HeardTextRowMaker:
             for number in range(round(draw_log_uniform(random, *STRETCH))):
                 place = int(random.integers(len(lines))) if shuffled else (first + number) % len(lines)
                 said = [self._make_up(random) if random.random() < made_up else word for word in lines[place].split()]
-                yield Part(tuple(self._hear(said, random)), " ".join(said), len(said) / 2.7)
+                yield HeardPart(tuple(self._hear(said, random)), " ".join(said), len(said) / 2.7)
 
     def _hear(self, said: Sequence[str], random: np.random.Generator) -> Iterator[HeardWord]:
         """Yield the words of a text as if they had been heard, a few of them with an alternative."""
@@ -198,7 +198,7 @@ def read_texts(paths: Sequence[str | Path]) -> list[list[str]]:
     return texts
 
 
-def write_pairs(path: Path, recordings: Sequence[tuple[str, Sequence[Part]]]) -> None:
+def write_pairs(path: Path, recordings: Sequence[tuple[str, Sequence[HeardPart]]]) -> None:
     """Write the parts of recordings, each with the name of its source, as JSON lines, compressed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
@@ -207,7 +207,7 @@ def write_pairs(path: Path, recordings: Sequence[tuple[str, Sequence[Part]]]) ->
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_pairs(paths: Sequence[str | Path], weights: dict[str, float]) -> list[list[Part]]:
+def read_pairs(paths: Sequence[str | Path], weights: dict[str, float]) -> list[list[HeardPart]]:
     """Read what `write_pairs` wrote.
 
     Args:
@@ -231,11 +231,11 @@ def read_pairs(paths: Sequence[str | Path], weights: dict[str, float]) -> list[l
     return recordings
 
 
-def _describe(part: Part) -> dict[str, Any]:
+def _describe(part: HeardPart) -> dict[str, Any]:
     words = [[word.text, round(word.confidence, 3), word.alternative, word.span] for word in part.words]
     return {"words": words, "text": part.text, "seconds": round(part.seconds, 2)}
 
 
-def _restore(part: dict[str, Any]) -> Part:
+def _restore(part: dict[str, Any]) -> HeardPart:
     words = tuple(HeardWord(text, 0.0, 0.0, sure, other, span) for text, sure, other, span in part["words"])
-    return Part(words, part["text"], part["seconds"])
+    return HeardPart(words, part["text"], part["seconds"])

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from unique_asr.models.listening_llm import HeardWord, Listener
+from unique_asr.models.listening_llm import HeardWord, WhisperListener
 from unique_asr.training.augment import AugmentConfig, Perturbation, add_noise
 from unique_asr.training.corpus import SAMPLE_RATE, Source, TrainingUtterance
-from unique_asr.training.heard_text import Part
+from unique_asr.training.heard_text import HeardPart
 from unique_asr.training.listening import MAX_PAUSE, cut_stretch
 
 PAUSE_SECONDS = 0.3, 0.9  # put between utterances that follow each other without any, as synthetic ones do
@@ -24,7 +24,7 @@ BLOCK_SECONDS = 1200.0  # of speech that is heard in one go
 
 
 def hear_pairs(
-    listener: Listener,
+    listener: WhisperListener,
     sources: Sequence[Source],
     readings: int = 1,
     augment: AugmentConfig | None = None,
@@ -32,7 +32,7 @@ def hear_pairs(
     min_match: float = 0.8,
     seed: int = 0,
     log: Callable[[str], None] = print,
-) -> Iterator[tuple[str, list[Part]]]:
+) -> Iterator[tuple[str, list[HeardPart]]]:
     """Hear recordings.
 
     Args:
@@ -63,7 +63,7 @@ def hear_pairs(
                     yield (
                         source.name,
                         [
-                            Part(
+                            HeardPart(
                                 tuple(heard[part.start : part.stop]),
                                 part.text,
                                 sum(each.seconds for each in stretch[part.first : part.end]) / speed,

@@ -6,7 +6,7 @@ copying them is what any LLM can do. Where the listener was unsure, its next bes
 
 from unique_asr.models.listening_llm.configuration import ListeningLLMConfig
 from unique_asr.models.listening_llm.heard import HeardSpeech, HeardWord
-from unique_asr.models.listening_llm.listener import Listener
+from unique_asr.models.listening_llm.listener import WhisperListener
 from unique_asr.models.listening_llm.modeling import ListeningLLM, load_listening_llm
 from unique_asr.models.listening_llm.prompts import HeardPrompt
 
@@ -14,8 +14,8 @@ __all__ = [
     "HeardPrompt",
     "HeardSpeech",
     "HeardWord",
-    "Listener",
     "ListeningLLM",
     "ListeningLLMConfig",
+    "WhisperListener",
     "load_listening_llm",
 ]

@@ -20,7 +20,7 @@ MAX_TOKENS = 224  # of a window, half of Whisper's context, as in OpenAI's own c
 SILENCE = 1e-4  # loudness, of 1, of a window that nobody needs to hear
 
 
-class Listener:
+class WhisperListener:
     """Hears recordings with a Whisper model.
 
     Args:

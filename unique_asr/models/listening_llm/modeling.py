@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from unique_asr.models.listening_llm.configuration import ListeningLLMConfig
-from unique_asr.models.listening_llm.listener import Listener
+from unique_asr.models.listening_llm.listener import WhisperListener
 from unique_asr.models.listening_llm.prompts import HeardPrompt
 from unique_asr.models.loading import convert_load_errors, resolve_device, resolve_dtype
 from unique_asr.models.sources import locate_model
@@ -86,9 +86,9 @@ class ListeningProcessor:
         self.tokenizer.save_pretrained(folder)
         self.whisper.save_pretrained(Path(folder) / LISTENER)
 
-    def make_listener(self, model: ListeningLLM) -> Listener:
+    def make_listener(self, model: ListeningLLM) -> WhisperListener:
         """Make the listener of a model."""
-        return Listener(model.listener, self.whisper, model.config)
+        return WhisperListener(model.listener, self.whisper, model.config)
 
 
 def compose_listening_llm(
