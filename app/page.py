@@ -208,13 +208,13 @@ class Page:
         differences = measures = None
         if transcript and dense:
             differences, measures = compare(dense, transcript)
-        found = Path(record.audio).is_file()
+        audio = self.store.find_audio(record)
         plot = self.store.plot_path(record)
         return View(
             status=_status(f"{record.title}: {record.state}. {record.message}", note),
             text=_text(segments),
             segments=_rows(segments),
-            player=gr.Audio(value=record.audio, subtitles=_subtitles(segments)) if found else None,
+            player=gr.Audio(value=str(audio), subtitles=_subtitles(segments)) if audio else None,
             files=[str(path) for path in self.store.find_files(record)] or None,
             comparison=gr.Column(visible=measures is not None),
             differences=differences,

@@ -141,6 +141,15 @@ class Store:
             found += whole or partial
         return found + [plot for plot in (self.plot_path(record),) if plot.exists()]
 
+    def heard_path(self, record: Record) -> Path:
+        """Return where the sound is that the model heard, if it is not what the recording would play."""
+        return self.locate(record).path("heard.flac")
+
+    def find_audio(self, record: Record) -> Path | None:
+        """Return what the player plays, in step with the transcript; None if the recording is gone."""
+        found = [path for path in (self.heard_path(record), Path(record.audio)) if path.is_file()]
+        return found[0] if found else None
+
     def plot_path(self, record: Record) -> Path:
         """Return where the plot of the pages that were read is, if it was asked for."""
         return self.locate(record).path("reads.svg")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unique_asr.app.player import write_heard
 from unique_asr.app.store import DONE, FAILED, RUNNING, STOPPED, WAITING, Record, Store
 
 from unique_asr.application.display import STAGES, summarize
@@ -148,6 +149,8 @@ class Worker:
         self.store.save(live.record)
         settings = live.record.settings
         self._transcribe(live, session, "transcript", make_attention_config(settings, self.options))
+        if transcript := self.store.read_transcript(live.record):
+            write_heard(Path(live.record.audio), transcript.info.padded, self.store.heard_path(live.record))
         if settings["compare"]:
             live.begin("dense")
             dense = make_attention_config({**settings, "attention": "dense"}, self.options)

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.page_statistics import LARGEST, pad_to_four
 from unique_asr.kernels.paging import get_counters, is_last, locate, make_table_arguments
-from unique_asr.kernels.top_pages import store_selected, to_sortable, top_pages
+from unique_asr.kernels.top_pages import GREATEST, store_selected, to_sortable, top_pages
 
 FUSED_PAGES = 8192  # of a row: up to here the last program of a row chooses, beyond it a launch of its own
 
@@ -148,7 +149,8 @@ def score_part(
 
         if SHARE:
             score *= scaling * 1.4426950408889634  # in units of log 2
-            score = tl.where(eligible[:, None] & (g < G)[None, :], score, -float("inf"))
+            score = tl.where(eligible[:, None] & (g < G)[None, :] & (score == score), score, -float("inf"))  # not NaN
+            score = tl.minimum(score, GREATEST)
             target = head_scores + g[None, :] * candidates + position[:, None]
             tl.store(target, score, mask=(g < G)[None, :] & mine[:, None])
             highest = tl.maximum(peak, tl.max(score, axis=0))
@@ -156,8 +158,8 @@ def score_part(
             total = total * tl.exp2(peak - base) + tl.sum(tl.exp2(score - base[None, :]), axis=0)
             peak = highest
         else:
-            best = tl.max(tl.where((g < G)[None, :], score, -float("inf")), axis=1)
-            best = tl.where(forced, float("inf"), best)
+            best = tl.max(tl.where((g < G)[None, :] & (score == score), score, -float("inf")), axis=1)  # not NaN
+            best = tl.where(forced, float("inf"), tl.minimum(best, GREATEST))
             best = tl.where(eligible, best, -float("inf"))
             tl.store(scores + position, best, mask=mine)
     if SHARE:
@@ -217,6 +219,7 @@ def _share(
             mask=(g < G)[:, None] & eligible[None, :], other=-float("inf"), cache_modifier=".cg",
         )  # fmt: skip
         share = tl.sum(tl.exp2(score - peak[:, None]) * weight[:, None], axis=0)
+        share = tl.where(tl.max(score, axis=0) > -float("inf"), share, -float("inf"))  # NaN for every head
         share = tl.where(eligible, tl.where(forced, float("inf"), share), -float("inf"))
         tl.store(scores + position, share, mask=position < candidates)
 
@@ -312,6 +315,7 @@ def _launch(
     selected: Tensor | None = None,
     within: Tensor | None = None,
     pages_per_super: int = 1,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel: scores [B, K, candidates], and the pages [B, K, count] selected if count > 0."""
     sequences, query_heads, dim = query.shape
@@ -336,10 +340,12 @@ def _launch(
     head_scores, peaks, sums = make_share_buffers(share, scores, rows, group, programs)
     operand, precision = choose_dot_types(query, statistics)
     table, table_stride = make_table_arguments(block_table, query)
+    if arrivals is None and (share or count):
+        arrivals = get_counters(rows, query.device)
     _scores[(rows * programs,)](
         query, *pad_to_four(statistics, query), lengths, query if starts is None else starts, table,
         query if within is None else within, head_scores, peaks, sums, scores, selected if count else scores,
-        get_counters(rows, query.device) if share or count else lengths,
+        lengths if arrivals is None else arrivals,
         *resolve_factors(score, scale, scaling, dim), heads, *query.stride()[:2], table_stride, per_block, candidates,
         supers,
         SCORE=score, SHARE=share, COUNT=count, COUNT_PAD=triton.next_power_of_2(max(1, count)),
@@ -353,6 +359,7 @@ def _launch(
     return scores, selected
 
 
+@launch_on_its_device
 def page_scores(
     query: Tensor,
     statistics: Sequence[Tensor],
@@ -369,6 +376,7 @@ def page_scores(
     out: Tensor | None = None,
     unit: int = 1,
     tile: ScoreTile | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Score every page for every KV head (arXiv 2605.27740, section 3).
 
@@ -388,14 +396,18 @@ def page_scores(
         out: where to write; None: a new tensor.
         unit: with the statistics of super-pages, the pages of each; a super-page that holds a forced page is forced.
         tile: how the work is cut; None: `score_tile`.
+        arrivals: int32 [B K or more], 0 before and after a launch; launches that may overlap need their own. None:
+            those of the stream (`get_counters`).
 
     Returns:
-        float32 [B, K, P]: inf where forced, -inf from the newest page on and before `starts`.
+        float32 [B, K, P]: inf where forced, -inf from the newest page on and before `starts`. NaN, which a key or a
+        query may hold, counts as -inf, and other scores are finite.
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
-    return _launch(query, statistics, lengths, *how, scores=out)[0]
+    return _launch(query, statistics, lengths, *how, scores=out, arrivals=arrivals)[0]
 
 
+@launch_on_its_device
 def select_pages(
     query: Tensor,
     statistics: Sequence[Tensor],
@@ -416,6 +428,7 @@ def select_pages(
     unit: int = 1,
     fused: bool | None = None,
     tile: ScoreTile | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Score pages and select the best, as `top_pages(page_scores(...), count)` does.
 
@@ -433,16 +446,17 @@ def select_pages(
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling, unit, tile
     if within is not None:
-        inside = {"within": within, "pages_per_super": pages_per_super}
+        inside = {"within": within, "pages_per_super": pages_per_super, "arrivals": arrivals}
         return _launch(query, statistics, lengths, *how, count=count, selected=out, **inside)[1]
     if fused is None:
         per_block = statistics[0].shape[2]
         fused = (per_block if block_table is None else block_table.shape[1] * per_block) <= FUSED_PAGES
     if fused:
-        return _launch(query, statistics, lengths, *how, count=count, selected=out)[1]
-    return top_pages(_launch(query, statistics, lengths, *how)[0], count, out)
+        return _launch(query, statistics, lengths, *how, count=count, selected=out, arrivals=arrivals)[1]
+    return top_pages(_launch(query, statistics, lengths, *how, arrivals=arrivals)[0], count, out)
 
 
+@launch_on_its_device
 def select_pages_in_two_levels(
     query: Tensor,
     statistics: Sequence[Tensor],
@@ -460,6 +474,7 @@ def select_pages_in_two_levels(
     starts: Tensor | None = None,
     block_table: Tensor | None = None,
     scaling: float | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Select super-pages, then pages among theirs and those of the newest super-page: `select_pages` twice.
 
@@ -474,5 +489,6 @@ def select_pages_in_two_levels(
         int32 [B, K, count], ascending; -1 at the end where there are too few pages.
     """
     how = score, scale, page_size, combine, sink, recent, starts, block_table, scaling
-    best = select_pages(query, super_statistics, lengths, super_count, *how, unit=pages_per_super)
-    return select_pages(query, statistics, lengths, count, *how, within=best, pages_per_super=pages_per_super)
+    best = select_pages(query, super_statistics, lengths, super_count, *how, unit=pages_per_super, arrivals=arrivals)
+    within = {"within": best, "pages_per_super": pages_per_super, "arrivals": arrivals}
+    return select_pages(query, statistics, lengths, count, *how, **within)

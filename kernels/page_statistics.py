@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.paging import locate, make_table_arguments
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # number of each 8-bit type
@@ -217,6 +218,7 @@ def pad_to_four(buffers: Sequence[Tensor], other: Tensor) -> list[Tensor]:
     return [*buffers, other, other, other, other][:4]
 
 
+@launch_on_its_device
 def write_page_statistics(
     keys: Tensor,
     statistics: Sequence[Tensor],
@@ -257,6 +259,7 @@ def write_page_statistics(
     )  # fmt: skip
 
 
+@launch_on_its_device
 def append(
     key: Tensor,
     value: Tensor,

@@ -4,6 +4,8 @@ Without a table sequence b of buffers [B, K, n, width] holds its tokens, or page
 [B, blocks], the buffers are [blocks in all, K, n, width], and entry i of sequence b is [table[b, i // n], :, i % n].
 """
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -49,24 +51,37 @@ def is_last(counter, PROGRAMS: tl.constexpr):
     return last
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}  # never freed: captured graphs hold their addresses
+STREAMS = 16  # of a device: counters are allocated for so many at once
+_pools: dict[tuple[torch.device, int], list[Tensor]] = {}  # never freed: captured graphs hold their addresses
+_counters: dict[tuple[torch.device, int, int], Tensor] = {}  # of each device, size and stream: a row of a pool
+_lock = threading.Lock()
 
 
 def get_counters(rows: int, device: torch.device) -> Tensor:
-    """Return at least `rows` counters, int32, of value 0 between launches, the same ones for every call.
+    """Return at least `rows` counters, int32, of value 0 between launches, the same ones for every call on a stream.
 
-    Launches that overlap must not share a device.
+    Graphs captured on one stream share its counters: where they may run at the same time, give each its own.
 
     Raises:
         RuntimeError: they would have to be allocated while a CUDA graph is captured.
     """
     size = max(16384, triton.next_power_of_2(rows))
-    existing = _counters.get((device, size))
-    if existing is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("run the step once before it is captured: its counters are not allocated yet")
-        existing = _counters[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
-    return existing
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    existing = _counters.get((device, size, stream))
+    return _allocate_counters(device, size, stream) if existing is None else existing
+
+
+def _allocate_counters(device: torch.device, size: int, stream: int) -> Tensor:
+    with _lock:
+        pools = _pools.setdefault((device, size), [])
+        used = sum(key[:2] == (device, size) for key in _counters)
+        if used == STREAMS * len(pools):
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("run the step once before it is captured: its counters are not allocated yet")
+            pools.append(torch.zeros(STREAMS, size, dtype=torch.int32, device=device))
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # other streams will use them too
+        return _counters.setdefault((device, size, stream), pools[-1][used % STREAMS])
 
 
 def make_table_arguments(block_table: Tensor | None, other: Tensor) -> tuple[Tensor, int]:

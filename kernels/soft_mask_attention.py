@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.soft_mask_thresholds import page_thresholds
 from unique_asr.kernels.soft_mask_tiles import (
     LOG2E,
@@ -361,6 +362,7 @@ def supports(key: Tensor, combine: str, page_size: int) -> bool:
 
 
 @torch.library.custom_op("unique_asr::soft_mask_attention", mutates_args=())
+@launch_on_its_device
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mean: Tensor, std: Tensor, theta: Tensor, sharpness: Tensor,
     starts: Tensor, scaling: float, page_size: int, scale: float, sink: int, recent: int, hard: bool,
@@ -390,6 +392,7 @@ def _(query, key, value, mean, std, theta, sharpness, starts, scaling, page_size
 
 
 @torch.library.custom_op("unique_asr::soft_mask_attention_backward", mutates_args=())
+@launch_on_its_device
 def masked_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, mean: Tensor, std: Tensor, theta: Tensor,
     sharpness: Tensor, starts: Tensor, out: Tensor, peaks: Tensor, scaling: float, page_size: int, scale: float,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.soft_mask_tiles import load_rows, make_sizes, row_stride
 
 SCRATCH = 1 << 24  # scores of a slice of queries: 64 MB of float32
@@ -141,6 +142,7 @@ def _row_thresholds(
 
 
 @torch.library.custom_op("unique_asr::page_thresholds", mutates_args=())
+@launch_on_its_device
 def page_thresholds(
     query: Tensor, key: Tensor, starts: Tensor, masked: Tensor, page_size: int, count: int, scale: float, sink: int,
     recent: int, tau: float,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.paging import get_counters, is_last, locate, make_table_arguments
 
 
@@ -146,6 +147,7 @@ def merge(
     tl.store(out + (row * G + g[:, None]) * D + d[None, :], output.to(out.dtype.element_ty), mask=real)
 
 
+@launch_on_its_device
 def sparse_decode(
     query: Tensor,
     keys: Tensor,
@@ -159,6 +161,7 @@ def sparse_decode(
     splits: int | None = None,
     out: Tensor | None = None,
     tile: DecodeTile | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attend to selected pages and to the newest one: softmax(q K^T * scaling) V.
 
@@ -176,6 +179,8 @@ def sparse_decode(
         splits: programs that a row is divided over; None: by the number of rows.
         out: where to write; None: a new tensor.
         tile: how the work is cut; None: `decode_tile`.
+        arrivals: int32 [B K or more], 0 before and after a launch; launches that may overlap need their own. None:
+            those of the stream (`get_counters`).
 
     Returns:
         [B, H, D].
@@ -194,15 +199,14 @@ def sparse_decode(
     if out is None:
         out = query.new_empty(sequences, query_heads, dim)
     parts = peaks = sums = out
-    arrivals = lengths
     if programs > 1:
         parts = query.new_empty(rows, programs, group, dim, dtype=torch.float32)
         peaks, sums = query.new_empty(2, rows, programs, group, dtype=torch.float32)
-        arrivals = get_counters(rows, query.device)
+        arrivals = get_counters(rows, query.device) if arrivals is None else arrivals
     table, table_stride = make_table_arguments(block_table, query)
     _sparse_decode[(rows * programs,)](
         query, keys, values, pages, lengths, query if starts is None else starts, table,
-        out, parts, peaks, sums, arrivals,
+        out, parts, peaks, sums, lengths if arrivals is None else arrivals,
         scaling, count, heads, *query.stride()[:2], table_stride, *keys.stride()[:3],
         G=group, G_PAD=max(16, triton.next_power_of_2(group)), D=dim, D_PAD=triton.next_power_of_2(dim), S=page_size,
         BLOCK=tile.tokens, TILES=tile.tiles, STAGES=tile.stages, PROGRAMS=programs,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 from unique_asr.kernels.page_scores import (
     choose_dot_types,
     choose_pages,
@@ -187,6 +188,7 @@ def _sparse_step(
             tl.store(arrivals, 0)
 
 
+@launch_on_its_device
 def sparse_step(
     query: Tensor,
     key: Tensor,
@@ -222,7 +224,7 @@ def sparse_step(
         selected: where the selected pages are written; out: where the output is; None: new tensors.
         tile: how the work is cut; None: `step_tile`.
         arrivals: int32 [B K or more], 0 before and after a launch; launches that may overlap need their own. None:
-            those of the device.
+            those of the stream (`get_counters`).
         Further arguments are those of the three functions.
 
     Returns:

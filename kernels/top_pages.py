@@ -8,17 +8,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from unique_asr.kernels.launch import launch_on_its_device
 
 MAX_PAGES = 32768  # of a row: 32 registers a thread in the largest program
 INFINITE = tl.constexpr(0xFF800000)  # the integer of inf, the score of forced pages
+GREATEST = tl.constexpr(3.4028234663852886e38)  # float32: the score of a page that overflows, below that of forced ones
 
 
 @triton.jit
 def to_sortable(scores):
-    """float32 -> uint32 of the same order, both zeros alike; -inf becomes 0, which is never selected."""
+    """float32 -> uint32 of the same order, both zeros alike; -inf and NaN become 0, which is never selected."""
     bits = (scores + 0.0).to(tl.uint32, bitcast=True)
     ordered = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)
-    return tl.where(scores == -float("inf"), 0, ordered)
+    return tl.where(scores > -float("inf"), ordered, 0)  # NaN is not greater either
 
 
 @triton.jit
@@ -83,13 +85,14 @@ def _top_pages(scores, out, pages, COUNT: tl.constexpr, COUNT_PAD: tl.constexpr,
     store_selected(out + row * COUNT, page, to_sortable(score), COUNT, COUNT_PAD)
 
 
+@launch_on_its_device
 def top_pages(scores: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Select the `count` best pages of float32 scores [..., P]; of equal scores the earlier page wins.
 
     The plain PyTorch twin is `unique_asr.attention.reference.top_pages`.
 
     Returns:
-        int32 [..., count], ascending. Pages of score -inf are never selected: where too few others are left, the
+        int32 [..., count], ascending. Pages of score -inf or NaN are never selected: where too few others are left, the
         entries at the end are -1.
 
     Raises:

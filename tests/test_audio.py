@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from audio_files import CHANGING_LENGTHS, TONE, encode, encode_wav, make_vbr_mp3, tone
+from av.stream import Disposition
 
 from unique_asr.audio import SAMPLE_RATE, AudioError, AudioFile, load_audio, parse_time, spool_samples
 
@@ -252,6 +253,118 @@ def test_one_channel_or_the_mean(tmp_path, channel, level):
     samples = np.repeat(np.float32([[0.4], [0.2]]), 16000, axis=1)
     file = AudioFile(encode_wav(tmp_path / "a.wav", samples, 16000), channel=channel)
     assert np.concatenate(list(file.blocks())) == pytest.approx(level, abs=1e-3)
+
+
+def encode_tracks(path, tracks):
+    """Write a Matroska file of (language, samples [1, N] at 16 kHz, whether it is the default) tracks."""
+    with av.open(str(path), "w") as output:
+        streams = []
+        for language, _, default in tracks:
+            stream = output.add_stream("pcm_s16le", rate=16000, layout="mono")
+            stream.metadata["language"] = language
+            stream.disposition = Disposition.default if default else Disposition(0)
+            streams.append(stream)
+        for stream, (_, samples, _) in zip(streams, tracks, strict=True):
+            frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 0
+            output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture
+def two_tracks(tmp_path):
+    low = np.full((1, 16000), 0.1, np.float32)
+    return encode_tracks(tmp_path / "talk.mkv", [("ger", low, False), ("eng", 3 * low, True)])
+
+
+@pytest.mark.parametrize(("track", "level"), [(None, 0.3), (1, 0.1), (2, 0.3)])
+def test_one_of_several_tracks(two_tracks, track, level):
+    file = AudioFile(two_tracks, track=track)
+    assert np.concatenate(list(file.blocks())) == pytest.approx(level, abs=1e-3)
+    listed = "1 (ger, mono), 2 (eng, mono, default)"
+    said = [] if track else [f"{two_tracks}: took audio track=2 of {listed}"]
+    assert [warning for warning in file.warnings if "track" in warning] == said
+    assert file.tracks == 2
+
+
+def test_a_wrong_track_lists_them(two_tracks):
+    with pytest.raises(AudioError, match=r"has no track=3, only 1 \(ger, mono\), 2 \(eng, mono, default\)"):
+        AudioFile(two_tracks, track=3)
+
+
+@pytest.mark.parametrize("opposite", [-1.0, -0.8])
+def test_channels_that_cancel_each_other_out_are_not_lost(tmp_path, opposite):
+    left = tone(2.0, 16000)[0]
+    file = AudioFile(encode_wav(tmp_path / "a.wav", np.stack([left, opposite * left]), 16000))
+    assert np.concatenate(list(file.blocks())) == pytest.approx(left, abs=1e-3)
+    assert file.warnings == [
+        f"{tmp_path / 'a.wav'}: its channels cancel each other out; took channel=1 in place of their mean for 2.0 s"
+    ]
+
+
+def test_channels_with_other_sounds_are_mixed(tmp_path):
+    """Two speakers with a channel each, one of whom is silent at first; and noise that is not the same in both."""
+    samples = 0.1 * np.random.default_rng(0).standard_normal((2, 32000)).astype(np.float32)
+    samples[1, :16000] = 0
+    file = AudioFile(encode_wav(tmp_path / "a.wav", samples, 16000))
+    assert np.concatenate(list(file.blocks())) == pytest.approx(samples.mean(0), abs=1e-3)
+    assert file.warnings == []
+
+
+def beeps(seconds, rate=48000):
+    """Noise [1, N] with a beep of 1 kHz every two seconds."""
+    samples = 0.05 * np.random.default_rng(0).standard_normal((1, seconds * rate)).astype(np.float32)
+    beep = 0.6 * np.sin(2 * np.pi * 1000 * np.arange(rate // 10) / rate)
+    for second in range(2, seconds, 2):
+        samples[0, second * rate : second * rate + len(beep)] += beep
+    return samples
+
+
+def find_beeps(samples):
+    wave = np.exp(-2j * np.pi * 1000 * np.arange(800) / SAMPLE_RATE)
+    heard = [abs((samples[first : first + 800] * wave).mean()) > 0.12 for first in range(0, len(samples) - 800, 80)]
+    return [index * 80 / SAMPLE_RATE for index in range(1, len(heard)) if heard[index] and not heard[index - 1]]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp3", "libmp3lame"), ("a.ac3", "ac3"), ("a.flac", "flac")])
+def test_what_follows_a_damaged_place_keeps_its_time(tmp_path, name, codec):
+    """Second 9 to 11 is damaged, and silence stands for it, also where the format has no clock."""
+    path = encode(tmp_path / name, beeps(20), 48000, codec)
+    content = bytearray(path.read_bytes())
+    begin, length = int(0.45 * len(content)), len(content) // 10
+    content[begin : begin + length] = bytes(length)
+    path.write_bytes(content)
+    file = AudioFile(path)
+    samples = np.concatenate(list(file.blocks()))
+    assert find_beeps(samples) == pytest.approx([2, 4, 6, 8, 12, 14, 16, 18], abs=0.1)
+    assert file.padded == pytest.approx(2.0, abs=0.2)
+    assert any("are missing on the way; silence stands for them" in warning for warning in file.warnings)
+
+
+def test_where_lost_time_cannot_be_placed_the_warning_names_it(tmp_path):
+    path = encode(tmp_path / "a.aac", beeps(20), 48000, "aac")
+    content = bytearray(path.read_bytes())
+    begin, length = int(0.45 * len(content)), len(content) // 10
+    content[begin : begin + length] = bytes(length)
+    path.write_bytes(content)
+    file = AudioFile(path)
+    assert len(np.concatenate(list(file.blocks()))) / SAMPLE_RATE == pytest.approx(18.0, abs=0.3)
+    assert any(
+        "about 2.0 s are missing at damaged places; later times are as much too early" in warning
+        for warning in file.warnings
+    )
+
+
+def test_a_tag_in_the_middle_is_no_lost_time(tmp_path):
+    """Two MP3 files of which the second one begins with a picture, one after the other."""
+    part = encode(tmp_path / "part.mp3", beeps(8), 48000, "libmp3lame").read_bytes()
+    size = 300_000
+    tag = b"ID3\3\0\0" + bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    path = tmp_path / "both.mp3"
+    path.write_bytes(part + tag + np.random.default_rng(0).bytes(size) + part)
+    samples = load_audio(path)
+    assert find_beeps(samples) == pytest.approx([2, 4, 6, 10, 12, 14], abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The shipped model on real speech: what it writes, when it says it was said, and what attention it used."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,27 @@ def test_silence_gives_no_text(default):
     segments, info = SpeechLLMTranscriber(default).transcribe(np.zeros(16_000 * 5, np.float32))
     assert list(segments) == []
     assert info.stop_reason == "silence"
+
+
+def test_one_short_word_is_heard(default):
+    segments, info = SpeechLLMTranscriber(default).transcribe(DATA / "yes.wav")
+    assert text_of(segments).strip(" .,!") == "Yes"
+    assert info.warnings == []
+
+
+def test_a_language_that_it_does_not_know_is_noticed(default):
+    transcriber = SpeechLLMTranscriber(default)
+    transcriber.languages = ("en",)  # as of the name "default"
+    segments, info = transcriber.transcribe(DATA / "german.opus")
+    list(segments)
+    (warning,) = [warning for warning in info.warnings if "low confidence" in warning]
+    assert re.match(r"0:00-0:\d\d: low confidence \(", warning)  # to where its text ends
+    assert warning.endswith("the text may not be what was said; the model knows English only")
+
+
+def test_english_is_not_taken_for_another_language(transcripts):
+    for name, (_, info) in transcripts.items():
+        assert not any("low confidence" in warning for warning in info.warnings), name
 
 
 def test_save_and_reload(default, tmp_path):

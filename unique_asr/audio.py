@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
+from unique_asr.channels import ChannelMixer
 from unique_asr.duration import announced_duration, known_duration, measure_duration
+from unique_asr.packets import PacketMeter
 from unique_asr.remote import FetchLimits, RemoteCopy, RemoteError, fetch, is_uri, shown_name, to_path
 
 SAMPLE_RATE = 16000  # Hz, after decoding
@@ -24,6 +26,7 @@ TRUNCATION_TOLERANCE = 0.03  # share of the announced duration that may be missi
 UNREAD_TOLERANCE = 0.05  # share of a file that may follow its last packet: tags
 # These have tables beside the packets, of any size, and a header that announces the whole duration.
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf")
+MIN_REPLACED = 0.5  # s of one channel in the place of the mean of all that are worth a warning
 
 
 class AudioError(ValueError):
@@ -38,7 +41,8 @@ class AudioFile:
     Args:
         path: a file, or a URI (https://..., s3://...), which is copied to a temporary file first.
         start, end: seconds between which the file is read.
-        channel: 1 for the first (left) one; None for the mean of all.
+        channel: 1 for the first (left) one; None for the mean of all, or one of them where they cancel each other out.
+        track: 1 for the first audio track; None for the one that a player takes.
         name: what messages and transcripts call the file, if not its path.
         vad: put silence in the place of what is not speech, see `vad.py`.
         limits: how much is fetched of a URI, and how long that may take.
@@ -48,9 +52,11 @@ class AudioFile:
         copy: of a URI; else None.
         warnings: one line each about what is damaged or missing; they come while `blocks` decodes.
         dropped: seconds that voice activity detection took for anything but speech.
+        tracks: how many audio tracks there are.
+        padded: seconds of silence that stand for what the file lacks, or for the time before its sound begins.
 
     Raises:
-        AudioError: if it cannot be opened or holds no audio, or start, end and channel do not fit.
+        AudioError: if it cannot be opened or holds no audio, or start, end, channel and track do not fit.
     """
 
     def __init__(
@@ -63,12 +69,13 @@ class AudioFile:
         vad: bool = False,
         limits: FetchLimits | None = None,
         progress: Callable[[str, float, float], None] | None = None,
+        track: int | None = None,
     ) -> None:
         self.copy = _fetch(path, limits, progress) if is_uri(path) else None
         self.path = self.copy.path if self.copy else to_path(path)
         self.name = name or (shown_name(path) if self.copy else str(self.path))
-        self.start, self.end, self.channel, self.vad = start, end, channel, vad
-        self.dropped = 0.0
+        self.start, self.end, self.channel, self.vad, self.track = start, end, channel, vad, track
+        self.dropped = self.padded = 0.0
         self.warnings: list[str] = []
         if vad:
             check_vad()
@@ -81,6 +88,9 @@ class AudioFile:
             if start and (self._known is None or start >= self._known):
                 measured = measure_duration(container, stream)
             channels = stream.codec_context.layout.nb_channels
+            self.tracks = len(container.streams.audio)
+            chosen = track is not None or self.tracks == 1
+            self._notes = [] if chosen else [self._describe_choice(container.streams.audio, stream)]
         if channel is not None and not 1 <= channel <= (channels or channel):
             raise AudioError(f"{self.name}: has no channel={channel}, only 1 to {channels}; channel=mix takes all")
         if measured is not None:
@@ -103,7 +113,7 @@ class AudioFile:
         Raises:
             AudioError: if nothing at all decodes.
         """
-        self.warnings, self.dropped = [], 0.0
+        self.warnings, self.dropped, self.padded = list(self._notes), 0.0, 0.0
         yield from filter_speech(self._part(), seconds, self)
 
     def _part(self) -> Iterator[np.ndarray]:
@@ -153,7 +163,10 @@ class AudioFile:
             raise AudioError(f"{name}: {error.strerror or error}") from error
 
     def _audio_stream(self, container: av.container.InputContainer) -> av.AudioStream:
-        stream = container.streams.best("audio")
+        tracks = container.streams.audio
+        if tracks and self.track is not None and not 1 <= self.track <= len(tracks):
+            raise AudioError(f"{self.name}: has no track={self.track}, only {list_tracks(tracks)}")
+        stream = container.streams.best("audio") if self.track is None or not tracks else tracks[self.track - 1]
         if stream is None:
             kinds = sorted({stream.type for stream in container.streams})
             raise AudioError(f"{self.name}: has no audio stream" + (f" (only {', '.join(kinds)})" if kinds else ""))
@@ -161,53 +174,73 @@ class AudioFile:
             raise AudioError(f"{self.name}: its audio codec is not supported by this FFmpeg")
         return stream
 
+    def _describe_choice(self, tracks: Sequence[av.AudioStream], stream: av.AudioStream) -> str:
+        """One line about which of several tracks is taken."""
+        taken = 1 + [track.index for track in tracks].index(stream.index)
+        return f"{self.name}: took audio track={taken} of {list_tracks(tracks)}"
+
     def _samples(self) -> Iterator[np.ndarray]:
         """Arrays of any length, resampled and mixed, holes filled."""
         with self._open() as container:
             stream = self._audio_stream(container)
             origin = (container.start_time or 0) / av.time_base  # s; where a player's clock starts
-            resampler, setup = None, None
+            resampler, setup, mixer = None, None, ChannelMixer(self.channel)
             position = 0  # samples yielded so far, without what the resampler still holds
             filled = 0  # samples of silence in holes
-            for frame in self._frames(container, stream):
+            lost = 0.0  # s that the clock of the frames does not know of
+            for frame, skipped in self._frames(container, stream):
+                lost += skipped
                 layout = (frame.format.name, frame.layout.name, frame.sample_rate)
                 if layout != setup:  # the first frame, or a stream that changes its sampling rate on the way
                     if resampler is not None:
-                        for samples in _resample(resampler, None, self.channel):
+                        for samples in _resample(resampler, None, mixer):
                             position += len(samples)
                             yield samples
                     resampler, setup = av.AudioResampler(format="fltp", rate=SAMPLE_RATE), layout
-                start = frame.time - origin if frame.time is not None else None
+                start = frame.time - origin + lost if frame.time is not None else None
                 frame.pts = None  # the resampler would measure its own delay against it
                 if start is not None:
                     gap = start - position / SAMPLE_RATE
-                    if GAP_TOLERANCE < gap < MAX_FILLED_GAP and self._fits(start):
-                        for samples in _resample(resampler, None, self.channel):
+                    if GAP_TOLERANCE < gap < MAX_FILLED_GAP and (skipped > 0 or self._fits(start)):
+                        for samples in _resample(resampler, None, mixer):
                             position += len(samples)
                             yield samples
                         resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+                        silence = max(0, round(start * SAMPLE_RATE) - position)
+                        self.padded += silence / SAMPLE_RATE
                         if position:  # audio that starts late is no damage
-                            filled += max(0, round(start * SAMPLE_RATE) - position)
+                            filled += silence
                         while (silence := min(round(start * SAMPLE_RATE) - position, SAMPLE_RATE)) > 0:
                             position += silence
                             yield np.zeros(silence, dtype=np.float32)
-                for samples in _resample(resampler, frame, self.channel):
+                for samples in _resample(resampler, frame, mixer):
                     position += len(samples)
                     yield samples
             if resampler is not None:
-                yield from _resample(resampler, None, self.channel)
+                yield from _resample(resampler, None, mixer)
             if filled:
                 self.warnings.append(
                     f"{self.name}: {filled / SAMPLE_RATE:.1f} s are missing on the way; silence stands for them"
+                )
+            if mixer.replaced > MIN_REPLACED * SAMPLE_RATE:
+                self.warnings.append(
+                    f"{self.name}: its channels cancel each other out; took channel={mixer.stand_in} in place of their "
+                    f"mean for {mixer.replaced / SAMPLE_RATE:.1f} s"
                 )
 
     def _fits(self, time: float) -> bool:
         """Whether a frame may start at `time`: a damaged timestamp usually lies beyond the end."""
         return self._announced is not None and time <= self._announced
 
-    def _frames(self, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-        """Decoded frames; a packet that does not decode is skipped, a container that breaks off ends the iteration."""
+    def _frames(
+        self, container: av.container.InputContainer, stream: av.AudioStream
+    ) -> Iterator[tuple[av.AudioFrame, float]]:
+        """Decoded frames, and the seconds before each that were lost and that its time does not count.
+
+        A packet that does not decode is skipped, a container that breaks off ends the iteration.
+        """
         damaged = read = place = length = 0
+        meter = PacketMeter(container, stream)
         packets = container.demux(stream)
         while True:
             try:
@@ -222,12 +255,20 @@ class AudioFile:
                 place = packet.pos
                 read = max(read, place + length)
             try:
-                yield from packet.decode()
+                frames, fails = packet.decode(), False
             except av.error.FFmpegError:
-                damaged += 1
+                frames, fails = [], True
+            damaged += fails
+            meter.add(packet, fails)
+            for frame in frames:
+                yield frame, meter.take_lost()
         unread = self.path.stat().st_size - read
         alone = len(container.streams) == 1 and container.format.name not in INDEXED_FORMATS
-        if alone and read and unread > UNREAD_TOLERANCE * (read + unread):
+        if damaged and (early := meter.estimate_seconds(unread)) > GAP_TOLERANCE:
+            self.warnings.append(
+                f"{self.name}: about {early:.1f} s are missing at damaged places; later times are as much too early"
+            )
+        elif alone and read and unread > UNREAD_TOLERANCE * (read + unread):
             # Some containers announce a duration only as far as they can be read.
             self.warnings.append(
                 f"{self.name}: the last {100 * unread / (read + unread):.0f} % of the file could not be read; "
@@ -348,18 +389,24 @@ def load_audio(path: str | PathLike[str]) -> np.ndarray:
     return np.concatenate(list(AudioFile(path).blocks()))
 
 
-def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, channel: int | None) -> Iterator[np.ndarray]:
-    """One resampled channel, or their mean. FFmpeg's own mix to mono would raise the level of float audio by 3 dB."""
+def list_tracks(tracks: Sequence[av.AudioStream]) -> str:
+    """List the audio tracks of a file as `1 (ger, mono), 2 (eng, stereo, default)`."""
+    listed = []
+    for number, track in enumerate(tracks, start=1):
+        about = [track.metadata.get("language"), track.metadata.get("title")]
+        count = track.codec_context.layout.nb_channels if track.codec_context else None
+        about.append({1: "mono", 2: "stereo", None: "codec not supported"}.get(count, f"{count} channels"))
+        about.append("default" if track.disposition & Disposition.default else None)
+        listed.append(f"{number} ({', '.join(each for each in about if each)})")
+    return ", ".join(listed)
+
+
+def _resample(resampler: av.AudioResampler, frame: av.AudioFrame | None, mixer: ChannelMixer) -> Iterator[np.ndarray]:
+    """Resampled and mixed to one channel."""
     for resampled in resampler.resample(frame):
         channels = resampled.to_ndarray()  # [channels, samples]
         if channels.shape[1]:
-            if channel is None and len(channels) > 1:
-                mixed = channels.mean(axis=0, dtype=np.float32)
-            else:  # a stream may change to fewer channels on the way: its last one stands for those that are gone
-                mixed = channels[:channel][-1].copy()
-            if not math.isfinite(mixed.sum()):
-                np.nan_to_num(mixed, copy=False, posinf=0.0, neginf=0.0)
-            yield mixed
+            yield mixer.mix(channels)
 
 
 def _reason(error: Exception) -> str:

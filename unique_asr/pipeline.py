@@ -28,6 +28,7 @@ def transcribe(
     start: float = 0.0,
     end: float | None = None,
     channel: int | None = None,
+    track: int | None = None,
     vad: bool = False,
     progress: Progress | None = None,
     reads: PageReads | None = None,
@@ -43,7 +44,7 @@ def transcribe(
     Segments come while the recording is decoded, and `info` is complete once they are exhausted.
 
     Args:
-        audio: a file that FFmpeg reads, or float32 samples at 16 kHz.
+        audio: a file that FFmpeg reads, or samples [N] at 16 kHz: floats between -1 and 1, int16, int32 or uint8.
         model: `default`, a folder, a hub id, or a (model, processor) pair.
         attention: `unique` reads `budget` tokens of the context a step, `dense` all of it; or a SparseAttentionConfig.
         budget: tokens, for `unique`.
@@ -52,7 +53,8 @@ def transcribe(
         language: that is spoken, as a code or in English (`fr`, `French`), for models that can be told; the default
             model takes `en` alone. None: the model finds out.
         hotwords: words or names to expect, separated by commas, for models that can be told; the default one cannot.
-        start, end, channel: the part of a file that is transcribed; see `AudioFile`. Times count from its beginning.
+        start, end, channel, track: the part of a file that is transcribed; see `AudioFile`. Times count from its
+            beginning. Of an array, start and end.
         vad: drop what is not speech (needs silero-vad); `info.dropped` counts the seconds. Times stay.
         progress: called as progress(stage, done, total); stages are load, encode, prefill and decode.
         reads: records which part of the recording each token was read from; see `PageReads`. For the default model.
@@ -61,7 +63,7 @@ def transcribe(
     Raises:
         ValueError: if the file cannot be read or an option cannot work, in one line that names the remedy.
     """
-    source = open_audio(audio, start, end, channel, vad)  # before the model, which takes longer
+    source = open_audio(audio, start, end, channel, vad, track)  # before the model, which takes longer
     if not isinstance(model, tuple):
         check_language(language, model)
         check_hotwords(hotwords, model)

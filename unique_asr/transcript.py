@@ -75,6 +75,7 @@ class TranscriptionInfo:
     stop_reason: str = ""  # of the last pass: a key of STOP_REASONS; empty until then
     coverage: float = 0.0  # share of the recording's speech that lies inside segments, 0 to 1
     dropped: float = 0.0  # s that voice activity detection left out, as they are not speech
+    padded: float = 0.0  # s of silence for what the file lacks, or before its sound begins
     passes: int = 0  # times that decoding started: 1 unless it had to be continued
     sparsity: dict[str, Any] = field(default_factory=dict)  # SparsityCounters.to_dict()
     timings: dict[str, float] = field(default_factory=dict)  # s by stage: load, encode, prefill, decode
@@ -126,6 +127,7 @@ def text_settings(
     vad: bool = False,
     language: str | None = None,
     hotwords: str | None = None,
+    track: int | None = None,
 ) -> dict[str, Any]:
     """Return what changes a transcript besides model and attention, as `TranscriptionInfo.settings` keeps it.
 
@@ -139,6 +141,7 @@ def text_settings(
         "start": start or None,
         "end": end,
         "channel": channel,
+        "track": track,
         "vad": vad or None,
         "language": language,
         "hotwords": hotwords,

@@ -164,6 +164,8 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "start=5", "end=3"], 2, "error: start=5 end=3: end has to lie after start"),
         (["audio=talk.opus", "start=1:00"], 1, "error: talk.opus: start=60, but it ends after 9.1 s"),
         (["audio=talk.opus", "channel=left"], 2, "error: channel=left: give mix, or a number"),
+        (["audio=talk.opus", "track=first"], 2, "error: track=first: give null, or a number"),
+        (["audio=talk.opus", "track=2"], 1, "talk.opus: has no track=2, only 1 (mono"),
         (["audio=talk.opus", "channel=2"], 1, "talk.opus: has no channel=2, only 1 to 1"),
         (
             ["audio=talk.opus", "language=French"],

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, Qwen2Config
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention import PagedCache, SparseAttentionConfig, sparse_attention
 from unique_asr.attention.paged_layer import PagedLayer
+from unique_asr.decoding.greedy import GreedyDecoder
 
 
 def write(cache, length, batch=2, layers=3):
@@ -116,6 +117,31 @@ def test_sliding_layers_stay_what_they_were():
     assert kinds == [PagedLayer] * 2 + [DynamicSlidingWindowLayer] * 2
     with pytest.raises(ValueError, match="every layer"), cache.static_step(torch.tensor([0]), sparse=False):
         pass
+
+
+@pytest.mark.parametrize("window", [512, 600, 300])
+def test_a_window_as_long_as_the_longest_text_is_full_attention(window):
+    """As that of Phi-4 multimodal; 300 of 512 tokens are a real window."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(
+        vocab_size=50, num_hidden_layers=2, max_position_embeddings=512, sliding_window=window, **sizes
+    )
+    model, prompt = MistralForCausalLM(config).eval(), torch.randint(0, 50, (1, 100))
+    if window == 300:
+        with pytest.raises(ValueError, match="no full-attention layer"):
+            PagedCache(config)
+        return
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    with sparse_attention(model, budget=512):
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+    with sparse_attention(model, budget=64) as sparse:
+        model.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert sparse.counters.sparse_steps == sparse.counters.steps == 4
+    decoders = [GreedyDecoder(model, SparseAttentionConfig(budget=512), static=static) for static in (False, True)]
+    for decoder in decoders:
+        decoder.prefill(model.get_input_embeddings()(prompt).detach())
+        assert list(decoder.tokens(5)) == expected[0, 100:].tolist()
 
 
 def test_a_model_of_sliding_layers_alone_is_refused():

@@ -252,7 +252,7 @@ def test_scores_under_autocast_are_those_of_float32():
     settings = TrainingAttentionConfig.from_dict({"mode": "hard", "budget": 40, "queries": "all"})
     expected = attention(query, key, value, settings)
     module = SimpleNamespace(layer_idx=0, is_causal=True)
-    module.training_attention = SimpleNamespace(config=settings, is_sparse=lambda layer: True)
+    module.training_attentions = [SimpleNamespace(config=settings, is_sparse=lambda layer, window: True)]
     with torch.autocast("cpu", torch.bfloat16):
         found = training_attention_forward(module, query.float(), key.float(), value, None)[0]
     assert found.dtype == torch.bfloat16
@@ -299,7 +299,7 @@ def test_copies_and_pickles_of_a_switched_model(llama):
     expected = llama(input_ids=ids, labels=ids, use_cache=False).loss
     for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
         assert torch.equal(other(input_ids=ids, labels=ids, use_cache=False).loss, expected)
-        other.model.layers[0].self_attn.training_attention.restore()
+        other.model.layers[0].self_attn.training_attentions[-1].restore()
         assert not any(hasattr(module, "training_attention") for module in other.modules())
         assert not other._forward_pre_hooks
         assert torch.equal(llama(input_ids=ids, labels=ids, use_cache=False).loss, expected)

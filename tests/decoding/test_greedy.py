@@ -141,6 +141,6 @@ def test_the_static_step_reads_nothing_on_the_host(llama, attention, monkeypatch
         model = AutoModelForCausalLM.from_config(llama.config, dtype=torch.bfloat16)
         decoder = GreedyDecoder(model, SparseAttentionConfig(budget=64, backend="torch", **attention), capture=False)
         decoder.prefill(torch.randn(1, PROMPT, 90, dtype=torch.bfloat16))
-        with torch.no_grad():
+        with torch.no_grad(), sparse_attention(model):
             decoder.step.run_static(sparse=False)
             decoder.step.run_static(sparse=True)

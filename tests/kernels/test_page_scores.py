@@ -82,6 +82,37 @@ def test_the_range_of_a_query_does_not_matter():
         assert (got - want)[finite].abs().max() <= 1e-2 * want[finite].abs().max()
 
 
+@pytest.mark.parametrize("combine", ["max", "share"])
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nan_and_inf_in_a_page_or_a_head(score, combine, dtype):
+    """A page of NaN counts as -inf, one that overflows is below forced ones, and both leave the others alone."""
+    torch.manual_seed(0)
+    case = make_case([400], 400, score=score, dtype=dtype, group=2)
+    clean = case.scores(0.5, combine, 1, 2)[0, 0]
+    for statistic in case.statistics:
+        statistic[0, 0, [0, 7]] = torch.nan  # the sink is forced
+        statistic[0, 0, 9] = torch.inf
+    how = score, 0.5, case.page_size, combine
+    scores = page_scores(case.query, case.statistics, case.lengths, *how)[0, 0]
+    assert not scores.isnan().any()
+    assert scores[7] == -torch.inf
+    assert (scores[[0, 48]] == torch.inf).all()
+    assert scores[9] < torch.inf
+    if combine == "max":
+        others = clean.isfinite()
+        others[[7, 9]] = False
+        torch.testing.assert_close(scores[others].double(), clean[others], rtol=2e-2, atol=2e-2)
+    chosen = select_pages(case.query, case.statistics, case.lengths, 40, *how)[0, 0].tolist()
+    assert 7 not in chosen
+    assert {0, 48} < set(chosen)
+
+    case.query[0, 0] = torch.nan  # of two heads of the group
+    scores = page_scores(case.query, case.statistics, case.lengths, *how)
+    assert not scores.isnan().any()
+    assert scores[0, 0, 1:48].isfinite().sum() > 40
+
+
 @pytest.mark.parametrize(("layout", "sink", "recent"), [("even", 0, 1), ("padded", 1, 2), ("blocks", 5, 9)])
 @pytest.mark.parametrize("combine", ["max", "share"])
 def test_two_levels(layout, combine, sink, recent):

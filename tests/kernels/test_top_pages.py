@@ -37,6 +37,16 @@ def test_pages_that_may_not_be_chosen():
     assert (chosen[0, 1] == -1).all()
 
 
+def test_nan_is_never_chosen():
+    scores = torch.randn(2, 90)
+    scores[0, [3, 40]] = torch.tensor([torch.nan, -torch.nan])
+    scores[0, 7] = torch.inf
+    scores[1, 5:] = torch.nan
+    chosen = top_pages(scores, 60)
+    assert torch.equal(chosen[:1], expected(scores[:1].nan_to_num(-torch.inf, torch.inf), 60))
+    assert chosen[1].tolist() == [0, 1, 2, 3, 4] + [-1] * 55
+
+
 def test_too_many_pages_are_refused():
     with pytest.raises(ValueError, match="at most"):
         top_pages(torch.zeros(1, MAX_PAGES + 1), 4)

@@ -155,7 +155,7 @@ def test_a_share_of_the_micro_batches_is_masked(make_trainer, monkeypatch):
     loss = HeardMaterial.compute_loss
 
     def watch(self, config, decoder, mark_decoded):
-        attention = self.model.language_model.model.layers[0].self_attn.training_attention.config
+        attention = self.model.language_model.model.layers[0].self_attn.training_attentions[-1].config
         seen.append((attention.mode, attention.sparse.budget))
         assert mark_decoded == (attention.mode != "dense")
         return loss(self, config, decoder, mark_decoded)

@@ -73,7 +73,7 @@ def test_the_last_steps_are_hard(make_trainer, monkeypatch):
 
     def watch(self, *arguments):
         found = loss(self, *arguments)
-        modes.append(self.model.language_model.model.layers[0].self_attn.training_attention.config.mode)
+        modes.append(self.model.language_model.model.layers[0].self_attn.training_attentions[-1].config.mode)
         return found
 
     monkeypatch.setattr(SpeechMaterial, "compute_loss", watch)

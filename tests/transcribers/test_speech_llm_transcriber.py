@@ -11,7 +11,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.pipeline import transcribe
 from unique_asr.transcribers import speech_llm
-from unique_asr.transcribers.base import PipelineError
+from unique_asr.transcribers.base import PipelineError, open_audio
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
 DATA = Path(__file__).parents[1] / "data"
@@ -120,6 +120,34 @@ def test_part_of_a_file_has_the_times_of_the_file(scripted):
     assert info.settings["channel"] == 1
 
 
+def read(samples, **part):
+    return np.concatenate(list(open_audio(samples, **part).blocks()))
+
+
+def test_integers_are_scaled_as_in_files():
+    wave = np.linspace(-0.9, 0.9, 500_000)
+    for samples in (wave, wave.astype(np.float16), (wave * 2**15).astype(np.int16), (wave * 2**31).astype(np.int32)):
+        assert read(samples).dtype == np.float32
+        assert read(samples) == pytest.approx(wave, abs=1e-3)
+    assert read((wave * 2**15).astype(">i2")) == pytest.approx(wave, abs=1e-3)
+    assert read((128 + wave * 127).astype(np.uint8)) == pytest.approx(wave, abs=0.02)
+
+
+def test_what_is_no_number_is_silence_as_in_files():
+    samples = np.full(1000, 0.5, np.float32)
+    samples[[3, 4, 5]] = np.nan, np.inf, -np.inf
+    assert read(samples)[2:7].tolist() == [0.5, 0, 0, 0, 0.5]
+    assert np.isnan(samples[3])  # the caller's array stays as it is
+
+
+def test_part_of_an_array_has_the_times_of_the_array(scripted):
+    samples = np.arange(80000, dtype=np.float32) / 80000
+    np.testing.assert_array_equal(read(samples, start=1.0, end=2.5, channel=1), samples[16000:40000])
+    segments, info = transcribe(np.zeros(40 * 16000, np.float32), model=scripted, start=20.0, end=32.0)
+    assert next(segments).start == pytest.approx(20.5, abs=0.2)
+    assert (info.settings["start"], info.settings["end"]) == (20.0, 32.0)
+
+
 def test_silence_says_so(scripted):
     model = scripted[0]
     model.encode = lambda blocks, processor, progress=None: encode(model, processor, [], 5.0)
@@ -134,6 +162,14 @@ def test_silence_says_so(scripted):
     [
         ("no such file.wav", {}, "no such file.wav"),
         (np.zeros((2, 16000), np.float32), {}, "one channel"),
+        (np.zeros(16000, np.int64), {}, "not int64"),
+        (np.zeros(16000, bool), {}, "not bool"),
+        (np.full(16000, 3000.0, np.float32), {}, "floats reach 3000"),
+        (np.zeros(16000, np.float32), {"channel": 2}, "no channel=2, only 1"),
+        (np.zeros(16000, np.float32), {"track": 2}, "no track=2, only 1"),
+        (np.zeros(16000, np.float32), {"start": 1.5}, "start=1.5, but the array ends after 1.0 s"),
+        (np.zeros(16000, np.float32), {"start": 0.5, "end": 0.5}, "end has to lie after start"),
+        ([0.0] * 16000, {}, "not a list"),
         (np.zeros(16000, np.float32), {"attention": "quick"}, "attention=quick"),
         (np.zeros(16000, np.float32), {"budget": 100}, "multiple of the page size"),
         (np.zeros(16000, np.float32), {"max_pass_seconds": 0}, "max_pass_seconds=0"),

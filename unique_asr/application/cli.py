@@ -204,6 +204,9 @@ def _read_part(config: DictConfig) -> dict[str, Any]:
     channel = config.channel
     if channel != "mix" and not (isinstance(channel, int) and channel >= 1):
         raise ValueError(f"channel={channel}: give mix, or a number: 1 is the left one")
+    track = config.track
+    if track is not None and not (isinstance(track, int) and track >= 1):
+        raise ValueError(f"track={track}: give null, or a number: 1 is the first audio track")
     try:
         start, end = parse_time(config.start) or 0.0, parse_time(config.end)
     except ValueError as error:
@@ -212,4 +215,5 @@ def _read_part(config: DictConfig) -> dict[str, Any]:
         check_part(start, end)
     except AudioError as error:  # of the option, not of a recording
         raise ValueError(str(error)) from error
-    return {"start": start, "end": end, "channel": None if channel == "mix" else channel, "vad": config.vad}
+    channel = None if channel == "mix" else channel
+    return {"start": start, "end": end, "channel": channel, "track": track, "vad": config.vad}

@@ -48,6 +48,7 @@ class TranscriptionSettings:
         prompt, language, hotwords: what the model is told; None: nothing.
         start, end: seconds of the recording between which it is transcribed.
         channel: 1 for the first one; None for the mean of all.
+        track: 1 for the first audio track; None for the one that a player takes.
         vad: drop what is not speech.
     """
 
@@ -61,6 +62,7 @@ class TranscriptionSettings:
     end: float | None = None
     channel: int | None = None
     vad: bool = False
+    track: int | None = None
 
     @property
     def told(self) -> dict[str, str | None]:
@@ -70,7 +72,8 @@ class TranscriptionSettings:
     @property
     def part(self) -> dict[str, Any]:
         """The keyword arguments of `AudioFile` that choose what is heard."""
-        return {"start": self.start, "end": self.end, "channel": self.channel, "vad": self.vad}
+        part = {"start": self.start, "end": self.end, "channel": self.channel}
+        return {**part, "track": self.track, "vad": self.vad}
 
     @property
     def provenance(self) -> dict[str, Any]:

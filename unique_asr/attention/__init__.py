@@ -15,7 +15,9 @@ Read in this order:
     static_step.py              what a step that can be captured shares among layers
     decode_step.py              one decode step of a whole model, in CUDA graphs (cuda_graph.py, fused_linear.py)
     dense.py                    dense attention, for a prefill in chunks
-    huggingface.py              the glue with transformers
+    huggingface.py              the glue with transformers: the attention function, and the switches of a model
+    generation_cache.py         the cache that generate gets from a switched model
+    supported.py                what attention must be like: anything else is refused
     soft_mask.py                training through the page selection: the method in plain PyTorch
     huggingface_training.py     the glue of training with transformers
     backend.py                  finds the Triton kernels (kernels/ at the top of the repository)

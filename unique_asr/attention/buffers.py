@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from unique_asr.attention.scores import LARGEST
+
+
+@contextmanager
+def writable_in_any_mode() -> Iterator[None]:
+    """Make buffers within the block: what `torch.inference_mode` makes cannot be written outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def make_buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Make a buffer of zeros on the device of `like` that may be written in any mode.
+
+    Args:
+        dtype: None: that of `like`.
+    """
+    with writable_in_any_mode():
+        return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def grow_buffer(buffer: Tensor, used: int, size: int) -> Tensor:
@@ -19,7 +39,7 @@ def grow_buffer(buffer: Tensor, used: int, size: int) -> Tensor:
     Returns:
         [B, K, size, width], zero beyond `used`.
     """
-    new = buffer.new_zeros(*buffer.shape[:2], size, buffer.shape[-1])
+    new = make_buffer(buffer, *buffer.shape[:2], size, buffer.shape[-1])
     new[:, :, :used] = buffer[:, :, :used]
     return new
 

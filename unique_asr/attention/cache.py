@@ -8,8 +8,9 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -17,12 +18,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import utils as generation
 
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityCounters
-from unique_asr.attention.paged_layer import PagedLayer
+from unique_asr.attention.counters import SparsityCounters, StepCounting
+from unique_asr.attention.paged_layer import NOT_SWITCHED, PagedLayer
 from unique_asr.attention.static_step import StaticStep
 
 ACTIVE = threading.local()  # .cache: the one in a static step on this thread, for the operator of compiled models
@@ -30,11 +31,26 @@ ACTIVE = threading.local()  # .cache: the one in a static step on this thread, f
 
 def is_fully_paged(config: PreTrainedConfig) -> bool:
     """Whether all layers of a model have full attention, which a static step needs; sliding ones are not paged."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return all(type(layer) is DynamicLayer for layer in make_plain_layers(config))
+
+
+def make_plain_layers(config: PreTrainedConfig) -> list[CacheLayerMixin]:
+    """Make the layers of transformers' own cache; a sliding window as long as the longest text is full attention."""
+    layers, longest = DynamicCache(config=config).layers, getattr(config, "max_position_embeddings", None)
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer and longest is not None and layer.sliding_window >= longest:
+            layers[index] = DynamicLayer()  # Phi-4 multimodal has such windows
+    return layers
 
 
 # The keyword by which models and `generate` take a cache: transformers 5.24 renamed `past_key_values`.
 CACHE_ARGUMENT = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
+
+
+def list_mixed_layers(layers: Sequence[CacheLayerMixin]) -> list[str]:
+    """Return the types of layers that hold more than keys and values of full attention, by name."""
+    kinds = {type(layer) for layer in layers if isinstance(layer, DynamicLayer)} - {DynamicLayer}
+    return sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicSlidingWindowLayer))
 
 
 class PagedCache(Cache):
@@ -52,7 +68,7 @@ class PagedCache(Cache):
         counters: to which steps are added; None: new ones.
 
     Raises:
-        ValueError: the model has no full-attention layer.
+        ValueError: the model has no layer with full attention and nothing beside it.
     """
 
     def __init__(
@@ -67,17 +83,22 @@ class PagedCache(Cache):
             self.attention = replace(self.attention, combine="max")
         self.counters = SparsityCounters() if counters is None else counters
         self._config = config
-        layers = DynamicCache(config=config).layers
+        layers = make_plain_layers(config)
+        counting = StepCounting(self.counters)
         self.paged_layers: list[PagedLayer] = []
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[index] = PagedLayer(self.attention, self.counters, capacity)
                 layers[index].is_sparse &= index >= self.attention.dense_layers
-                layers[index].index = index
+                layers[index].index, layers[index].counting = index, counting
                 self.paged_layers.append(layers[index])
+        if not self.paged_layers and (mixed := list_mixed_layers(layers)):
+            raise ValueError(
+                f"{type(config).__name__} caches more than keys and values beside its full attention "
+                f"({', '.join(mixed)}): there is nothing to read by pages"
+            )
         if not self.paged_layers:
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
-        self.paged_layers[-1].is_last = True
         super().__init__(layers=layers)
 
     def update(
@@ -99,6 +120,18 @@ class PagedCache(Cache):
         """Tokens that fit before the buffers grow."""
         return self.paged_layers[0].capacity
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit: -1. PEFT asks."""
+        return -1
+
+    def __deepcopy__(self, memo: dict) -> PagedCache:
+        """Copy the cache, as for several answers to one prompt; the copy adds to the same counters."""
+        memo[id(self.counters)] = self.counters
+        memo[id(self)] = new = type(self).__new__(type(self))
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all."""
         if tokens <= self.capacity:
@@ -112,11 +145,16 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Drop all tokens; paged layers keep their buffers."""
         # Sliding layers are made anew: transformers 5.17's reset leaves zeros in them.
-        for index, fresh in enumerate(DynamicCache(config=self._config).layers):
+        for index, fresh in enumerate(make_plain_layers(self._config)):
             if isinstance(self.layers[index], PagedLayer):
                 self.layers[index].reset()
             else:
                 self.layers[index] = fresh
+
+    def clear_forgotten(self) -> None:
+        """Zero what is left of forgotten tokens; before a captured static step runs again, `static_step` does it."""
+        for layer in self.paged_layers:
+            layer.clear_forgotten()
 
     def shift(self, by: int) -> None:
         """Move all tokens, see `PagedLayer.shift`; for models with full attention in every layer."""
@@ -147,10 +185,11 @@ class PagedCache(Cache):
             starts: int64 [B], the padding on the left of every row; None: no padding.
 
         Raises:
-            ValueError: a layer of the model is not paged.
+            ValueError: a layer of the model is not paged, or its attention is another one.
         """
         if len(self.paged_layers) != len(self.layers):
             raise ValueError("a static decode step needs full attention in every layer")
+        self.clear_forgotten()
         step = StaticStep(position, sparse, self.attention, self.capacity, starts)
         former = getattr(ACTIVE, "cache", None)
         ACTIVE.cache = self
@@ -158,6 +197,8 @@ class PagedCache(Cache):
             layer.step = step
         try:
             yield
+            if not step.has_written:
+                raise ValueError(NOT_SWITCHED)
         finally:
             ACTIVE.cache = former
             for layer in self.paged_layers:
@@ -195,8 +236,5 @@ class PagedCache(Cache):
     def advance(self) -> None:
         """Account for one static step on the host: its token, its pages and the counters."""
         for layer in self.paged_layers:
-            layer.length += 1
-            if layer.sparse_at(layer.length):
-                for level in layer.levels:
-                    level.ready = layer.length // level.size
+            layer.advance()
         self.counters.add(self.count_reads(self.length, rows=self.paged_layers[0].keys.shape[0]))

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass
 class SparsityCounters:
-    """Counters of decode steps (one query token a row); prefill is dense and not counted.
+    """Counters of decode steps; prefill is dense and not counted.
 
-    Pages are summed over layers, rows and KV heads; bytes are those of keys, values and page statistics.
+    A step has one query token a row, or is dense: it verifies a draft of several tokens. Pages are summed over layers,
+    rows and KV heads; bytes are those of keys, values and page statistics.
     """
 
     steps: int = 0
@@ -49,3 +50,27 @@ class SparsityCounters:
             f"{self.sparse_steps} of {self.steps} steps sparse, "
             f"{100 * self.share_of_pages_read:.1f} % of pages and {saved} read"
         )
+
+
+class StepCounting:
+    """Counts the steps of a cache's layers, which run one after the other: what each reads, and the step once.
+
+    Which layers there are does not matter: a step ends when a layer that took part in it begins another.
+    """
+
+    def __init__(self, counters: SparsityCounters) -> None:
+        self.counters = counters
+        self._layers: set[int] = set()  # that took part in the step under way
+        self._sparse = False  # whether one of them selected pages
+
+    def count(self, layer: int, reads: SparsityCounters, sparse: bool) -> None:
+        """Count the step of one layer, given by its index, and what it reads."""
+        if layer in self._layers:
+            self._layers.clear()
+        if not self._layers:
+            self.counters.steps += 1
+            self._sparse = False
+        self._layers.add(layer)
+        self.counters.sparse_steps += sparse and not self._sparse
+        self._sparse |= sparse
+        self.counters.add(reads)

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from unique_asr.kernels.launch import use_device
+
 CAPTURE_LOCK = threading.Lock()  # beginning a capture waits for the whole device, which no other capture survives
 
 
@@ -20,14 +22,14 @@ def capture_graph(step: Callable[[], None], changed: Sequence[Tensor]) -> torch.
     Args:
         step: reads and writes tensors in place, and touches nothing on the host. It runs twice: once to warm up, which
             CUDA's libraries need, and once to be captured.
-        changed: tensors that a step must not change twice. The warm-up is undone in them; what it wrote elsewhere the
-            first replay writes again.
+        changed: tensors that a step must not change twice, on its device. The warm-up is undone in them; what it wrote
+            elsewhere the first replay writes again.
 
     Returns:
         The graph; its `replay()` runs the step.
     """
     before = [state.clone() for state in changed]
-    with CAPTURE_LOCK:
+    with CAPTURE_LOCK, use_device(changed[0]):
         stream = get_capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

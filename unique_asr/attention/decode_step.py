@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unique_asr.attention.buffers import make_buffer
 from unique_asr.attention.cache import CACHE_ARGUMENT, PagedCache
 from unique_asr.attention.cuda_graph import capture_graph
 from unique_asr.attention.fused_linear import fuse_linears
+from unique_asr.kernels.launch import use_device
 
 
 class TokenTransfer:
@@ -27,10 +29,11 @@ class TokenTransfer:
     def __init__(self, result: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None
         if result.is_cuda:
-            self._result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-            self._result.copy_(result, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            with use_device(result):
+                self._result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+                self._result.copy_(result, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
         else:
             self._result = result.clone()
 
@@ -86,9 +89,10 @@ class DecodeStep:
             self._model = torch.compile(model, fullgraph=True, dynamic=False)
 
         # The step reads and writes these in place: captured addresses stay valid.
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.result = torch.zeros(2, batch, dtype=torch.float64, device=device)  # tokens and their log-probabilities
+        like = torch.empty(0, dtype=torch.long, device=device)
+        self.token = make_buffer(like, batch, 1)
+        self.position = make_buffer(like, 1)
+        self.result = make_buffer(like, 2, batch, dtype=torch.float64)  # tokens and their log-probabilities
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def choose(self, logits: Tensor) -> None:
@@ -127,6 +131,7 @@ class DecodeStep:
         sparse = self.cache.sparse_at(length + 1)
         if sparse:
             self.cache.update_statistics(self.starts)
+        self.cache.clear_forgotten()
         self.position.fill_(length)
         if not self.capture:
             self.run_static(sparse)

@@ -6,22 +6,33 @@ the budget. It finds the cache layer on the keys that `PagedLayer.update` return
 
 from __future__ import annotations
 
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from unique_asr.attention.cache import CACHE_ARGUMENT, PagedCache
+from unique_asr.attention.cache import PagedCache
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.counters import SparsityCounters
 from unique_asr.attention.dense import attend_densely
+from unique_asr.attention.generation_cache import CacheMaker, CachePreparation, MethodHook, PrefixConversion
 from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.attention.steps import read_prompt, run_eager_step, run_static_step, run_static_step_operator
 from unique_asr.attention.supported import check_cached, check_call, check_decoder
 
 NAME = "unique"  # of the attention implementation; it must not contain sdpa, flex_attention or flash_attention
+WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # where DDP, torch.compile and FSDP keep the model
+LOANS = threading.Lock()
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what models call the norm of a head's queries
 
 
@@ -62,7 +73,7 @@ def unique_attention_forward(
     if layer is not None:
         padding = read_padding(attention_mask) if layer.is_sparse else (None, None)
         if query.shape[2] == 1:
-            layer.count_step(layer.length)
+            layer.count_step()
             output = run_eager_step(layer, query, scaling, *padding)
             if output is not None:
                 return output.flatten(1, 2).unsqueeze(1), None
@@ -115,12 +126,23 @@ AttentionInterface.register(NAME, unique_attention_forward)
 AttentionMaskInterface.register(NAME, make_padding_mask)
 
 
-def find_text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model itself, without DistributedDataParallel or torch.compile around it."""
+    while not isinstance(model, PreTrainedModel):
+        inner = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def find_text_decoder(model: nn.Module) -> PreTrainedModel:
     """Return the outermost module with the configuration of the text decoder: the model itself, or a speech LLM's LLM.
 
     Raises:
         ValueError: the model has none.
     """
+    model = unwrap(model)
     config = model.config.get_text_config(decoder=True)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is config:
@@ -151,6 +173,81 @@ def set_attention(model: PreTrainedModel, name: str) -> str:
     return former
 
 
+@dataclass(eq=False)
+class AttentionSwitch:
+    """One of the switches of a text decoder, which keeps them in `_attention_switches`, the oldest first."""
+
+    name: str  # of the attention implementation
+    former: str  # what it was before
+
+
+def switch_attention(model: nn.Module, name: str) -> AttentionSwitch:
+    """Do what `set_attention` does, to be taken back by `restore_attention`: in any order with other switches."""
+    switch = AttentionSwitch(name, set_attention(model, name))
+    vars(find_text_decoder(model)).setdefault("_attention_switches", []).append(switch)
+    return switch
+
+
+def restore_attention(model: nn.Module, switch: AttentionSwitch) -> None:
+    """Take a switch back. What was before it follows where it is the newest; else the next newer one remembers that."""
+    decoder = find_text_decoder(model)
+    switches = vars(decoder)["_attention_switches"]
+    index = switches.index(switch)
+    if switch is switches[-1]:
+        set_attention(model, switch.former)
+    else:
+        switches[index + 1].former = switch.former
+    del switches[index]
+    if not switches:
+        del decoder._attention_switches
+
+
+class AttentionLoan:
+    """The attention of a text decoder while a block lasts, for engines that own a cache; then the model is as it was.
+
+        loan = AttentionLoan(model, NAME)
+        with loan:                                  # in microseconds
+            model(..., past_key_values=cache)
+
+    Several engines, and threads, may be in such a block of one model: the last one to leave it puts the former back.
+
+    Raises:
+        ValueError: as `set_attention`, when it is made.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._decoder, self.name = find_text_decoder(model), name
+        former = set_attention(model, name)
+        configs = (getattr(module, "config", None) for module in self._decoder.modules())
+        own = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
+        self._configs = [config for config in own.values() if config._attn_implementation == name]
+        set_attention(model, former)
+
+    def __enter__(self) -> None:
+        with LOANS:
+            formers = [config._attn_implementation for config in self._configs]
+            count, formers = vars(self._decoder).get("_attention_loan", (0, formers))
+            self._decoder._attention_loan = count + 1, formers
+            for config in self._configs:
+                assign_attention(config, self.name)
+
+    def __exit__(self, *exception) -> None:
+        with LOANS:
+            count, formers = self._decoder._attention_loan
+            self._decoder._attention_loan = count - 1, formers
+            if count == 1:
+                del self._decoder._attention_loan
+                for config, former in zip(self._configs, formers, strict=True):
+                    assign_attention(config, former)
+
+
+def assign_attention(config: PreTrainedConfig, name: str) -> None:
+    """Write the name of the attention implementation to a configuration, and leave those inside it as they are."""
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    inner = {key: value._attn_implementation for key, value in inner.items() if value is not None}
+    config._attn_implementation = {"": name} | inner if inner else name
+
+
 def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> SparseAttentionConfig:
     """Choose `combine` if the configuration leaves it open: share for heads that normalise their queries, else max.
 
@@ -161,7 +258,7 @@ def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> Sp
     """
     if config.combine is not None:
         return config
-    if learned := (getattr(model.config, "sparse_attention", None) or {}).get("combine"):
+    if learned := (getattr(unwrap(model).config, "sparse_attention", None) or {}).get("combine"):
         return replace(config, combine=learned)
     normalised = config.score == "unique" and any(
         isinstance(getattr(module, name, None), nn.Module)
@@ -171,67 +268,83 @@ def resolve_combine(config: SparseAttentionConfig, model: PreTrainedModel) -> Sp
     return replace(config, combine="share" if normalised else "max")
 
 
-class SparseAttention:
-    """A model switched to UNIQUE attention; leaving the `with` block, or `restore()`, puts everything back.
+class SwitchedModel:
+    """A model whose text decoder has another attention; leaving the `with` block, or `restore()`, puts everything back.
+
+    Switches of one model end in any order: as long as one is on, the newest decides. A copy (`copy.deepcopy`, pickle)
+    of the model is switched as well, for itself; `copy.deepcopy((model, switched))` also gives the switch of the copy.
+    """
+
+    name: ClassVar[str]  # of the attention implementation
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._switch: AttentionSwitch | None = None
+        self._entered = 0  # `with` blocks under way
+        self.apply()
+
+    def apply(self) -> None:
+        """Switch the attention on; it may be called again after `restore`."""
+        if self._switch is None:
+            self._switch = switch_attention(self.model, self.name)
+            self._attach()
+
+    def restore(self) -> None:
+        """Put the former attention and all else back; calling it again does nothing."""
+        if self._switch is not None:
+            restore_attention(self.model, self._switch)
+            self._switch = None
+            self._detach()
+
+    def _attach(self) -> None:
+        """Let the model's modules find this object, as its attention is on."""
+
+    def _detach(self) -> None:
+        """Undo `_attach`."""
+
+    def __enter__(self) -> Self:
+        self.apply()
+        self._entered += 1
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self.restore()
+
+
+class SparseAttention(SwitchedModel):
+    """A model switched to UNIQUE attention.
 
     Attributes:
         config: with `combine` resolved.
         counters: of all decode steps of its caches.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SparseAttentionConfig):
-        self.model = model
+    name = NAME
+
+    def __init__(self, model: nn.Module, config: SparseAttentionConfig):
         self.config = resolve_combine(config, model)
         self.counters = SparsityCounters()
-        self.make_cache()  # raises before anything is switched if no layer would be read by pages
-        self._prepared: list[tuple[GenerationMixin, object]] = []  # with what each had of its own before, if nested
-        self._former = set_attention(model, NAME)
-        for module in model.modules():
+        self._maker = CacheMaker(self.config, self.counters)
+        self._maker.make(find_text_decoder(model).config)  # raises before anything is switched if it has no pages
+        self._hooks: list[MethodHook] = []
+        super().__init__(model)
+
+    def _attach(self) -> None:
+        for module in self.model.modules():
             if isinstance(module, GenerationMixin):
-                self._give_cache(module)
+                self._hooks.append(CachePreparation.add(module, self._maker))
+            elif hasattr(type(module), PrefixConversion.method):
+                self._hooks.append(PrefixConversion.add(module, self._maker))
 
-    def _give_cache(self, generator: GenerationMixin) -> None:
-        """Let `generate` make a `PagedCache` where it would make a cache of its own."""
-        prepare = generator._prepare_cache_for_generation
-
-        def prepare_paged_cache(generation_config, model_kwargs, *args, **kwargs):
-            given = model_kwargs.get(CACHE_ARGUMENT)
-            if given is None and generation_config.use_cache is not False:
-                if generation_config.cache_implementation is not None:
-                    raise ValueError(
-                        f"cache_implementation={generation_config.cache_implementation!r} cannot be read by pages: "
-                        "leave it out, sparse attention brings its own cache"
-                    )
-                model_kwargs[CACHE_ARGUMENT] = self.make_cache()
-            elif given is not None and not isinstance(given, PagedCache):
-                raise ValueError(
-                    f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"
-                )
-            return prepare(generation_config, model_kwargs, *args, **kwargs)
-
-        self._prepared.append((generator, vars(generator).get("_prepare_cache_for_generation")))
-        generator._prepare_cache_for_generation = prepare_paged_cache
+    def _detach(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove(self._maker)
 
     def make_cache(self, capacity: int = 0) -> PagedCache:
         """Make a cache for this model that adds to these counters; `capacity` in tokens as for `PagedCache`."""
-        return PagedCache(find_text_decoder(self.model).config, self.config, capacity, self.counters)
-
-    def restore(self) -> None:
-        """Put the former attention and caches back; calling it again does nothing."""
-        if self._former is None:
-            return
-        set_attention(self.model, self._former)
-        self._former = None
-        for generator, former in self._prepared:
-            del generator._prepare_cache_for_generation
-            if former is not None:
-                generator._prepare_cache_for_generation = former
-
-    def __enter__(self) -> SparseAttention:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.restore()
+        return self._maker.make(find_text_decoder(self.model).config, capacity)
 
 
 def sparse_attention(
@@ -249,7 +362,8 @@ def sparse_attention(
     Encoders keep their attention.
 
     Args:
-        model: a causal language model, or a speech LLM, of transformers.
+        model: a causal language model, or a speech LLM, of transformers; with PEFT, DistributedDataParallel or
+            torch.compile around it, or not.
         config: None: the defaults.
         overrides: fields of `SparseAttentionConfig` in place of those of `config`.
 

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from unique_asr.attention.cache import PagedCache
-from unique_asr.attention.huggingface import find_text_decoder, set_attention
+from unique_asr.attention.huggingface import SwitchedModel, find_text_decoder
 from unique_asr.attention.soft_mask import TrainingAttentionConfig, attention
 from unique_asr.attention.supported import check_call, is_causal
 
@@ -64,10 +64,10 @@ def training_attention_forward(
     tokens = query.shape[2]
     if tokens != key.shape[2]:
         raise ValueError(f"{NAME!r} attention reads whole sequences: restore() the model before it generates")
-    handle: TrainingAttention = module.training_attention
+    handle: TrainingAttention = module.training_attentions[-1]  # the newest
     config, window = handle.config, kwargs.get("sliding_window")
     query, key, value = unify_dtypes(query, key, value)
-    is_dense = window is not None or not handle.is_sparse(module.layer_idx)
+    is_dense = not handle.is_sparse(module.layer_idx, window)
     if window is not None and window < tokens:
         if attention_mask is None or attention_mask.shape[2] != tokens:
             attention_mask = make_window_mask(read_starts(attention_mask), window, tokens, query.device)
@@ -231,8 +231,8 @@ AttentionInterface.register(NAME, training_attention_forward)
 AttentionMaskInterface.register(NAME, make_starts_mask)
 
 
-class TrainingAttention:
-    """A model whose text decoder trains through the page selection; `with` or `restore()` puts everything back.
+class TrainingAttention(SwitchedModel):
+    """A model whose text decoder trains through the page selection.
 
     `config` may be replaced between a backward pass and the next forward pass.
 
@@ -240,42 +240,44 @@ class TrainingAttention:
         model: without what it was wrapped in (DDP, PEFT, `torch.compile`).
     """
 
+    name = NAME
+
     def __init__(self, model: nn.Module, config: TrainingAttentionConfig):
-        self.model = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
+        model = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
         self.config = config
-        decoder = find_text_decoder(self.model)
+        decoder = find_text_decoder(model)
         self._modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
         PagedCache(decoder.config, config.sparse)  # raises if decoding would read no layer by pages
         self._layer_types = getattr(decoder.config, "layer_types", None) or []
+        self._longest = getattr(decoder.config, "max_position_embeddings", None) or 0  # tokens; 0: unknown
         self._takes_decoded = any(
             parameter.kind is parameter.VAR_KEYWORD or parameter.name == "decoded"
-            for parameter in inspect.signature(self.model.forward).parameters.values()
+            for parameter in inspect.signature(model.forward).parameters.values()
         )
-        self._former: str | None = None
-        self.apply()
+        super().__init__(model)
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether decoding reads pages of this layer: not of the first `dense_layers`, nor where attention is local."""
+    def is_sparse(self, layer: int, window: int | None = None) -> bool:
+        """Whether decoding reads pages of this layer: not of the first `dense_layers`, nor where attention is local.
+
+        Args:
+            window: of a sliding window; one as long as the longest text is none.
+        """
+        if window is not None and not 0 < self._longest <= window:
+            return False
         kind = self._layer_types[layer] if layer < len(self._layer_types) else "full_attention"
         return layer >= self.config.sparse.dense_layers and kind not in LOCAL
 
-    def apply(self) -> None:
-        """Switch the attention on; it may be called again after `restore`."""
-        if self._former is None:
-            self._former = set_attention(self.model, NAME)
-            self._hook = self.model.register_forward_pre_hook(self._derive_decoded, with_kwargs=True)
-            for module in self._modules:
-                module.training_attention = self
+    def _attach(self) -> None:
+        self._hook = self.model.register_forward_pre_hook(self._derive_decoded, with_kwargs=True)
+        for module in self._modules:
+            vars(module).setdefault("training_attentions", []).append(self)
 
-    def restore(self) -> None:
-        """Put the former attention back; calling it again does nothing."""
-        if self._former is None:
-            return
-        set_attention(self.model, self._former)
-        self._former = None
+    def _detach(self) -> None:
         self._hook.remove()
         for module in self._modules:
-            del module.training_attention
+            module.training_attentions.remove(self)
+            if not module.training_attentions:
+                del module.training_attentions
 
     def _derive_decoded(self, model: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the model's `forward`: derive `decoded` from the labels, which a trainer passes."""
@@ -284,12 +286,6 @@ class TrainingAttention:
         if not wanted or labels is None or named.get("decoded") is not None:
             return None
         return arguments, named | {"decoded": labels != -100}
-
-    def __enter__(self) -> TrainingAttention:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.restore()
 
 
 def training_attention(

@@ -105,6 +105,7 @@ class PageSelector(Selector):
         lengths: Tensor,
         scaling: float,
         starts: Tensor | None = None,
+        arrivals: Tensor | None = None,
     ) -> Tensor:
         """Choose pages with the Triton kernels; `select` is the plain PyTorch twin.
 
@@ -114,6 +115,7 @@ class PageSelector(Selector):
             lengths: int32 [B] on the device, the tokens of each row with the new one.
             scaling: of the attention logits, for combine=share.
             starts: int64 [B], the padding on the left of each row; None: no padding.
+            arrivals: counters for the kernels (`StaticStep.make_arrivals`); None: those of the stream.
 
         Returns:
             int32 [B, K, k - 1], ascending; -1 at the end where a row has fewer pages.
@@ -122,7 +124,7 @@ class PageSelector(Selector):
         score = config.score, config.scale, config.page_size
         how = {
             "combine": config.combine, "sink": config.sink_pages, "recent": config.recent_pages,
-            "starts": starts, "scaling": scaling,
+            "starts": starts, "scaling": scaling, "arrivals": arrivals,
         }  # fmt: skip
         statistics = levels[0].statistics
         if config.pages_per_super > 1:

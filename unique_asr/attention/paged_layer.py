@@ -7,6 +7,7 @@ Shapes: B batch, K KV heads, N tokens, S page size, k pages of the budget, D hea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,9 +16,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from unique_asr.attention import reference
 from unique_asr.attention.backend import load_kernels, uses_triton
-from unique_asr.attention.buffers import grow_buffer, shift_entries, view_as_bytes
+from unique_asr.attention.buffers import grow_buffer, make_buffer, shift_entries, view_as_bytes, writable_in_any_mode
 from unique_asr.attention.configuration import SparseAttentionConfig
-from unique_asr.attention.counters import SparsityCounters
+from unique_asr.attention.counters import SparsityCounters, StepCounting
 from unique_asr.attention.page_selector import PageSelector
 from unique_asr.attention.selector import Selector
 from unique_asr.attention.static_step import StaticStep
@@ -25,6 +26,12 @@ from unique_asr.attention.statistics import make_levels
 
 HEADROOM = 1024  # tokens allocated beyond the first prompt
 GROWTH = 1.5  # of the capacity, each time it is full
+LONGEST_DRAFT = 64  # tokens that speculative decoding verifies at once
+NOT_SWITCHED = (
+    "a decode step over a PagedCache reads all of it where the model has no UNIQUE attention, or has it no more: "
+    "use the cache within the block of sparse_attention"
+)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -44,10 +51,11 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, config: SparseAttentionConfig, counters: SparsityCounters, capacity: int = 0):
         super().__init__()
         self.config = config
-        self.counters = counters
-        self.is_last = False  # the last paged layer counts the step, the others only their pages
+        self.counting = StepCounting(counters)  # that of the cache, for all its layers
         self.initial_capacity = capacity
         self.length = 0  # tokens written
+        self.forgotten = 0  # slots from `length` up to here may hold tokens of an earlier sequence
+        self._written = 0  # tokens of the last forward pass, until its step is counted
         self.levels = make_levels(config)
         self.selector: Selector = (
             PageSelector(config)
@@ -77,12 +85,13 @@ class PagedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[-1])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
+        self.keys = make_buffer(key_states, *key_states.shape[:2], 0, key_states.shape[-1])
+        self.values = make_buffer(value_states, *value_states.shape[:2], 0, value_states.shape[-1])
         if self.is_sparse:
             for level in self.levels:
                 level.allocate(key_states)
-        self.triton = key_states.shape == value_states.shape and uses_triton(self.config.backend, self.device)
+        known = key_states.shape == value_states.shape and key_states.dtype in KERNEL_DTYPES
+        self.triton = known and uses_triton(self.config.backend, self.device)
         self.is_initialized = True
 
     def reserve(self, tokens: int) -> None:
@@ -99,11 +108,13 @@ class PagedLayer(CacheLayerMixin):
         self.values = grow_buffer(self.values, self.length, capacity)
         for level in self.levels:
             level.grow(capacity)
+        self.forgotten = 0  # it was not copied
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write new tokens.
 
-        In a static step nothing is written here: the step itself does that.
+        In a static step nothing is written here: the step itself does that. Warns where the decode step before did not
+        attend by UNIQUE.
 
         Args:
             key_states: [B, K, T, D], post-RoPE; value_states: [B, K, T, D].
@@ -117,9 +128,11 @@ class PagedLayer(CacheLayerMixin):
             return key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._written == 1 and self.is_sparse:
+            warnings.warn(NOT_SWITCHED, stacklevel=3)
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
-        self.length = end
+        self.length, self._written = end, key_states.shape[2]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
@@ -131,6 +144,7 @@ class PagedLayer(CacheLayerMixin):
 
         Until the page is complete its statistics cover slots that are still empty; they are not used before.
         """
+        self.step.has_written = True
         if self.triton:
             lengths = self.step.make_lengths(len(key))
             more = {"super_statistics": self.levels[1].statistics} if len(self.levels) > 1 else {}
@@ -165,28 +179,42 @@ class PagedLayer(CacheLayerMixin):
         """Copy the complete pages [B, K, k - 1] that a step reads to `selected`, if `keeps_selection`."""
         if self.keeps_selection:
             if self.selected is None:
-                self.selected = torch.empty_like(pages, dtype=torch.int32)
+                self.selected = make_buffer(pages, *pages.shape, dtype=torch.int32)
             self.selected.copy_(pages)
 
-    def count_step(self, length: int) -> None:
-        """Count one decode step of all rows at a context of `length` tokens, the new one included."""
-        self.counters.add(self.count_reads(length), times=self.keys.shape[0])
-        if self.is_last:
-            self.counters.steps += 1
-            self.counters.sparse_steps += self.sparse_at(length)
+    def count_step(self) -> None:
+        """Count a decode step of one token a row, which is written; a model may attend twice with what it wrote."""
+        reads, sparse = self.count_reads(self.length), self.sparse_at(self.length)
+        self._count(reads, sparse)
 
-    def count_reads(self, length: int, prompt: int | None = None) -> SparsityCounters:
+    def _count(self, reads: SparsityCounters, sparse: bool) -> None:
+        rows = SparsityCounters()
+        rows.add(reads, times=self.keys.shape[0])
+        if self._written:
+            self.counting.count(self.index, rows, sparse)
+        else:
+            self.counting.counters.add(rows)
+        self._written = 0
+
+    def _count_draft(self, rejected: int) -> None:
+        """Count the forward pass before as a dense step, if it verified a draft of which tokens are `rejected` now."""
+        start = self.length - self._written
+        if start > 0 and rejected < self._written and 1 < self._written <= LONGEST_DRAFT:
+            self._count(self.count_reads(self.length, sparse=False), False)
+
+    def count_reads(self, length: int, prompt: int | None = None, sparse: bool | None = None) -> SparsityCounters:
         """Count the pages and bytes that one decode step reads of one row; `steps` stay 0.
 
         Args:
             length: tokens of the row, the new one included.
             prompt: tokens of its prompt; None: those of the prompt that all rows had.
+            sparse: whether the step selects pages; None: as a step of one token at this length does.
         """
         heads, size = self.keys.shape[1], self.config.page_size
         token_bytes = (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
         pages = -(-length // size)
         dense_bytes = length * token_bytes
-        if self.sparse_at(length):
+        if self.sparse_at(length) if sparse is None else sparse:
             tokens = self.config.budget - (pages * size - length)
             page_bytes = sum(statistic.shape[-1] * statistic.element_size() for statistic in self.statistics)
             scored = pages - 1
@@ -202,6 +230,13 @@ class PagedLayer(CacheLayerMixin):
             bytes_read=heads * read[1],
             bytes_dense=heads * dense_bytes,
         )
+
+    def advance(self) -> None:
+        """Account for a static step on the host: its token and its pages."""
+        self.length, self._written = self.length + 1, 0
+        if self.sparse_at(self.length):
+            for level in self.levels:
+                level.ready = self.length // level.size
 
     def sparse_at(self, length: int) -> bool:
         """Whether a decode step at this context length selects pages."""
@@ -219,17 +254,31 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop all tokens and keep the buffers."""
-        self.length = 0
-        for level in self.levels:
-            level.ready = 0
+        self._forget(0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. Raises ValueError for a positive number."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative integer")
-        self.length = max(0, self.length + tokens_to_remove)
+        self._count_draft(-tokens_to_remove)
+        self._forget(max(0, self.length + tokens_to_remove))
+
+    def _forget(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self.forgotten = max(self.forgotten, self.length)
+        self.length, self._written = length, 0
         for level in self.levels:
-            level.ready = min(level.ready, self.length // level.size)
+            level.ready = min(level.ready, length // level.size)
+
+    def clear_forgotten(self) -> None:
+        """Zero what is left of forgotten tokens, as static steps multiply it by zero: 0 x NaN is NaN.
+
+        Steps between two calls that forget find nothing to do.
+        """
+        if self.forgotten > self.length:
+            for buffer, size in self._buffers():
+                buffer[:, :, self.length // size : -(-self.forgotten // size)] = 0
+        self.forgotten = 0
 
     def _buffers(self) -> Iterator[tuple[Tensor, int]]:
         """Yield each buffer [B, K, capacity / S, width], and S, the slots that one of its entries covers."""
@@ -242,13 +291,15 @@ class PagedLayer(CacheLayerMixin):
     def shift(self, by: int) -> None:
         """Move all tokens `by` slots to the right, or to the left if negative; tokens left of slot 0 are dropped.
 
-        `by` is a multiple of every page size. Slots that become free on the left are padding of every row.
+        `by` is a multiple of every page size. Slots that become free on the left are padding of every row, and zero.
         """
         former = self.length
         self.reserve(former + by)
-        self.length += by
+        self.forgotten = max(self.forgotten, former)
+        self.length, self._written = former + by, 0
         for buffer, size in self._buffers():
             shift_entries(buffer, by // size, former // size)
+            buffer[:, :, : max(0, by) // size] = 0
         for level in self.levels:
             level.ready = max(0, level.ready + by // level.size)
         if self.selector.slots:
@@ -257,12 +308,14 @@ class PagedLayer(CacheLayerMixin):
     def copy_rows(self, rows: Tensor, other: PagedLayer) -> None:
         """Copy all rows of another layer into `rows` (int64 [R]) of this one, so that both end at the same slot.
 
-        The lengths differ by a multiple of every page size, and the statistics of `other` are up to date.
+        The lengths differ by a multiple of every page size, and the statistics of `other` are up to date. What these
+        rows held before is gone.
         """
         offset = self.length - other.length
         for (buffer, size), (new, _) in zip(self._buffers(), other._buffers(), strict=True):
             count, first = other.length // size, offset // size
             buffer[rows, :, first : first + count] = new[:, :, :count]
+            buffer[rows, :, :first] = 0
         if self.selector.slots:
             self.selector.copy_rows(rows, self.length, self.keys, other.selector, other.length)
 
@@ -274,6 +327,7 @@ class PagedLayer(CacheLayerMixin):
         self.values = grow_buffer(function(self.values[:, :, : self.length]), self.length, self.keys.shape[2])
         for level in self.levels:
             level.map_rows(function)
+        self.forgotten = 0  # it was not copied
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
@@ -284,7 +338,8 @@ class PagedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_rows(lambda buffer: buffer[indices])
         if self.selector.slots:
-            self.selector.select_rows(indices)
+            with writable_in_any_mode():
+                self.selector.select_rows(indices)
 
     def offload(self):
         raise NotImplementedError("PagedCache keeps its layers on their device: offloading is not supported")

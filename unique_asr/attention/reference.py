@@ -60,10 +60,16 @@ def combine_group(scores: Tensor, combine: str | None, scaling: float) -> Tensor
         combine: max, or None: the maximum over the heads, as in the paper. share: the mean over the heads of each
             head's softmax over pages of score * scaling.
         scaling: of the attention logits.
+
+    Returns:
+        Finite scores, below those of forced pages, and -inf for pages that no head has a score of: where it is NaN, as
+        a key may be, or -inf.
     """
     if combine == "share":
-        return torch.softmax(scores * scaling, dim=-1).mean(dim=2)
-    return scores.amax(dim=2)
+        scores = torch.nan_to_num(scores * scaling, nan=-torch.inf, neginf=-torch.inf)
+        shares = scores.softmax(dim=-1).nan_to_num(0.0).mean(dim=2)  # of a head without any score: 0
+        return shares.masked_fill(scores.amax(dim=2) == -torch.inf, -torch.inf)
+    return torch.nan_to_num(scores, nan=-torch.inf, neginf=-torch.inf).amax(dim=2)
 
 
 def force_pages(scores: Tensor, config: SparseAttentionConfig, newest: int) -> Tensor:
@@ -94,25 +100,33 @@ def page_bias(candidates: Tensor, config: SparseAttentionConfig, newest: int | T
 
 
 def combine_biased(scores: Tensor, combine: str | None, scaling: float, bias: Tensor) -> Tensor:
-    """Combine the scores of a group with a `page_bias` [B, P]: [B, K, G, P] -> [B, K, P]."""
+    """Combine the scores of a group with a `page_bias` [B, P]: [B, K, G, P] -> [B, K, P].
+
+    What the statistics of pages hold that are no candidates does not matter, were it NaN.
+    """
+    bias = bias[:, None]
     if combine == "share":
-        scores = scores + bias.clamp(max=0)[:, None, None]
-    return combine_group(scores, combine, scaling) + bias[:, None]
+        scores = scores.masked_fill(bias[:, None] == -torch.inf, -torch.inf)
+    return torch.where(bias == 0, combine_group(scores, combine, scaling), bias)
 
 
 def top_pages(scores: Tensor, count: int) -> Tensor:
-    """Select the best pages, exactly and deterministically; of equal scores the earlier page wins.
+    """Select the best pages, exactly and deterministically; of equal scores the earlier page wins, and NaN is -inf.
 
     Score and page number form one integer, so that no two are equal.
 
     Args:
-        scores: float32 [B, K, P].
+        scores: float32 or float64 [B, K, P].
         count: pages to select.
 
     Returns:
         int64 [B, K, count], ascending.
     """
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    scores = torch.where(scores > -torch.inf, scores + 0.0, -torch.inf)  # + 0.0 turns -0.0 into 0.0
+    if scores.dtype == torch.float64:  # these leave no room for the page number
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return best.sort(dim=-1).values
+    bits = scores.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     page = torch.arange(scores.shape[-1], device=scores.device)
     best = ((ordered.long() << 32) - page).topk(count, sorted=False).indices
@@ -176,15 +190,20 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Te
 
 
 def attention_weights(query: Tensor, keys: Tensor, scaling: float, bias: Tensor) -> Tensor:
-    """Compute softmax(q K^T * scaling + bias): float32 [B, K, G, N]; arguments as for `attend_biased`."""
-    flat_query, flat_keys = query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-    if query.is_cuda and query.dtype != torch.float32:
-        logits = torch.bmm(flat_query, flat_keys, out_dtype=torch.float32)
-    else:
-        logits = torch.bmm(flat_query, flat_keys)
+    """Compute softmax(q K^T * scaling + bias), at least in float32: [B, K, G, N]; arguments as for `attend_biased`."""
+    logits = multiply_wide(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
     if bias.dim() > 1:
         bias = bias.expand(-1, keys.shape[1], -1).flatten(0, 1).unsqueeze(1)
     return torch.add(bias, logits, alpha=scaling).softmax(dim=-1).unflatten(0, keys.shape[:2])
+
+
+def multiply_wide(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply [B, M, D] with [B, D, N], the result at least in float32: 16 bits overflow, or round what is summed."""
+    if left.dtype not in (torch.float16, torch.bfloat16):
+        return torch.bmm(left, right)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, bias: Tensor) -> Tensor:
@@ -201,10 +220,8 @@ def attend_biased(query: Tensor, keys: Tensor, values: Tensor, scaling: float, b
         [B, K, G, D].
     """
     batch, heads, length, dim = keys.shape
-    half = query.is_cuda and query.dtype != torch.float32
     weights = attention_weights(query, keys, scaling, bias).to(values.dtype).flatten(0, 1)  # [B K, G, N]
     chunk = length if length % PARTIAL_SUM else PARTIAL_SUM
     weights = weights.unflatten(-1, (-1, chunk)).transpose(1, 2).flatten(0, 1)  # [B K N/chunk, G, chunk]
-    chunks = values.reshape(-1, chunk, dim)
-    partial = torch.bmm(weights, chunks, out_dtype=torch.float32) if half else torch.bmm(weights, chunks)
+    partial = multiply_wide(weights, values.reshape(-1, chunk, dim))
     return partial.view(batch, heads, -1, query.shape[2], dim).sum(dim=2).to(query.dtype)

@@ -75,7 +75,7 @@ class PageScore(ABC):
             scale: lambda, the weight of the spread of a page.
 
         Returns:
-            float32 [B, K, G, P].
+            [B, K, G, P], at least in float32: products of 16-bit keys leave the range of their type.
         """
 
 
@@ -94,13 +94,18 @@ def multiply_first(query: Tensor, statistics: Sequence[Tensor]) -> tuple[Tensor,
     """Multiply queries [B, K, G, D] with the first of the statistics as stored.
 
     Returns:
-        The products, float32 [B, K, G, P], and the statistics after the first (and its scales, in 8 bits).
+        The products [B, K, G, P], at least in float32, and the statistics after the first (and its scales, in 8 bits).
     """
-    values, rest = statistics[0], statistics[1:]
-    product = torch.matmul(query, values.to(query.dtype).transpose(-1, -2)).float()
+    query, values, rest = widen(query), statistics[0], statistics[1:]
+    product = torch.matmul(query, values.to(query.dtype).transpose(-1, -2))
     if values.dtype not in LARGEST:
         return product, rest
-    return product * rest[0].float().transpose(-1, -2), rest[1:]
+    return product * rest[0].transpose(-1, -2), rest[1:]
+
+
+def widen(numbers: Tensor) -> Tensor:
+    """Return numbers of 16 bits as float32, and others as they are."""
+    return numbers if numbers.dtype == torch.float64 else numbers.float()
 
 
 def average_tokens(values: Tensor, valid: Tensor | None) -> Tensor:
@@ -120,7 +125,7 @@ class Mean(PageScore):
         return (head_dim,)
 
     def statistics(self, pages, valid=None):
-        return (average_tokens(pages.float(), valid).to(pages.dtype),)
+        return (average_tokens(widen(pages), valid).to(pages.dtype),)
 
     def scores(self, query, statistics, scale):
         return multiply_first(query, statistics)[0]
@@ -138,7 +143,7 @@ class Unique(PageScore):
         return (head_dim, 1)
 
     def statistics(self, pages, valid=None):
-        keys = pages.float()
+        keys = widen(pages)
         mean = average_tokens(keys, valid)
         variance = average_tokens((keys - mean.unsqueeze(-2)).square(), valid)
         std = variance.sum(dim=-1, keepdim=True).sqrt()
@@ -146,8 +151,8 @@ class Unique(PageScore):
 
     def scores(self, query, statistics, scale):
         product, (std,) = multiply_first(query, statistics)
-        norm = torch.linalg.vector_norm(query, dim=-1, keepdim=True, dtype=torch.float32)
-        return product + (scale * norm) * std.float().transpose(-1, -2)
+        norm = torch.linalg.vector_norm(widen(query), dim=-1, keepdim=True)
+        return product + (scale * norm) * std.to(product.dtype).transpose(-1, -2)
 
 
 class Quest(PageScore):
@@ -185,14 +190,14 @@ class SecondMoment(PageScore):
         return (head_dim, head_dim)
 
     def statistics(self, pages, valid=None):
-        keys = pages.float()
+        keys = widen(pages)
         mean = average_tokens(keys, valid)
         variance = average_tokens((keys - mean.unsqueeze(-2)).square(), valid)
         return mean.to(pages.dtype), variance.to(pages.dtype)
 
     def scores(self, query, statistics, scale):
         product, variance = multiply_first(query, statistics)
-        spread, _ = multiply_first(query.square(), variance)
+        spread, _ = multiply_first(widen(query).square(), variance)
         return product + scale * query.shape[-1] ** -0.5 * spread
 
 

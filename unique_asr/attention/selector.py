@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unique_asr.attention.buffers import shift_entries
+from unique_asr.attention.buffers import shift_entries, writable_in_any_mode
 
 
 class TokenState:
@@ -46,7 +46,8 @@ class TokenState:
     def fit(self, keys: Tensor) -> None:
         """Resize the buffers if the cache has grown since."""
         if self.slots != keys.shape[2]:
-            self.resize(keys)
+            with writable_in_any_mode():
+                self.resize(keys)
             self.slots = keys.shape[2]
 
     def buffers(self) -> Iterator[tuple[Tensor, int]]:
@@ -126,7 +127,8 @@ class TokenSelector(Selector):
     def prepare(self, keys: Tensor, is_new_sequence: bool = False) -> None:
         """Have buffers for all slots of keys [B, K, N, D]; `steps.py` calls it before it asks anything else."""
         if is_new_sequence or not self.slots:
-            self.begin_sequence(keys)
+            with writable_in_any_mode():
+                self.begin_sequence(keys)
             self.slots = keys.shape[2]
         self.fit(keys)
 

@@ -27,6 +27,7 @@ class StaticStep:
     config: SparseAttentionConfig
     capacity: int  # tokens of the cache
     starts: Tensor | None = None  # int64 [B]: tokens of padding on the left of each row
+    has_written: bool = False  # whether a layer has written its token
 
     @cached_property
     def current_pages(self) -> list[tuple[Tensor, Tensor]]:
@@ -90,9 +91,10 @@ class StaticStep:
         return self._lengths
 
     def make_arrivals(self, rows: int) -> Tensor:
-        """Return the counters of the kernel `sparse_step`: int32, `rows` or more; 0 between its launches.
+        """Return the counters of this step's kernels: int32, `rows` or more; 0 between their launches.
 
-        Every replay of the step zeroes them anew.
+        They are the step's own, as steps may run at the same time on streams of one device. Every replay of the step
+        zeroes them anew.
         """
         if "_arrivals" not in vars(self) or len(self._arrivals) < rows:
             self._arrivals = torch.zeros(rows, dtype=torch.int32, device=self.position.device)

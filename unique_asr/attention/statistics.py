@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unique_asr.attention import reference
 from unique_asr.attention.backend import load_kernels
-from unique_asr.attention.buffers import grow_buffer, view_as_bytes
+from unique_asr.attention.buffers import grow_buffer, make_buffer, view_as_bytes
 from unique_asr.attention.configuration import SparseAttentionConfig
 from unique_asr.attention.scores import SCORES, PageScore
 
@@ -35,7 +35,7 @@ class PageLevel:
     def allocate(self, keys: Tensor) -> None:
         """Make empty buffers for keys [B, K, N, D]; `grow` gives them room."""
         layout = self.score.buffer_layout(keys.shape[-1], keys.dtype, self.dtype)
-        self.statistics = tuple(keys.new_empty(*keys.shape[:2], 0, width, dtype=dtype) for width, dtype in layout)
+        self.statistics = tuple(make_buffer(keys, *keys.shape[:2], 0, width, dtype=dtype) for width, dtype in layout)
 
     def grow(self, capacity: int) -> None:
         """Give the buffers room for the pages of `capacity` tokens."""

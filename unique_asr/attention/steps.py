@@ -93,7 +93,12 @@ def attend_to_pages(
 
 
 def attend_by_kernels(
-    layer: PagedLayer, query: Tensor, scaling: float, lengths: Tensor, starts: Tensor | None = None
+    layer: PagedLayer,
+    query: Tensor,
+    scaling: float,
+    lengths: Tensor,
+    starts: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Do what `attend_to_pages` does in Triton kernels, which take the length from the device.
 
@@ -101,14 +106,17 @@ def attend_by_kernels(
         query: [B, H, 1, D].
         lengths: int32 [B] on the device, the tokens of each row with the new one.
         starts: int64 [B], the padding on the left of each row; None: no padding.
+        arrivals: counters for the kernels (`StaticStep.make_arrivals`); None: those of the stream.
 
     Returns:
         [B, K, G, D].
     """
-    pages = layer.selector.select_by_kernels(query.squeeze(2), layer.levels, lengths, scaling, starts)
+    query = query.squeeze(2)
+    pages = layer.selector.select_by_kernels(query, layer.levels, lengths, scaling, starts, arrivals)
     layer.keep_selection(pages)
+    tokens = layer.keys, layer.values, pages, lengths
     output = load_kernels().sparse_decode(
-        query.squeeze(2), layer.keys, layer.values, pages, lengths, scaling, layer.config.page_size, starts=starts
+        query, *tokens, scaling, layer.config.page_size, starts=starts, arrivals=arrivals
     )
     return reference.group_queries(output, layer.keys.shape[1])
 
@@ -186,6 +194,7 @@ def run_static_step(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor
 def run_in_one_launch(layer: PagedLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Do what `run_static_step` does for a sparse step, in one kernel: [B, H, 1, D] -> [B, H, D]."""
     config, step = layer.config, layer.step
+    step.has_written = True
     supers = {}
     if config.pages_per_super > 1:
         supers = {"super_statistics": layer.levels[1].statistics, "super_count": config.super_count}
@@ -213,7 +222,8 @@ def attend_static(layer: PagedLayer, query: Tensor, scaling: float) -> Tensor:
     if not (step.sparse and layer.is_sparse):
         return reference.attend_biased(queries, layer.keys, layer.values, scaling, step.dense_bias)
     if layer.triton:
-        return attend_by_kernels(layer, query, scaling, step.make_lengths(len(query)), step.starts)
+        arrivals = step.make_arrivals(len(query) * layer.keys.shape[1])
+        return attend_by_kernels(layer, query, scaling, step.make_lengths(len(query)), step.starts, arrivals)
     best = layer.selector.select_static(queries, layer.levels, step, scaling)
     layer.keep_selection(best)
     pages = torch.cat([best, step.newest.expand(*best.shape[:2], 1)], dim=-1)

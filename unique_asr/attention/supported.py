@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unique_asr.attention.cache import ACTIVE
+
 EXTRAS = {  # arguments of an attention function by which logits, or what is read, are not those of query and key alone
     "s_aux": "sink logits",
     "sinks": "sink logits",
@@ -61,6 +63,11 @@ def is_causal(module: nn.Module, arguments: dict[str, Any]) -> bool:
     return getattr(module, "is_causal", True) if given is None else given
 
 
+def decodes(query: Tensor, key: Tensor) -> bool:
+    """Whether a call is one of a decode step; a static step shows its new key alone, whatever is cached."""
+    return query.shape[2] == 1 and (key.shape[2] > 1 or getattr(ACTIVE, "cache", None) is not None)
+
+
 def check_cached(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]
 ) -> None:
@@ -86,7 +93,7 @@ def check_cached(
             )
         if not causal and query.shape[2] > 1 and (mask is None or mask.shape[2] != query.shape[2]):
             raise ValueError(f"{type(module).__name__} is not causal: it cannot be read by pages")
-    elif causal and query.shape[2] == 1 < key.shape[2] and not hasattr(key, "paged_layer"):
+    elif not hasattr(key, "paged_layer") and causal and decodes(query, key):
         raise ValueError(
             f"{type(module).__name__} decodes with keys that no PagedCache holds, so nothing would be sparse: "
             "pass past_key_values=sparse.make_cache(); "

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig
+from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.attention.fused_linear import fuse_linears
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark.flash import FLASH
@@ -134,7 +135,7 @@ def measure(model: PreTrainedModel, cache: PagedCache, batch: int, mode: str, st
 
         def run() -> None:
             positions = torch.full((batch, 1), cache.length, device=step.token.device)
-            output = model(input_ids=step.token, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = model(input_ids=step.token, position_ids=positions, **{CACHE_ARGUMENT: cache}, use_cache=True)
             step.choose(output.logits[:, -1])
 
     times = []

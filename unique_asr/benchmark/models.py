@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.attention.huggingface import NAME, set_attention
 from unique_asr.benchmark.decode import WARM_UP, measure
 from unique_asr.benchmark.flash import FLASH
@@ -296,7 +297,7 @@ def prefill(
     def read(start: int) -> None:
         chunk = embeds[:, start : start + size]
         positions = torch.arange(start, start + chunk.shape[1], device=weight.device).unsqueeze(0)
-        output = model(inputs_embeds=chunk, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        output = model(inputs_embeds=chunk, position_ids=positions, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         output.logits[:, -1].argmax(dim=-1).tolist()  # waits for the device
 
     read(0)  # allocates, and warms up
@@ -333,7 +334,7 @@ def measure_dense(
     config = SparseAttentionConfig(budget=None, backend=next(iter(settings.configurations.values())).backend)
     cache = PagedCache(model.config, config, capacity=context + WARM_UP + settings.steps)
     tokens = torch.zeros(batch, 2, dtype=torch.long, device=model.device)
-    model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)  # allocates
+    model(input_ids=tokens, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)  # allocates
     fill(cache, context)
     set_attention(model, attention)
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, reference
+from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.attention.huggingface import NAME, set_attention, unique_attention_forward
 from unique_asr.attention.scores import SCORES
 
@@ -180,9 +181,9 @@ def benchmark_text(
     cache = PagedCache(language_model.config, SparseAttentionConfig(budget=None, backend="torch"), context + steps)
     with probe.active():
         for start in range(0, context, 1024):
-            language_model(ids[:, start : min(context, start + 1024)], past_key_values=cache, logits_to_keep=1)
+            language_model(ids[:, start : min(context, start + 1024)], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         for index in range(context, context + steps):
-            language_model(ids[:, index : index + 1], past_key_values=cache)
+            language_model(ids[:, index : index + 1], **{CACHE_ARGUMENT: cache})
 
 
 def benchmark_speech(model: str, audio: Sequence[str], minutes: float, probe: Probe, device: str, dtype: str) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import CACHE_ARGUMENT, is_fully_paged
 from unique_asr.attention.decode_step import TokenTransfer
-from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
+from unique_asr.attention.huggingface import NAME, AttentionLoan, resolve_combine
 from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding.engine import PENDING, Engine, Pending, PrefillProgress, Sequence
 from unique_asr.decoding.memory import estimate_memory, measure_cache, measure_free_memory, read_shape
@@ -109,7 +109,7 @@ class BatchEngine(Engine):
         self.device = language_model.get_input_embeddings().weight.device
         self._paged = is_fully_paged(language_model.config)
         self.static = self._paged and self.device.type == "cuda" if static is None else static
-        set_attention(language_model, NAME)
+        self._unique_attention = AttentionLoan(language_model, NAME)
         self.sequences: list[BatchSequence] = []
         self._places: list[BatchSequence | None] = []  # the sequence in each row of the cache; None: it is free
         self._starts: list[int] = []  # slots of padding on the left of each place
@@ -311,7 +311,8 @@ class BatchEngine(Engine):
     def _decode(self) -> TokenTransfer:
         step = self._decode_step
         if self.static:
-            step.run()
+            with self._unique_attention:
+                step.run()
         else:
             step.choose(self._forward(step.cache, step.starts, step.cache.length, input_ids=step.token))
         return step.fetch()
@@ -320,14 +321,15 @@ class BatchEngine(Engine):
         """Logits [B, V] of the last of the positions that begin at `start`."""
         end = start + next(iter(inputs.values())).shape[1]
         position = torch.arange(end, device=self.device) - starts[:, None]  # [B, end]
-        output = self.model(
-            **inputs,
-            attention_mask=(position >= 0).long(),
-            position_ids=position[:, start:].clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE_ARGUMENT: cache},
-        )
+        with self._unique_attention:
+            output = self.model(
+                **inputs,
+                attention_mask=(position >= 0).long(),
+                position_ids=position[:, start:].clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
+                **{CACHE_ARGUMENT: cache},
+            )
         return output.logits[:, -1]
 
     def _tensor(self, numbers: list[int]) -> Tensor:

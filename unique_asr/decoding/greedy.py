@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from unique_asr.attention import DecodeStep, PagedCache, SparseAttentionConfig, SparsityCounters
 from unique_asr.attention.cache import CACHE_ARGUMENT, is_fully_paged
 from unique_asr.attention.decode_step import TokenTransfer
-from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
+from unique_asr.attention.huggingface import NAME, AttentionLoan, resolve_combine
 from unique_asr.attention.paged_layer import HEADROOM
 from unique_asr.decoding.engine import PrefillProgress, Sequence
 from unique_asr.decoding.memory import measure_cache
@@ -59,7 +59,7 @@ class GreedyDecoder(Sequence):
         paged = is_fully_paged(language_model.config)
         self.static = paged and device.type == "cuda" if static is None else static
         capture = self.static and device.type == "cuda" if capture is None else capture
-        set_attention(language_model, NAME)
+        self._unique_attention = AttentionLoan(language_model, NAME)
         attention = resolve_combine(attention or SparseAttentionConfig(), language_model)
         self.cache = PagedCache(language_model.config, attention)
         self.step = DecodeStep(language_model, self.cache, capture=capture, compile=compile)
@@ -145,14 +145,16 @@ class GreedyDecoder(Sequence):
 
     def _forward(self, **inputs: Tensor) -> Tensor:
         """Logits [1, V] of the last position."""
-        output = self.model(**inputs, **{CACHE_ARGUMENT: self.cache}, use_cache=True, logits_to_keep=1)
+        with self._unique_attention:
+            output = self.model(**inputs, **{CACHE_ARGUMENT: self.cache}, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1]
 
     @torch.no_grad()
     def _step(self) -> None:
         """Write the chosen token to the cache and choose the next one."""
         if self.static:
-            self.step.run()
+            with self._unique_attention:
+                self.step.run()
         else:
             position = self.step.position.fill_(self.length)
             self.step.choose(self._forward(input_ids=self.step.token, position_ids=position.unsqueeze(0)))

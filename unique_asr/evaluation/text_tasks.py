@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig
+from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.attention.huggingface import NAME, resolve_combine, set_attention
 from unique_asr.decoding.batch import BatchEngine
 from unique_asr.decoding.engine import PENDING
@@ -187,7 +188,7 @@ class CountingRun(RulerRun):
                 ids[:, start:end],
                 attention_mask=(place[:, :end] >= 0).long(),
                 position_ids=place[:, start:end].clamp(min=0),
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 logits_to_keep=1,
             ).logits[:, -1]
 
@@ -257,12 +258,12 @@ class PerplexityRun:
         losses = []
         for start in range(0, first, PREFILL_CHUNK):
             chunk = ids[:, start : min(first, start + PREFILL_CHUNK)]
-            logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(chunk, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
         for index in range(first, length):
             likely = logits[:, -1].float().log_softmax(dim=-1)
             losses.append(-likely.gather(1, ids[:, index : index + 1]))
             if index + 1 < length:
-                logits = model(ids[:, index : index + 1], past_key_values=cache).logits
+                logits = model(ids[:, index : index + 1], **{CACHE_ARGUMENT: cache}).logits
         counters, rows = cache.counters, len(ids)
         read = {"pages_read": counters.pages_read // rows, "pages_total": counters.pages_total // rows}
         return [{"value": value, **read} for value in torch.cat(losses, dim=1).mean(dim=1).tolist()]

@@ -105,9 +105,11 @@ class PassRunner:
                 yield PENDING
                 continue
             report.add_segment(frames, words[0].start, words[-1].end)
+            report.add_confidence(words)
             yield self._make_segment(report.segments - 1, words)
         if progress:
             progress("decode", frames.duration, frames.duration)
+        report.close_stretch()
         self._warn_of_omissions(tracker, report)
 
     def count_positions(self, encoded: Any) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from unique_asr.attention import SparseAttentionConfig, sparse_attention
-from unique_asr.attention.huggingface import find_text_decoder, set_attention
 from unique_asr.data import Recording
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.evaluation.scoring import Score
@@ -91,7 +90,7 @@ def validate_pretrained(
 ) -> dict[str, float]:
     """The same as `validate` for a known model: `llm`, and with `sparse` also `sparse` and `sparse_steps`."""
     known_model, dense = find(model), SparseAttentionConfig(budget=None)
-    stops, former = stop_ids(model, processor.tokenizer), find_text_decoder(model).config._attn_implementation
+    stops = stop_ids(model, processor.tokenizer)
     scores, measures = {"llm": (dense, Score())} | ({"sparse": (sparse, Score())} if sparse else {}), {}
     training = set_training(model, False)
     with cast_weights(model, dtype):
@@ -108,7 +107,6 @@ def validate_pretrained(
                 score.add(recording.text, " ".join(found.text for found in (*parser.push(text), *parser.close())))
             measures[name] = 100 * score.wer
             counted = decoder.counters
-    set_attention(model, former)
     set_training(model, training)
     if sparse:
         measures["sparse_steps"] = counted.sparse_steps / max(counted.steps, 1)

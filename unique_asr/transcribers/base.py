@@ -14,13 +14,13 @@ import numpy as np
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.attention.huggingface import resolve_combine
-from unique_asr.audio import SAMPLE_RATE, AudioFile, check_vad, filter_speech
+from unique_asr.audio import SAMPLE_RATE, AudioFile, check_part, check_vad, filter_speech
 from unique_asr.decoding.engine import Engine, Pending, Sequence
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.longform.page_reads import PageReads
 from unique_asr.transcript import Progress, Segment, TranscriptionInfo, Unfinished, text_settings
 
-Audio = str | PathLike[str] | np.ndarray  # a file, or float32 samples [N] at 16 kHz
+Audio = str | PathLike[str] | np.ndarray  # a file, or samples [N] at 16 kHz
 
 
 class PipelineError(ValueError):
@@ -176,32 +176,60 @@ class AudioPart:
     end: float | None = None  # s
     channel: int | None = None
     vad: bool = False
+    track: int | None = None
 
     @classmethod
     def of(cls, source: AudioFile | Samples) -> AudioPart:
         """Return the part that an opened source gives."""
-        return cls(source.start, source.end, source.channel, source.vad)
+        return cls(source.start, source.end, source.channel, source.vad, source.track)
+
+
+PIECE = 30 * SAMPLE_RATE  # samples that are looked at at once
+LOUDEST = 8.0  # of 1; floats beyond it are integers in disguise
+INTEGERS = {np.dtype(np.int16): (0, 2.0**15), np.dtype(np.int32): (0, 2.0**31), np.dtype(np.uint8): (128, 2.0**7)}
 
 
 class Samples:
     """An array of samples [N] at 16 kHz in the place of an `AudioFile`.
 
     Args:
+        samples: floats, of which -1 and 1 are the loudest, or integers as WAV files hold them: int16, int32, or uint8
+            around 128. NaN and infinity become silence, as in files.
+        start, end: seconds between which the array is taken; times count from its beginning.
+        channel, track: 1 or None; an array has one of each.
         vad: drop what is not speech.
 
     Raises:
-        PipelineError: if the array has several channels.
+        PipelineError: if the array has several channels, or its numbers are no sound.
+        AudioError: if start and end do not fit.
     """
 
     name = "<array>"
-    start, end, channel = 0.0, None, None
 
-    def __init__(self, samples: np.ndarray, vad: bool = False) -> None:
+    def __init__(
+        self,
+        samples: np.ndarray,
+        vad: bool = False,
+        start: float = 0.0,
+        end: float | None = None,
+        channel: int | None = None,
+        track: int | None = None,
+    ) -> None:
         if samples.ndim != 1:
             raise PipelineError(f"audio: give samples of one channel, [N], not an array of shape {samples.shape}")
-        self.samples = samples.astype(np.float32, copy=False)
-        self.duration = len(samples) / SAMPLE_RATE
-        self.vad, self.dropped = vad, 0.0
+        for option, value in (("channel", channel), ("track", track)):
+            if value not in (None, 1):
+                raise PipelineError(f"audio: an array has no {option}={value}, only 1")
+        check_part(start, end)
+        seconds = len(samples) / SAMPLE_RATE
+        if start and start >= seconds:
+            raise PipelineError(f"audio: start={start:g}, but the array ends after {seconds:.1f} s")
+        self.start, self.end, self.channel, self.track = start, end, channel, track
+        last = None if end is None else round(end * SAMPLE_RATE)
+        self.samples = samples[round(start * SAMPLE_RATE) : last]
+        check_samples(self.samples)
+        self.duration = len(self.samples) / SAMPLE_RATE
+        self.vad, self.dropped, self.padded = vad, 0.0, 0.0
         self.warnings: list[str] = []
         if vad:
             check_vad()
@@ -209,7 +237,35 @@ class Samples:
     def blocks(self, seconds: float = 30.0) -> Iterator[np.ndarray]:
         """Yield the samples in blocks [n], float32."""
         self.warnings = []
-        yield from filter_speech([self.samples], seconds, self) if self.vad else [self.samples]
+        yield from filter_speech(self._pieces(), seconds, self)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """Arrays of at most PIECE samples, float32 and finite."""
+        zero, loudest = INTEGERS.get(self.samples.dtype.newbyteorder("="), (0, 1.0))
+        for first in range(0, len(self.samples), PIECE):
+            piece = self.samples[first : first + PIECE]
+            if loudest != 1.0:
+                yield ((piece.astype(np.float64) - zero) / loudest).astype(np.float32)
+                continue
+            piece = piece.astype(np.float32, copy=False)
+            yield piece if np.isfinite(piece).all() else np.nan_to_num(piece, posinf=0.0, neginf=0.0)
+
+
+def check_samples(samples: np.ndarray) -> None:
+    """Raise PipelineError if the numbers of an array [N] are no sound."""
+    if samples.dtype.newbyteorder("=") in INTEGERS:
+        return
+    if samples.dtype.kind != "f":
+        raise PipelineError(
+            f"audio: give samples as floats between -1 and 1, int16, int32 or uint8, not {samples.dtype}"
+        )
+    for first in range(0, len(samples), PIECE):
+        piece = np.abs(samples[first : first + PIECE])
+        loudest = piece[np.isfinite(piece)].max(initial=0)
+        if loudest > LOUDEST:
+            raise PipelineError(
+                f"audio: its floats reach {loudest:g}; scale them to between -1 and 1, those of 16 bits by 1 / 32768"
+            )
 
 
 def open_audio(
@@ -218,19 +274,24 @@ def open_audio(
     end: float | None = None,
     channel: int | None = None,
     vad: bool = False,
+    track: int | None = None,
 ) -> AudioFile | Samples:
     """Return a source of samples; one that is a source already is returned as it is.
 
     Args:
-        start, end, channel: the part of a file, see `AudioFile`; an array is taken whole.
+        start, end, channel, track: the part of a file or an array, see `AudioFile`.
         vad: drop what is not speech.
 
     Raises:
-        ValueError: if a file cannot be read, in one line.
+        ValueError: if a file cannot be read, or an array is no sound, in one line.
     """
     if isinstance(audio, (AudioFile, Samples)):
         return audio
-    return Samples(audio, vad) if isinstance(audio, np.ndarray) else AudioFile(audio, start, end, channel, vad=vad)
+    if isinstance(audio, np.ndarray):
+        return Samples(audio, vad, start, end, channel, track)
+    if not isinstance(audio, str | PathLike):
+        raise PipelineError(f"audio: give a file, or samples as a NumPy array, not a {type(audio).__name__}")
+    return AudioFile(audio, start, end, channel, vad=vad, track=track)
 
 
 def make_attention_config(attention: str | SparseAttentionConfig, budget: int | None = 512) -> SparseAttentionConfig:

@@ -128,7 +128,7 @@ class PretrainedTranscriber(Transcriber):
     ) -> Iterator[Segment | Pending]:
         samples = spool_samples(source.blocks())
         info.warnings += source.warnings
-        info.dropped = source.dropped
+        info.dropped, info.padded = source.dropped, source.padded
         tokenizer, sequence = self.processor.tokenizer, sequence or self.decoder
         how = self.known_model, tokenizer, self.passes, info, prompt, source.start, unfinished
         recording = TimestampedRecording(samples, *how)

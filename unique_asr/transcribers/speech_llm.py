@@ -25,7 +25,7 @@ from unique_asr.longform.page_reads import PageReads
 from unique_asr.longform.parallel import ParallelPassRunner
 from unique_asr.longform.passes import PassRunner, State
 from unique_asr.longform.segmentation import SegmentationConfig
-from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.languages import LANGUAGES, resolve_hotwords, resolve_language
 from unique_asr.models.sources import list_shipped_languages
 from unique_asr.models.speech_llm import EncodedAudio, load
 from unique_asr.transcribers.base import Audio, AudioPart, PipelineError, Samples, Transcriber, open_audio
@@ -134,7 +134,7 @@ class SpeechLLMTranscriber(Transcriber):
             message = str(error)
             raise PipelineError(message if source.name in message else f"{source.name}: {message}") from error
         info.timings["encode"] = time.perf_counter() - begin
-        info.duration, info.dropped = encoded.duration, source.dropped
+        info.duration, info.dropped, info.padded = encoded.duration, source.dropped, source.padded
         info.warnings += source.warnings
         return encoded
 
@@ -186,6 +186,8 @@ class SpeechLLMTranscriber(Transcriber):
                     for stage, seconds in writer.engine_seconds.items():
                         info.timings[stage] += seconds
                     info.warnings += report.warnings
+                    if unsure := report.describe_unsure(settings[1], [LANGUAGES[code] for code in self.languages]):
+                        info.warnings.append(unsure)
                     if info.stop_reason == "silence":
                         info.warnings.append(f"{info.audio}: no speech was heard; the transcript is empty")
         except torch.OutOfMemoryError as error:

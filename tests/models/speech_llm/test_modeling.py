@@ -96,6 +96,29 @@ def test_encoded_audio_covers_the_recording(speech_llm, merge):
         assert encoded.frames.tolist() == list(range(frames))
 
 
+def test_a_short_recording_without_speech_is_heard_again_after_silence(tiny, monkeypatch):
+    """A word that begins with the first sample; times stay those of the recording."""
+    model, processor = tiny
+    samples, heard = noise(0.7), iter([False, False, True])
+    expected = model.encode([samples], processor)
+    monkeypatch.setattr(model, "_has_speech", lambda encoded: next(heard))
+    encoded = model.encode([samples], processor)
+    assert next(heard, None) is None
+    assert encoded.duration == pytest.approx(expected.duration)
+    assert len(encoded.best) == len(expected.best)
+    assert not torch.equal(encoded.ctc, expected.ctc)
+
+
+@pytest.mark.parametrize("seconds", [5.9, 6.5])
+def test_without_room_for_silence_a_recording_is_heard_once(tiny, monkeypatch, seconds):
+    model, processor = tiny
+    monkeypatch.setattr(model, "_has_speech", lambda encoded: False)
+    samples = noise(seconds)
+    encoded = model.encode([samples], processor)
+    monkeypatch.undo()
+    assert_same_audio(encoded, model.encode([samples], processor))
+
+
 def test_windows_encoded_together_are_those_encoded_one_by_one(tiny):
     model, processor = tiny
     samples = noise(13.21)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from unique_asr.models.speech_llm.processing import SpeechLLMProcessor
 
 T = TypeVar("T")
+
+SAMPLE_RATE = 16_000  # Hz
+LEADS = 0.3, 0.5, 0.7, 1.0  # s of silence before a short recording that is heard again, as nothing was heard in it
+SILENCE = 1e-4  # of 1; a recording that is never louder is not heard again
 
 
 @dataclass
@@ -189,13 +194,40 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         parts: list[EncodedAudio] = []
         on_gpu = self.device.type == "cuda"
-        groups = processor.batch_windows(processor.cut_windows(blocks), batch or (16 if on_gpu else 4))
+        windows = processor.cut_windows(blocks)
+        first = list(islice(windows, 2))
+        groups = processor.batch_windows(chain(first, windows), batch or (16 if on_gpu else 4))
         for group in prefetch(groups) if on_gpu else groups:
             frames = self.encode_windows(group.features)
             parts.append(self.join_windows(frames, group.spans, group.duration))
             if progress:
                 progress(sum(part.duration for part in parts))
-        return concatenate(parts)
+        encoded = concatenate(parts)
+        if len(first) == 1 and not self._has_speech(encoded):
+            return self._encode_after_silence(first[0], processor) or encoded
+        return encoded
+
+    def _has_speech(self, encoded: EncodedAudio) -> bool:
+        return bool((encoded.best != self.config.blank_id).any())
+
+    def _encode_after_silence(
+        self, window: tuple[np.ndarray, int, int], processor: SpeechLLMProcessor
+    ) -> EncodedAudio | None:
+        """Encode the only window of a recording again, with silence before it; None if nothing is heard again.
+
+        The CTC head misses a word that begins with the first sample, as one that was cut out of its recording does.
+        """
+        samples, start, end = window
+        for seconds in LEADS if np.abs(samples).max() > SILENCE else ():
+            frames = round(seconds / processor.frame_seconds)
+            lead = np.zeros(round(frames * processor.frame_seconds * SAMPLE_RATE), np.float32)
+            if len(lead) + len(samples) > processor.window_seconds * SAMPLE_RATE:
+                return None
+            batch = processor.make_window_batch([(np.concatenate([lead, samples]), start + frames, end + frames)])
+            encoded = self.join_windows(self.encode_windows(batch.features), batch.spans, batch.duration)
+            if self._has_speech(encoded):
+                return encoded
+        return None
 
     def compute_ctc_log_probs(
         self, encoded: EncodedAudio, token_ids: Tensor, start: int = 0, end: int | None = None
