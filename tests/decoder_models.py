@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY = 97
 SIZES = {  # every name that configurations have for them
-    "vocab_size": VOCABULARY, "unpadded_vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "max_position_embeddings": 4096,
-    "n_positions": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1,
+    "vocab_size": VOCABULARY, "unpadded_vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
+    "max_position_embeddings": 4096, "n_positions": 4096, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None, "decoder_start_token_id": 1,
     "initializer_range": 0.3, "is_decoder": True, "attention_dropout": 0.0,
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "hidden_size_per_layer_input": 8,
     "intermediate_size": 32, "ffn_hidden_size": 32, "ffn_dim": 32, "n_inner": 32, "decoder_ffn_dim": 32,
