@@ -60,3 +60,23 @@ def test_hotwords_are_read_and_a_prompt_is_refused(folder, noise):
 def test_an_empty_recording_is_one_line(folder):
     with pytest.raises(PipelineError, match="no samples"):
         list(make_transcriber(folder, device="cpu").transcribe(np.zeros(0, np.float32))[0])
+
+
+def test_evaluation_scores_the_model_and_its_listener(folder, noise, tmp_path):
+    import json
+
+    import soundfile
+
+    from unique_asr.evaluation.cli import main
+
+    soundfile.write(tmp_path / "a.wav", noise, 16000)
+    row = {"audio_filepath": "a.wav", "duration": 11.0, "source": "noise", "text": "it was a noise"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_:
+        main(
+            [f"data.manifest={tmp_path / 'm.jsonl'}", f"model.name_or_path={folder}", "listener=true", "device=cpu",
+             "attention.budget=64", f"output.dir={output}"]
+        )  # fmt: skip
+    assert not exit_.value.code
+    assert "listener" in "".join(path.read_text() for path in output.glob("*.md"))
