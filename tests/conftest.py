@@ -96,6 +96,58 @@ def speech_llm(byte_tokenizer):
     return make
 
 
+@pytest.fixture(scope="session")
+def marked_tokenizer(byte_tokenizer):
+    """Makes byte tokenizers that have the marks of a ListeningLLM's prompt."""
+
+    def make():
+        from unique_asr.models.listening_llm.prompts import MARKS
+
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(
+            [mark for mark in MARKS.values() if mark not in tokenizer.get_vocab()], special_tokens=True
+        )
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def listening_llm(marked_tokenizer):
+    """Makes a tiny ListeningLLM of random weights and its processor; windows of 6 s."""
+
+    def make(**options):
+        from transformers import WhisperProcessor
+
+        from unique_asr.models.listening_llm import ListeningLLMConfig
+        from unique_asr.models.listening_llm.modeling import ListeningLLM, ListeningProcessor
+
+        torch.manual_seed(0)
+        names = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+        whisper_tokenizer = marked_tokenizer()
+        whisper_tokenizer.add_tokens(names, special_tokens=True)
+        end, start, _ = whisper_tokenizer.convert_tokens_to_ids(names)
+        audio = WhisperConfig(
+            d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, decoder_layers=2,
+            decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=len(whisper_tokenizer), pad_token_id=end,
+            bos_token_id=end, eos_token_id=end, decoder_start_token_id=start, max_source_positions=300,
+            max_target_positions=300, init_std=0.2,
+        )  # fmt: skip
+        tokenizer = marked_tokenizer()
+        text = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        options = {"window_seconds": 6.0, "search_seconds": 2.0, **options}
+        model = ListeningLLM(ListeningLLMConfig(audio, text, **options)).eval()
+        model.listener.generation_config.update(decoder_start_token_id=start, eos_token_id=end)
+        whisper = WhisperProcessor(WhisperFeatureExtractor(chunk_length=6), whisper_tokenizer)
+        return model, ListeningProcessor(whisper, tokenizer)
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def tiny(speech_llm):
     """A tiny speech LLM of random weights and its processor."""

@@ -44,7 +44,10 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, Provenance]]:
     name = config.model.name_or_path
     if name is None:
         return
-    methods, known = build_methods(config), models.identify_model(name).kind == "known"
+    methods, kind = build_methods(config), models.identify_model(name).kind
+    known, reads_words = kind in ("known", "listening_llm"), kind == "listening_llm"
+    if config.listener and not reads_words:
+        raise ValueError(f"model={name}: has no listener that writes words; leave out listener")
     batch, passes, concurrent = config.batch, config.parallel_passes, config.concurrent
     sliding = any(isinstance(method, Sliding) for method in methods.values())
     if known and (batch > 1 or passes > 1 or concurrent > 1 or config.ctc or sliding):
@@ -67,6 +70,8 @@ def build_systems(config: DictConfig) -> Iterator[tuple[System, Provenance]]:
     dtype = models.resolve_dtype(config.dtype, models.resolve_device(config.device))
     decoding = OmegaConf.to_container(config.decoding)
     shared = {"model": identify_weights(name), "dtype": str(dtype), "batch": batch, "decoding": decoding}
+    if config.listener:
+        yield systems.Deferred("listener", lambda: systems.ListenerAlone(load())), shared | {"system": "listener"}
     if config.ctc:
         yield systems.Deferred("ctc", lambda: systems.GreedyCTC(load())), shared | {"system": "ctc"}
     for label, method in methods.items():

@@ -214,6 +214,22 @@ class PretrainedLLM:
             yield index, hypothesis
 
 
+class ListenerAlone:
+    """The words that the listener of a `ListeningLLM` heard, without the LLM."""
+
+    name = "listener"
+
+    def __init__(self, model: tuple[Any, Any]) -> None:
+        self.listener = model[1].make_listener(model[0])
+
+    def transcribe(self, recordings: Sequence[Recording]) -> Iterator[tuple[int, Hypothesis]]:
+        """Yield (index, hypothesis) of one recording after the other."""
+        for index, recording in enumerate(recordings):
+            started = time.perf_counter()
+            *_, heard = self.listener.listen(recording.blocks(), 16)
+            yield index, Hypothesis(text=heard.text, seconds=time.perf_counter() - started)
+
+
 class Deferred:
     """A system that is made, and its model loaded, when there is a recording to decode."""
 

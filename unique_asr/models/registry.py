@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
+from unique_asr.models.listening_llm import ListeningLLMConfig, load_listening_llm
 from unique_asr.models.pretrained.catalogue import KNOWN_MODELS, KnownModel
 from unique_asr.models.pretrained.loading import load as load_known_model
 from unique_asr.models.sources import SHIPPED_MODELS, list_shipped_languages, read_model_type
@@ -18,7 +19,7 @@ class ModelEntry:
     """What is known of a model before its weights are loaded."""
 
     name: str
-    kind: Literal["shipped", "speech_llm", "known", "other", "missing"]
+    kind: Literal["shipped", "speech_llm", "listening_llm", "known", "other", "missing"]
     known_model: KnownModel | None = None  # of the kind `known`
 
     @property
@@ -29,6 +30,8 @@ class ModelEntry:
     @property
     def takes_hotwords(self) -> bool:
         """Whether the model can be told words to expect."""
+        if self.kind == "listening_llm":
+            return True
         return self.known_model is not None and self.known_model.hotwords is not None
 
 
@@ -39,8 +42,9 @@ def identify_model(name_or_path: str | PathLike[str]) -> ModelEntry:
         name_or_path: the name of a shipped model, a folder, or a hub id (`owner/model@revision`).
 
     Returns:
-        An entry of the kind `shipped` (its weights are in this package), `speech_llm` (our architecture), `known` (in
-        the catalogue of pretrained speech LLMs), `other` (any other model) or `missing` (no configuration is found).
+        An entry of the kind `shipped` (its weights are in this package), `speech_llm` (our architecture),
+        `listening_llm` (our architecture that reads words), `known` (in the catalogue of pretrained speech LLMs),
+        `other` (any other model) or `missing` (no configuration is found).
     """
     name = str(name_or_path)
     if name in SHIPPED_MODELS:
@@ -50,6 +54,8 @@ def identify_model(name_or_path: str | PathLike[str]) -> ModelEntry:
         return ModelEntry(name, "known", KNOWN_MODELS[model_type])
     if model_type == SpeechLLMConfig.model_type:
         return ModelEntry(name, "speech_llm")
+    if model_type == ListeningLLMConfig.model_type:
+        return ModelEntry(name, "listening_llm")
     return ModelEntry(name, "other" if model_type else "missing")
 
 
@@ -68,6 +74,5 @@ def load(name_or_path: str | PathLike[str] = "default", device: str = "auto", dt
         ModelError: the model is no speech LLM that we know, its files are damaged or missing, or the device or the
             precision does not exist. The message is one line.
     """
-    if identify_model(name_or_path).kind == "known":
-        return load_known_model(name_or_path, device, dtype)
-    return load_speech_llm(name_or_path, device, dtype)
+    loaders = {"known": load_known_model, "listening_llm": load_listening_llm}
+    return loaders.get(identify_model(name_or_path).kind, load_speech_llm)(name_or_path, device, dtype)

@@ -16,6 +16,7 @@ from unique_asr.attention import SparseAttentionConfig
 from unique_asr.data import join, read_manifest, take_evenly
 from unique_asr.generation import load_text_model
 from unique_asr.models import ModelError, load, pretrained, resolve_device
+from unique_asr.models.listening_llm import HeardPrompt
 from unique_asr.models.sources import locate_model
 from unique_asr.models.speech_llm.compose import compose
 from unique_asr.models.speech_llm.packing import INDEX, save_packed_changes, save_packed_model
@@ -24,6 +25,7 @@ from unique_asr.training.corpus import Corpus, Source
 from unique_asr.training.distributed import Processes
 from unique_asr.training.heard_material import HeardMaterial
 from unique_asr.training.heard_rows import HeardRowMaker
+from unique_asr.training.heard_text import HeardTextRowMaker, read_pairs, read_texts
 from unique_asr.training.listening import can_listen_once, load_or_listen, read_heard
 from unique_asr.training.lora import LoraSettings, add_lora, copy_without_lora
 from unique_asr.training.manifests import read_manifests, read_synthetic
@@ -159,7 +161,10 @@ def load_start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> 
     """
     init = config.init
     if config.text.model:
-        return load_text_model(config.text.model, str(device), "float32", option="text.model")
+        model, tokenizer = load_text_model(config.text.model, str(device), "float32", option="text.model")
+        if config.text.rope_theta:
+            set_rope_theta(model, config.text.rope_theta)
+        return model, tokenizer
     if init.model:
         listed = conf_folder() / "model" / f"{init.model}.yaml"
         name = OmegaConf.load(listed).name_or_path if listed.is_file() else init.model
@@ -178,6 +183,22 @@ def load_start(config: DictConfig, device: torch.device, dtype: torch.dtype) -> 
         texts = [line for path in init.ctc_texts for line in Path(path).read_text().splitlines()]
         model, processor = compose(init.encoder, init.language_model, texts, init.ctc_units, **options)
     return model.to(device), processor
+
+
+def set_rope_theta(model: torch.nn.Module, theta: float) -> None:
+    """Give a language model another base of its rotary embeddings, as for contexts that it was not trained on.
+
+    Raises:
+        ValueError: its embeddings are not the plain rotary ones.
+    """
+    rotary = next((module for module in model.modules() if hasattr(module, "inv_freq")), None)
+    if rotary is None or getattr(rotary, "rope_type", "default") != "default":
+        raise ValueError("text.rope_theta is for models with plain rotary embeddings; leave it out")
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": float(theta)}
+    fresh = type(rotary)(model.config).to(rotary.inv_freq.device)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.inv_freq, module.original_inv_freq = fresh.inv_freq, fresh.inv_freq.clone()
 
 
 def compose_with_projector(
@@ -203,6 +224,13 @@ def make_material(
 ) -> Material:
     """What the texts of `text` or the recordings and texts of `data` give this process to learn from."""
     seed = config.seed + processes.rank
+    if config.text.model and (config.data.pairs or config.data.texts):
+        recordings = read_pairs(config.data.pairs, OmegaConf.to_container(config.data.weights))
+        texts = read_texts(config.data.texts)
+        hours = sum(part.seconds for parts in recordings for part in parts) / 3600
+        log(f"{hours:.1f} h of speech in {len(recordings)} recordings; {sum(map(len, texts))} lines of text")
+        maker = HeardTextRowMaker(texts, recordings, HeardPrompt(reader))
+        return HeardMaterial(model, maker, seed, config.data.workers)
     if config.text.model:
         material = TextMaterial(model, reader, config.text.files, seed)
         log(f"{material.tokens} tokens in {len(material.files)} texts")

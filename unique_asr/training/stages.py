@@ -27,6 +27,7 @@ class StageConfig:
     pack: bool = False  # with `tokens`: one row of them all, items one after the other, each seeing only itself
     lengths: list[int] = field(default_factory=list)  # tokens; all rows of a micro-batch have one of these, at random
     recorded_share: float = 0.3  # with `lengths`: of the rows that are of recordings, not of texts, if there are both
+    hotwords_share: float = 0.0  # with `data.pairs` or texts of a language model: of the rows that have hotwords
     short_share: float = 0.0  # share of the micro-batches with items of one window, whatever `seconds` says
 
     # Losses, and what makes them harder
@@ -58,8 +59,8 @@ class StageConfig:
             raise ValueError(f"stage {self.name}: pack needs `tokens`, the length of the row that items share")
         if self.lengths and (min(self.lengths) < 1 or self.pack):
             raise ValueError(f"stage {self.name}: lengths is {self.lengths}; give tokens of a row, and no `pack`")
-        for name in ("recorded_share", "short_share", "cased_share", "position_dropout", "slips", "slips_share",
-                     "round_last"):  # fmt: skip
+        for name in ("recorded_share", "hotwords_share", "short_share", "cased_share", "position_dropout", "slips",
+                     "slips_share", "round_last"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"stage {self.name}: {name} is {getattr(self, name)}; give a share from 0 to 1")
         _ = self.schedule  # is checked here, before anything is loaded

@@ -7,23 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 from unique_asr.models import identify_model
 from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.listening_llm import ListeningLLMConfig
 from unique_asr.models.pretrained import find
+from unique_asr.models.sources import read_model_type
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
 
 
 def make_transcriber(model: str | PathLike[str] | tuple[Any, Any] = "default", **settings: Any) -> Transcriber:
-    """Load a model and return its transcriber: `PretrainedTranscriber` for a known model, else `SpeechLLMTranscriber`.
+    """Load a model and return its transcriber, a class for each kind of model.
 
     Args:
         model: `default`, a folder, a hub id, or a (model, processor) pair.
-        settings: of the transcriber. `parallel_passes` is for `SpeechLLMTranscriber` alone and dropped for a known
-            model, which gets passes as long as it can, one after the other.
+        settings: of the transcriber. `parallel_passes` is for `SpeechLLMTranscriber` alone and dropped for others,
+            which get passes as long as they can, one after the other.
 
     Raises:
         ValueError: if the model or a setting cannot be used, in one line.
     """
+    if read_model_type(model) == ListeningLLMConfig.model_type:
+        from unique_asr.transcribers.listening_llm import ListeningTranscriber
+
+        settings.pop("parallel_passes", None)
+        return ListeningTranscriber(model, **settings)
     if find(model) is None:
         from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 

@@ -47,6 +47,7 @@ class SpeechLLMTranscriber(Transcriber):
     """
 
     records_reads = True
+    loader = staticmethod(load)
 
     def __init__(
         self,
@@ -66,7 +67,9 @@ class SpeechLLMTranscriber(Transcriber):
     ) -> None:
         if parallel_passes < 1:
             raise PipelineError(f"parallel_passes={parallel_passes}: give at least 1")
-        super().__init__(model, load, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress)
+        super().__init__(
+            model, self.loader, attention, budget, device, dtype, max_pass_seconds, prefill_chunk, progress
+        )
         self.languages, self.parallel_passes = list_shipped_languages(self.name), parallel_passes
         self.longform = longform or LongformConfig()
         if max_pass_seconds is not None:
@@ -149,14 +152,13 @@ class SpeechLLMTranscriber(Transcriber):
         """Segments of a recording; `settings` are those of a `PassRunner`: prompt, offset, reads."""
         state = unfinished.state if unfinished else None
         earlier = SparsityCounters(**(state["sparsity"] if state else {}))
-        keeps_selection = settings[-1] is not None
+        keeps_selection = isinstance(settings[-1], PageReads)
         try:
             encoded = encode()
-            how = self.model, self.processor, self.longform, self.alignment, self.segmentation, *settings
-            runner = PassRunner(*how)
+            runner = self._make_runner(settings)
             alone = sequence is None and not keeps_selection and self.parallel_passes > 1
             if parallel := alone and encoded.duration > runner.max_pass_seconds:
-                runner = ParallelPassRunner(*how)
+                runner = self._make_runner(settings, ParallelPassRunner)
             positions = runner.count_positions(encoded)
             with self._open_writer(positions, info, sequence, parallel, keeps_selection) as writer:
                 before = writer.counters.copy()
@@ -193,6 +195,10 @@ class SpeechLLMTranscriber(Transcriber):
                 f"{info.audio}: out of memory on {info.device} ({info.dtype}); lower max_pass_seconds or "
                 "prefill_chunk, or use device=cpu"
             ) from error
+
+    def _make_runner(self, settings: tuple[Any, ...], kind: type[PassRunner] = PassRunner) -> PassRunner:
+        """Make what runs the passes over a recording."""
+        return kind(self.model, self.processor, self.longform, self.alignment, self.segmentation, *settings)
 
     @contextmanager
     def _open_writer(
