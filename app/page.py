@@ -91,7 +91,7 @@ class Page:
         records: list[Record] = []
         try:
             make_attention_config(settings, self.worker.options)
-            settings |= _check_told((language or "").strip(), (hotwords or "").strip(), model)
+            settings |= _check_told((language or "").strip(), (hotwords or "").strip(), settings["prompt"], model)
             if vad:
                 check_vad()
             self.worker.check_room()
@@ -329,12 +329,13 @@ def _subtitles(segments: Sequence[Segment]) -> list[dict[str, Any]]:
     return [{"text": cue.text, "timestamp": [cue.start, cue.end]} for cue in build_cues(segments)]
 
 
-def _check_told(language: str, hotwords: str, model: str) -> dict[str, str | None]:
+def _check_told(language: str, hotwords: str, prompt: str, model: str) -> dict[str, str | None]:
     """What the model is told, as it takes it. Raises ValueError if it cannot be told."""
-    if not (language or hotwords):
+    if not (language or hotwords or prompt):
         return {"language": None, "hotwords": None}
-    from unique_asr.transcribers import check_hotwords, check_language  # takes seconds
+    from unique_asr.transcribers import check_hotwords, check_language, check_prompt  # takes seconds
 
+    check_prompt(prompt, model)
     return {"language": check_language(language, model), "hotwords": check_hotwords(hotwords, model)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.longform.page_reads import PageReads
-from unique_asr.transcribers import check_hotwords, check_language, make_transcriber
+from unique_asr.transcribers import check_hotwords, check_language, check_prompt, make_transcriber
 from unique_asr.transcribers.base import Audio, PipelineError, open_audio
 from unique_asr.transcribers.batch import BatchProgress, OnSegment, transcribe_side_by_side
 from unique_asr.transcript import Progress, Segment, Transcript, TranscriptionInfo
@@ -67,6 +67,7 @@ def transcribe(
     if not isinstance(model, tuple):
         check_language(language, model)
         check_hotwords(hotwords, model)
+        check_prompt(prompt, model)
     transcriber = make_transcriber(
         model, attention=attention, budget=budget, device=device, dtype=dtype, progress=progress, **options
     )
@@ -120,5 +121,6 @@ def transcribe_batch(
     if not isinstance(model, tuple):
         check_language(language, model)
         check_hotwords(hotwords, model)
+        check_prompt(prompt, model)
     transcriber = make_transcriber(model, attention=attention, budget=budget, device=device, dtype=dtype, **options)
     return transcribe_side_by_side(transcriber, audios, batch, prompt, vad, progress, on_segment, language, hotwords)

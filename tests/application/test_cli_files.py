@@ -116,7 +116,16 @@ def test_a_name_without_room_for_an_ending(talk, command):
 
 
 def test_a_prompt_longer_than_a_name(talk, command):
-    assert command("audio=talk.opus", f"decoding.prompt={'Write. ' * 60}")[0] == 0
+    assert command("audio=talk.opus", "model=./other", f"decoding.prompt={'Write. ' * 60}")[0] == 0
+
+
+def test_a_prompt_that_the_model_does_not_know(talk, command):
+    """It would write parts of it into the transcript."""
+    code, _, err = command("audio=talk.opus", "decoding.prompt=sing a song")
+    assert code == 2
+    assert err == (
+        "error: prompt=sing a song: model=default knows 'lower case' alone; leave it out, or choose another model\n"
+    )
 
 
 def test_a_full_disk_of_temporary_files_is_named(talk, command, mount, monkeypatch):

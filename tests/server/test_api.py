@@ -86,6 +86,22 @@ def test_verbose_json_has_the_granularities_that_are_asked_for(api):
     assert len(answer.segments) == len(answer.words) == 4
 
 
+def test_a_prompt_that_the_model_does_not_know_is_refused(api):
+    with pytest.raises(
+        openai.BadRequestError, match="prompt=sing a song: model=default knows 'lower case' alone"
+    ) as error:
+        transcribe(api, prompt="sing a song")
+    assert error.value.param == "prompt"
+
+
+def test_the_log_does_not_say_what_was_said(serve, script, caplog):
+    script.warnings = ["0:04: dropped text that was not said: 'our masters'"]
+    with caplog.at_level("INFO"):
+        post(serve())
+    assert "1 warnings about the transcript" in caplog.text
+    assert "our masters" not in caplog.text
+
+
 def test_warnings_reach_the_client(serve, script):
     script.warnings = ["talk.opus: coverage 20 %"]
     server = serve()

@@ -187,12 +187,14 @@ def read_settings(config: DictConfig) -> TranscriptionSettings:
 
 
 def _read_told(config: DictConfig) -> dict[str, str | None]:
-    """Code of the language and hotwords, which not every model can be told."""
-    if not (config.language or config.hotwords):
+    """Code of the language and hotwords; the prompt is checked too: not every model can be told everything."""
+    prompt = config.decoding.prompt
+    if not (config.language or config.hotwords or prompt):
         return {}
-    from unique_asr.transcribers import check_hotwords, check_language
+    from unique_asr.transcribers import check_hotwords, check_language, check_prompt
 
     model = config.model.name_or_path
+    check_prompt(prompt and str(prompt), model)
     return {
         "language": check_language(config.language and str(config.language), model),
         "hotwords": check_hotwords(config.hotwords and str(config.hotwords), model),

@@ -58,3 +58,26 @@ def resolve_hotwords(hotwords: str | None, taken: bool, model: str) -> str | Non
             f"hotwords={hotwords}: model={model} cannot be told words to expect; leave them out or choose another model"
         )
     return ", ".join(filter(None, words)) or None
+
+
+def resolve_prompt(prompt: str | None, taken: tuple[str, ...] | None, model: str) -> str | None:
+    """Check an instruction.
+
+    Args:
+        prompt: None or an empty text for none.
+        taken: all that the model knows; None if it may know any.
+        model: its name, for the message.
+
+    Returns:
+        The instruction, or None for none.
+
+    Raises:
+        ValueError: the model does not know it: it would write parts of it into the transcript. The message is one line.
+    """
+    if not prompt:
+        return None
+    if taken is not None and prompt not in taken:
+        known = " or ".join(f"'{each}'" for each in taken)
+        shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+        raise ValueError(f"prompt={shown}: model={model} knows {known} alone; leave it out, or choose another model")
+    return prompt

@@ -16,9 +16,14 @@ class ShippedModel:
 
     folder: Path
     languages: tuple[str, ...]  # codes of the languages that it transcribes
+    prompts: tuple[str, ...]  # the instructions that it was trained with
 
 
-SHIPPED_MODELS = {"default": ShippedModel(Path(__file__).parents[1] / "pretrained" / "default", languages=("en",))}
+SHIPPED_MODELS = {
+    "default": ShippedModel(
+        Path(__file__).parents[1] / "pretrained" / "default", languages=("en",), prompts=("lower case",)
+    )
+}
 
 
 def list_shipped_languages(name: str) -> tuple[str, ...]:

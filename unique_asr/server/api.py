@@ -205,8 +205,8 @@ class TranscriptionAPI:
         self.metrics.working.observe(worked)
         self.metrics.audio.inc(job.info.duration)
         self._count(200, f"{format_speed(job.info.duration, worked)}, after {waited:.1f} s of waiting")
-        for warning in job.info.warnings:
-            log.warning(warning)
+        if job.info.warnings:  # which may quote the text
+            log.warning("%d warnings about the transcript, which are in the answer", len(job.info.warnings))
 
     def _count(self, status: int, message: str) -> None:
         self.metrics.answers.labels(status).inc()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.datastructures import FormData, UploadFile
 
 from unique_asr.server.errors import RequestError
-from unique_asr.transcribers import check_hotwords, check_language
+from unique_asr.transcribers import check_hotwords, check_language, check_prompt
 
 RESPONSE_FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 STREAMED_FORMATS = ("json", "text")
@@ -108,17 +108,20 @@ def read_request(form: FormData, models: Sequence[str]) -> TranscriptionRequest:
         raise RequestError(
             "temperature: only 0 is possible, for the likeliest word is taken; leave it out", 400, "temperature"
         )
+    prompt = take("prompt")
     try:
         language = check_language(take("language"), model)
+        prompt = check_prompt(prompt, model)
         hotwords = check_hotwords(", ".join(map(str, values.get("keywords", []))), model)
     except ValueError as error:
-        param = "keywords" if str(error).startswith("hotwords") else "language"
+        option = str(error).partition("=")[0]
+        param = {"hotwords": "keywords"}.get(option, option)
         raise RequestError(str(error), 400, param) from error
     return TranscriptionRequest(
         file=files[0],
         model=model,
         language=language,
-        prompt=take("prompt") or None,
+        prompt=prompt,
         hotwords=hotwords,
         response_format=response_format,
         granularities=granularities or ["segment"],

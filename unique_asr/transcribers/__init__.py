@@ -6,10 +6,10 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from unique_asr.models import identify_model
-from unique_asr.models.languages import resolve_hotwords, resolve_language
+from unique_asr.models.languages import resolve_hotwords, resolve_language, resolve_prompt
 from unique_asr.models.listening_llm import ListeningLLMConfig
 from unique_asr.models.pretrained import find
-from unique_asr.models.sources import read_model_type
+from unique_asr.models.sources import SHIPPED_MODELS, read_model_type
 
 if TYPE_CHECKING:
     from unique_asr.transcribers.base import Transcriber
@@ -65,3 +65,13 @@ def check_hotwords(hotwords: str | None, model: str | PathLike[str]) -> str | No
         return None
     entry = identify_model(model)
     return resolve_hotwords(hotwords, entry.takes_hotwords or entry.kind == "missing", entry.name)
+
+
+def check_prompt(prompt: str | None, model: str | PathLike[str] | tuple[Any, Any]) -> str | None:
+    """Return an instruction, None for none, without loading the model.
+
+    Raises:
+        ValueError: if the model is known not to know it.
+    """
+    shipped = None if isinstance(model, tuple) else SHIPPED_MODELS.get(str(model))
+    return resolve_prompt(prompt, shipped and shipped.prompts, str(model))

@@ -153,4 +153,5 @@ def load_listening_llm(
         model.listener.generation_config = GenerationConfig.from_pretrained(
             source, config_file_name=f"{LISTENER}/generation_config.json", **revision
         )
+    model.config.name_or_path = str(name_or_path)
     return model.to(chosen).eval(), processor

@@ -38,4 +38,5 @@ def load(
         model, info = SpeechLLMForConditionalGeneration.from_pretrained(source, **options)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+    model.config.name_or_path = str(name_or_path)
     return model.to(chosen).eval(), processor
