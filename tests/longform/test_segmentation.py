@@ -66,6 +66,22 @@ def segments(words, **config):
     return [" ".join(word.text for word in group) for group in [*groups, *segmenter.flush()]]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (", our master . Then", ["our", "master", ".", "Then"]),
+        (". . Then", ["Then"]),
+        ('"Oh!" he', ['"Oh!"', "he"]),
+        ("- 5", ["5"]),
+        (" ...", []),
+    ],
+)
+def test_marks_before_the_first_word_are_dropped(text, words):
+    stream = WordStream(Bytes())
+    found = [word for byte in text.encode() for word in stream.push(byte, -0.1)]
+    assert [word.text for word in found + stream.flush()] == words
+
+
 def test_segments_end_at_sentences_and_pauses():
     words = [Word("One", 0, 0.5), Word("two.", 0.5, 1), Word("Three", 1, 1.5), Word("four", 3, 3.5), Word("five", 4, 5)]
     assert segments(words) == ["One two.", "Three", "four five"]

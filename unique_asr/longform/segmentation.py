@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any
 
 from unique_asr.sentences import CLOSING, ends_sentence
@@ -30,7 +31,10 @@ class DraftWord:
 
 
 class WordStream:
-    """Words from tokens as they are decoded; a word is given out when the one after it begins."""
+    """Words from tokens as they are decoded; a word is given out when the one after it begins.
+
+    Marks before the first word are dropped: a pass that begins inside a sentence may begin with the end of it.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -39,6 +43,7 @@ class WordStream:
         self._context = self._read = 0  # ids[context:read] are shown, as context for the ids after them
         self._words: list[DraftWord] = []  # complete but the last
         self._open = False  # whether the last word can still grow
+        self._begun = False  # whether a word was given out
 
     def push(self, token: int, log_prob: float) -> list[DraftWord]:
         """Add a token; return the words that it completes."""
@@ -78,6 +83,9 @@ class WordStream:
             following = self._words[index + 1].text if index + 1 < len(self._words) else None
             word.ends_sentence = ends_sentence(word.text, following)
         del self._words[: len(done)]
+        if not self._begun:
+            done = list(dropwhile(lambda word: not any(map(str.isalnum, word.text)), done))
+            self._begun = bool(done)
         return done
 
     def _decode(self, start: int, end: int) -> str:
