@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import tempfile
 import threading
@@ -95,10 +96,16 @@ def is_uri(name: object) -> bool:
 
 
 def to_path(name: str | Path) -> Path:
-    """Return the path that a name or a file://... means; ~ is the home folder."""
+    """Return the path that a name or a file://... means; ~ is the home folder, unless a file is called so."""
     if isinstance(name, str) and name.lower().startswith("file://"):
         return Path(unquote(urlsplit(name).path))
-    return Path(name).expanduser()
+    path = Path(name)
+    if os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user
+        return path
 
 
 def shown_name(uri: str) -> str:
