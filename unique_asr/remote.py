@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 import tempfile
 import threading
@@ -96,16 +95,10 @@ def is_uri(name: object) -> bool:
 
 
 def to_path(name: str | Path) -> Path:
-    """Return the path that a name or a file://... means; ~ is the home folder, unless a file is called so."""
+    """Return the path that a name or a file://... means; ~ is the home folder."""
     if isinstance(name, str) and name.lower().startswith("file://"):
         return Path(unquote(urlsplit(name).path))
-    path = Path(name)
-    if os.path.lexists(path):
-        return path
-    try:
-        return path.expanduser()
-    except RuntimeError:  # there is no such user
-        return path
+    return Path(name).expanduser()
 
 
 def shown_name(uri: str) -> str:

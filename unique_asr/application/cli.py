@@ -89,8 +89,6 @@ def transcribe(
     try:
         audio = OmegaConf.to_container(config.audio) if OmegaConf.is_list(config.audio) else config.audio
         output = read_output(config)
-        if OmegaConf.is_config(config.output.dir):
-            raise ValueError(f"output.dir={config.output.dir}: give one folder")
         jobs = plan(find_recordings(audio), config.output.dir)
         batch, limits = read_batch(config), read_limits(config)
         settings = read_settings(config)
@@ -155,8 +153,6 @@ def find_runner(config: DictConfig, runners: Mapping[str, Runner]) -> Runner | N
 
 def read_limits(config: DictConfig) -> FetchLimits:
     """Return how much is fetched of a URI. Raises ValueError if a limit is no positive number."""
-    if config.fetch is None:
-        raise ValueError("fetch=null: give limits such as fetch.max_megabytes=500")
     for name, value in config.fetch.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise ValueError(f"fetch.{name}={value}: give a positive number")
@@ -173,13 +169,6 @@ def read_batch(config: DictConfig) -> int:
 
 def read_settings(config: DictConfig) -> TranscriptionSettings:
     """Return the settings of the transcription. Raises ValueError, in one line, if one does not fit."""
-    for name in ("model", "attention", "decoding"):
-        if config[name] is None or (name == "model" and not config.model.name_or_path):
-            raise ValueError(f"{name}=null: name one, or leave it out")
-    whole_number(config.decoding, "prefill_chunk", "positions")
-    seconds = config.decoding.max_pass_seconds
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
-        raise ValueError(f"decoding.max_pass_seconds={seconds}: give a number of seconds")
     options = OmegaConf.to_container(config.decoding)
     prompt = options.pop("prompt")
     return TranscriptionSettings(

@@ -96,7 +96,7 @@ def resolve_formats(value: str | Iterable[str]) -> list[str]:
     Raises:
         OutputError: if one is unknown, or there is none.
     """
-    names = {name.strip() for name in value.split(",")} if isinstance(value, str) else set(value or ())
+    names = {name.strip() for name in value.split(",")} if isinstance(value, str) else set(value)
     unknown = names - {*WRITERS, "all"}
     if unknown or not names:
         listed = ", ".join(sorted(map(str, unknown))) or "nothing"

@@ -7,17 +7,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from unique_asr.application.standard_streams import guard_standard_streams
 
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
-SWITCHES = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}  # besides true and false
 LITERAL_STARTS = ("'", '"', "${")  # the user wrote Hydra's own syntax
 
 
@@ -93,35 +91,6 @@ def whole_number(config: DictConfig, name: str, of: str) -> int:
     return value
 
 
-def read_switches(config: DictConfig, defaults: Mapping[str, Any], prefix: str = "") -> None:
-    """Make true or false of every option whose default is one of them; yes, no, on, off, 1 and 0 are read too.
-
-    Raises:
-        ValueError: an option is anything else: taken as it is, `overwrite=never` would count as true.
-    """
-    for name, default in defaults.items():
-        if not isinstance(default, bool | dict) or name not in config:
-            continue
-        value = config[name]
-        if isinstance(default, dict):
-            if OmegaConf.is_dict(value):
-                read_switches(value, default, f"{prefix}{name}.")
-        elif not isinstance(value, bool):
-            if str(value).lower() not in SWITCHES:
-                raise ValueError(f"{prefix}{name}={value}: give true or false")
-            config[name] = SWITCHES[str(value).lower()]
-
-
-def load_defaults(conf: Path, config_name: str) -> dict[str, Any]:
-    """Load the defaults of a configuration, those of its groups included."""
-    defaults = OmegaConf.to_container(OmegaConf.load(conf / f"{config_name}.yaml"), resolve=False)
-    for entry in defaults.pop("defaults", []):
-        for group, choice in entry.items() if isinstance(entry, dict) else ():
-            if (file := conf / group / f"{choice}.yaml").is_file():
-                defaults[group] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    return defaults
-
-
 def run(
     task: Callable[[DictConfig], int | None],
     config_name: str,
@@ -161,20 +130,13 @@ def _run(
     # Notices and bars of libraries would break into the output. They are read when those are imported, which follows.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    code, composed = SUCCESS, False
-    conf = conf_folder()
+    code = SUCCESS
 
     def keep_code(config: DictConfig) -> None:
-        nonlocal code, composed
-        composed = True
-        try:
-            read_switches(config, load_defaults(conf, config_name))
-        except ValueError as error:  # Hydra would print a line of its own about it
-            print(f"error: {error}", file=sys.stderr)
-            code = USAGE
-        else:
-            code = task(config) or code
+        nonlocal code
+        code = task(config) or code
 
+    conf = conf_folder()
     before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra would print several lines and exit; told to raise, it leaves the wording to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -185,11 +147,6 @@ def _run(
         if full_error == "1":
             raise
         print(f"error: {_message(error)}{_hint(arguments)}", file=sys.stderr)
-        sys.exit(USAGE)
-    except ValueError as error:
-        if composed or full_error == "1":
-            raise
-        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(USAGE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

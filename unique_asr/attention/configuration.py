@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from math import isfinite
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,16 +45,6 @@ class SparseAttentionConfig:
     selector: TokenSelector | None = field(default=None, hash=False)
 
     def __post_init__(self):
-        for name in ("budget", "sink_pages", "recent_pages", "dense_layers", "super_page_size", "super_pages"):
-            value = getattr(self, name)
-            if value is None and name in ("budget", "super_page_size", "super_pages"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or (name == "dense_layers" and value < 0):
-                raise ValueError(f"attention.{name} is {value}: give a whole number")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not isfinite(self.scale):
-            raise ValueError(f"attention.scale is {self.scale}: give a number")
-        if self.super_pages is not None and self.super_page_size is None:
-            raise ValueError(f"attention.super_pages is {self.super_pages}: give attention.super_page_size too")
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"attention.page_size is {self.page_size}: choose one of {PAGE_SIZES}")
         if self.score not in SCORES:
