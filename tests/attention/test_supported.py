@@ -12,6 +12,7 @@ from decoder_models import CLASSES, KINDS, VOCABULARY, make_decoder
 from manual import DOCS, page
 
 from unique_asr.attention import PagedCache, SparseAttentionConfig, sparse_attention, training_attention
+from unique_asr.attention.cache import CACHE_ARGUMENT
 from unique_asr.attention.paged_layer import PagedLayer
 from unique_asr.decoding.greedy import GreedyDecoder
 
@@ -108,7 +109,7 @@ def test_a_loop_with_a_cache_of_its_own_is_refused(llama):
     """It would decode densely, and the counters say nothing."""
     with sparse_attention(llama, budget=64) as sparse:
         cache = llama(PROMPT).past_key_values
-        with pytest.raises(ValueError, match=r"pass past_key_values=sparse.make_cache\(\)"):
+        with pytest.raises(ValueError, match=rf"pass {CACHE_ARGUMENT}=sparse.make_cache\(\)"):
             llama(PROMPT[:, :1], past_key_values=cache)
         assert str(sparse.counters).startswith("no decode step yet")
         cache = sparse.make_cache()

@@ -211,3 +211,40 @@ def test_a_cache_that_outlives_its_block(llama):
     with pytest.warns(UserWarning, match="use the cache within the block"):
         llama(PROMPT[:, :1], **{CACHE_ARGUMENT: cache})
     assert sparse.counters.steps == 1
+
+
+@pytest.mark.parametrize("switch", [sparse_attention, training_attention])
+@pytest.mark.parametrize(
+    "wrong", ["x", None, torch.nn.Linear(2, 2), torch.nn.Sequential, torch.nn.DataParallel], ids=str
+)
+def test_what_is_no_model_is_refused(switch, wrong):
+    with pytest.raises(ValueError, match="give a model of transformers"):
+        switch(wrong)
+
+
+@pytest.mark.parametrize("switch", [sparse_attention, training_attention])
+def test_what_is_no_configuration_is_refused(llama, switch):
+    with pytest.raises(ValueError, match="AttentionConfig, or fields"):
+        switch(llama, 512)
+
+
+@pytest.mark.parametrize("switch", [sparse_attention, training_attention])
+@pytest.mark.parametrize("layers", [3, 99])
+def test_dense_layers_leave_one(llama, layers, switch):
+    with pytest.raises(ValueError, match=r"LlamaConfig has 3 layers.*at most 2"):
+        switch(llama, dense_layers=layers)
+    switch(llama, dense_layers=layers, budget=None).restore()
+    switch(llama, dense_layers=2).restore()
+
+
+def test_a_cache_with_gradients_can_be_copied(llama):
+    with sparse_attention(llama, budget=64) as sparse:
+        cache = sparse.make_cache()
+        tokens = torch.arange(1, 91)[None]
+        llama(tokens, **{CACHE_ARGUMENT: cache})
+        llama(tokens[:, :1], **{CACHE_ARGUMENT: cache})
+        assert cache.layers[0].keys.requires_grad
+        copied = copy.deepcopy(cache)
+        assert not copied.layers[0].keys.requires_grad
+        logits = [llama(tokens[:, :1], **{CACHE_ARGUMENT: each}).logits for each in (cache, copied)]
+    torch.testing.assert_close(*logits)

@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import utils as generation
@@ -53,11 +54,20 @@ def list_mixed_layers(layers: Sequence[CacheLayerMixin]) -> list[str]:
     return sorted(kind.__name__ for kind in kinds if not issubclass(kind, DynamicSlidingWindowLayer))
 
 
+class DetachedCopies(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy tensors that a graph of gradients holds, without that graph, within the block."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__deepcopy__ and args[0].requires_grad and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return function(*args, **(kwargs or {}))
+
+
 class PagedCache(Cache):
     """A transformers cache whose full-attention layers are paged; sliding and other layers stay what they were.
 
         cache = PagedCache(model.config, SparseAttentionConfig(budget=512))
-        model.generate(**inputs, past_key_values=cache)     # the model switched with `sparse_attention`
+        model.generate(**inputs, **{CACHE_ARGUMENT: cache})     # the model switched with `sparse_attention`
         print(cache.counters)
 
     Args:
@@ -68,7 +78,7 @@ class PagedCache(Cache):
         counters: to which steps are added; None: new ones.
 
     Raises:
-        ValueError: the model has no layer with full attention and nothing beside it.
+        ValueError: the model has no layer with full attention and nothing beside it, or `dense_layers` are all of them.
     """
 
     def __init__(
@@ -99,6 +109,13 @@ class PagedCache(Cache):
             )
         if not self.paged_layers:
             raise ValueError(f"{type(config).__name__} has no full-attention layer: there is nothing to read by pages")
+        last = max(index for index, layer in enumerate(layers) if isinstance(layer, PagedLayer))
+        if self.attention.budget is not None and self.attention.dense_layers > last:
+            raise ValueError(
+                f"attention.dense_layers is {self.attention.dense_layers}, but {type(config).__name__} has "
+                f"{len(layers)} layers, and no page would be read: "
+                f"give at most {last}, or budget=null for dense attention"
+            )
         super().__init__(layers=layers)
 
     def update(
@@ -126,10 +143,11 @@ class PagedCache(Cache):
         return -1
 
     def __deepcopy__(self, memo: dict) -> PagedCache:
-        """Copy the cache, as for several answers to one prompt; the copy adds to the same counters."""
+        """Copy the cache, without gradients, as for several answers to one prompt; it adds to the same counters."""
         memo[id(self.counters)] = self.counters
         memo[id(self)] = new = type(self).__new__(type(self))
-        vars(new).update(copy.deepcopy(vars(self), memo))
+        with DetachedCopies():
+            vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
     def reserve(self, tokens: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +16,16 @@ SUPER_PAGE_SIZES = (16, 32, 64, 128, 256)  # tokens
 COMBINES = ("max", "share")
 STATISTICS_DTYPES = ("keys", "fp8", "int8")
 BACKENDS = ("auto", "torch", "triton")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,10 @@ class SparseAttentionConfig:
     selector: TokenSelector | None = field(default=None, hash=False)
 
     def __post_init__(self):
-        if self.page_size not in PAGE_SIZES:
-            raise ValueError(f"attention.page_size is {self.page_size}: choose one of {PAGE_SIZES}")
+        if self.budget is not None and not is_whole(self.budget):
+            raise ValueError(f"attention.budget is {self.budget!r}: give a whole number, or null for dense attention")
+        if not is_whole(self.page_size) or self.page_size not in PAGE_SIZES:
+            raise ValueError(f"attention.page_size is {self.page_size!r}: choose one of {PAGE_SIZES}")
         if self.score not in SCORES:
             raise ValueError(f"attention.score is {self.score!r}: choose one of {', '.join(SCORES)}")
         if self.combine is not None and self.combine not in COMBINES:
@@ -57,11 +71,21 @@ class SparseAttentionConfig:
             )
         if self.backend not in BACKENDS:
             raise ValueError(f"attention.backend is {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+        for name in ("sink_pages", "recent_pages", "dense_layers"):
+            if not is_whole(getattr(self, name)):
+                raise ValueError(f"attention.{name} is {getattr(self, name)!r}: give a whole number")
+        if self.dense_layers < 0:
+            raise ValueError(f"attention.dense_layers is {self.dense_layers}: give 0 or more layers")
+        if not is_number(self.scale) or self.scale < 0:
+            raise ValueError(f"attention.scale is {self.scale!r}: give a finite number of at least 0")
         if self.sink_pages < 0 or self.recent_pages < 1:
             raise ValueError(
                 f"attention.sink_pages is {self.sink_pages} and recent_pages {self.recent_pages}: "
                 "give at least 0 and 1, for the page being written is always read"
             )
+        self._check_super_page_size()
+        if self.selector is not None:
+            self._check_selector()
         if self.budget is None:
             return
         if self.budget % self.page_size:
@@ -79,12 +103,29 @@ class SparseAttentionConfig:
         if self.selector is not None:
             self.selector.for_layer(self.budget, self.page_size, self.sink_pages)  # refuses a budget that is too small
 
-    def _check_super_pages(self) -> None:
-        if self.super_page_size not in SUPER_PAGE_SIZES or self.super_page_size <= self.page_size:
+    def _check_selector(self) -> None:
+        from unique_asr.attention.selector import TokenSelector  # needs torch
+
+        if not isinstance(self.selector, TokenSelector):
+            raise ValueError(f"attention.selector is a {type(self.selector).__name__}: give a TokenSelector, or None")
+
+    def _check_super_page_size(self) -> None:
+        if self.super_pages is not None and (not is_whole(self.super_pages) or self.super_pages < 1):
+            raise ValueError(f"attention.super_pages is {self.super_pages!r}: give a whole number above 0, or null")
+        if self.super_page_size is None:
+            if self.super_pages is not None:
+                raise ValueError(
+                    f"attention.super_pages is {self.super_pages} without super_page_size: give both, or neither"
+                )
+            return
+        sizes = [size for size in SUPER_PAGE_SIZES if size > self.page_size]
+        if not is_whole(self.super_page_size) or self.super_page_size not in sizes:
             raise ValueError(
-                f"attention.super_page_size is {self.super_page_size}: choose one of {SUPER_PAGE_SIZES} "
+                f"attention.super_page_size is {self.super_page_size!r}: choose one of {SUPER_PAGE_SIZES} "
                 f"above the page size, {self.page_size}"
             )
+
+    def _check_super_pages(self) -> None:
         forced = self.sink_pages + self.recent_pages
         if self.super_count * self.pages_per_super < self.pages or self.super_count < forced:
             least = max(forced, -(-self.pages // self.pages_per_super))

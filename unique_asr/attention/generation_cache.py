@@ -91,7 +91,7 @@ class CachePreparation(MethodHook):
             model_kwargs[CACHE_ARGUMENT] = self.make_cache()
         elif given is not None and not isinstance(given, PagedCache):
             raise ValueError(
-                f"{type(given).__name__} cannot be read by pages: pass a PagedCache as past_key_values, or none"
+                f"{type(given).__name__} cannot be read by pages: pass a PagedCache as {CACHE_ARGUMENT}, or none"
             )
         return self.call_former(generation_config, model_kwargs, *args, **kwargs)
 

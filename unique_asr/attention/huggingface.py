@@ -127,13 +127,27 @@ AttentionMaskInterface.register(NAME, make_padding_mask)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model itself, without DistributedDataParallel or torch.compile around it."""
+    """Return the model itself, without DistributedDataParallel or torch.compile around it.
+
+    Raises:
+        ValueError: it is no model of transformers, nor around one.
+    """
+    given = model
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{describe(given)} cannot read by pages: give a model of transformers")
     while not isinstance(model, PreTrainedModel):
         inner = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
         if inner is None:
             break
         model = inner
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise ValueError(f"{describe(given)} cannot read by pages: give a model of transformers")
     return model
+
+
+def describe(value: object) -> str:
+    """Return the name of a class, or of the class of anything else, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def find_text_decoder(model: nn.Module) -> PreTrainedModel:
@@ -207,7 +221,7 @@ class AttentionLoan:
 
         loan = AttentionLoan(model, NAME)
         with loan:                                  # in microseconds
-            model(..., past_key_values=cache)
+            model(..., **{CACHE_ARGUMENT: cache})
 
     Several engines, and threads, may be in such a block of one model: the last one to leave it puts the former back.
 
@@ -324,6 +338,7 @@ class SparseAttention(SwitchedModel):
     name = NAME
 
     def __init__(self, model: nn.Module, config: SparseAttentionConfig):
+        unwrap(model)  # raises if it is none
         self.config = resolve_combine(config, model)
         self.counters = SparsityCounters()
         self._maker = CacheMaker(self.config, self.counters)
@@ -370,4 +385,6 @@ def sparse_attention(
     Raises:
         ValueError: a setting is not allowed, or the attention of the model cannot be switched.
     """
+    if config is not None and not isinstance(config, SparseAttentionConfig):
+        raise ValueError(f"config is {describe(config)}: give a SparseAttentionConfig, or fields such as budget=512")
     return SparseAttention(model, replace(config or SparseAttentionConfig(), **overrides))

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from unique_asr.attention.cache import PagedCache
-from unique_asr.attention.huggingface import SwitchedModel, find_text_decoder
+from unique_asr.attention.huggingface import SwitchedModel, describe, find_text_decoder, unwrap
 from unique_asr.attention.soft_mask import TrainingAttentionConfig, attention
 from unique_asr.attention.supported import check_call, is_causal
 
@@ -243,6 +243,7 @@ class TrainingAttention(SwitchedModel):
     name = NAME
 
     def __init__(self, model: nn.Module, config: TrainingAttentionConfig):
+        unwrap(model)  # raises if it is no model
         model = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
         self.config = config
         decoder = find_text_decoder(model)
@@ -304,4 +305,6 @@ def training_attention(
     Raises:
         ValueError: a setting is not allowed, or the attention of the model cannot be switched.
     """
+    if config is not None and not isinstance(config, TrainingAttentionConfig):
+        raise ValueError(f"config is {describe(config)}: give a TrainingAttentionConfig, or fields such as mode='soft'")
     return TrainingAttention(model, config or TrainingAttentionConfig.from_dict(values))

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from unique_asr.attention.configuration import SparseAttentionConfig
+from unique_asr.attention.configuration import SparseAttentionConfig, is_number
 
 MODES = ("dense", "soft", "hard")
 QUERIES = ("decoded", "all")
@@ -63,10 +63,10 @@ class TrainingAttentionConfig:
             raise ValueError(f"attention.queries is {self.queries!r}: choose one of {', '.join(QUERIES)}")
         if self.backend not in ("auto", "torch", "triton"):
             raise ValueError(f"attention.backend is {self.backend!r}: choose one of auto, torch, triton")
-        if self.tau <= 0:
-            raise ValueError(f"attention.tau is {self.tau}: give a number above 0, or mode=hard for no softness")
-        if not 0 <= self.hard_last <= 1:
-            raise ValueError(f"attention.hard_last is {self.hard_last}: give a share of the steps, from 0 to 1")
+        if not is_number(self.tau) or self.tau <= 0:
+            raise ValueError(f"attention.tau is {self.tau!r}: give a number above 0, or mode=hard for no softness")
+        if not is_number(self.hard_last) or not 0 <= self.hard_last <= 1:
+            raise ValueError(f"attention.hard_last is {self.hard_last!r}: give a share of the steps, from 0 to 1")
         if self.mode == "dense" or self.sparse.budget is None:
             return
         if self.sparse.score not in SCORES:

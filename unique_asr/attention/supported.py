@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unique_asr.attention.cache import ACTIVE
+from unique_asr.attention.cache import ACTIVE, CACHE_ARGUMENT
 
 EXTRAS = {  # arguments of an attention function by which logits, or what is read, are not those of query and key alone
     "s_aux": "sink logits",
@@ -96,6 +96,6 @@ def check_cached(
     elif not hasattr(key, "paged_layer") and causal and decodes(query, key):
         raise ValueError(
             f"{type(module).__name__} decodes with keys that no PagedCache holds, so nothing would be sparse: "
-            "pass past_key_values=sparse.make_cache(); "
+            f"pass {CACHE_ARGUMENT}=sparse.make_cache(); "
             "multi-head latent attention and others that change cached keys cannot be read by pages"
         )
