@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import tempfile
 import threading
@@ -98,7 +99,18 @@ def to_path(name: str | Path) -> Path:
     """Return the path that a name or a file://... means; ~ is the home folder."""
     if isinstance(name, str) and name.lower().startswith("file://"):
         return Path(unquote(urlsplit(name).path))
-    return Path(name).expanduser()
+    return expand_home(name)
+
+
+def expand_home(name: str | Path) -> Path:
+    """Return a path whose ~ is the home folder, unless there is such a file, or no such user."""
+    path = Path(name)
+    if os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def shown_name(uri: str) -> str:
