@@ -202,7 +202,7 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "output.overwrite=x"], 2, "error: output.overwrite=x: give true or false"),
         (["audio=talk.opus", "jsonl=1"], 2, "error: jsonl=1: give true or false"),
         (["audio=talk.opus", "resume=null"], 2, "error: resume=null: give true or false"),
-        (["audio=talk.opus", "fetch=null"], 2, "error: fetch=null: give fetch.OPTION=VALUE"),
+        (["audio=talk.opus", "fetch=null"], 2, "error: fetch=null: is a group of options; give fetch.OPTION=VALUE"),
         (["audio=talk.opus", "attention=null"], 2, "error: attention=null: choose from both, dense"),
         (["audio=talk.opus", "decoding=null"], 2, "error: decoding=null: choose from greedy"),
         (["audio=talk.opus", "model=null"], 2, "error: model=null: give a name, a folder or a hub id"),
