@@ -236,6 +236,12 @@ def test_a_part_that_is_no_seconds(part):
         AudioFile(DATA / "nomads.opus", **part)
 
 
+@pytest.mark.parametrize("option", ["channel", "track"])
+def test_a_channel_or_track_that_is_no_number(option):
+    with pytest.raises(AudioError, match=f"{option}=left: give None, or a whole number"):
+        AudioFile(DATA / "nomads.opus", **{option: "left"})
+
+
 def test_names_that_begin_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(DATA / "nomads.opus", "~tilde.opus")

@@ -80,6 +80,9 @@ class AudioFile:
         if vad:
             check_vad()
         check_part(start, end)
+        for option, value in (("channel", channel), ("track", track)):
+            if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool)):
+                raise AudioError(f"{option}={value}: give None, or a whole number from 1")
         measured = None
         with self._open() as container:
             stream = self._audio_stream(container)

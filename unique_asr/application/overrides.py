@@ -120,9 +120,8 @@ def check_kinds(config: DictConfig, defaults: DictConfig, above: str = "") -> No
         if isinstance(default, DictConfig) and not default._is_none() and len(default):
             group = config._get_node(key)
             if not isinstance(group, DictConfig) or group._is_none():
-                raise OptionError(
-                    f"{name}={'null' if config[key] is None else config[key]}: is a group of options; give {name}.OPTION=VALUE"
-                )
+                shown = "null" if config[key] is None else config[key]
+                raise OptionError(f"{name}={shown}: is a group of options; give {name}.OPTION=VALUE")
             check_kinds(group, default, f"{name}.")
         elif isinstance(default._value(), bool):
             value = "???" if OmegaConf.is_missing(config, key) else config[key]
