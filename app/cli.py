@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from unique_asr.application.overrides import FAILED, SUCCESS, run, whole_number
+from unique_asr.remote import expand_home
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -139,7 +140,7 @@ def make_page(values: dict[str, Any], queue: JobQueue) -> tuple[gr.Blocks, dict[
 
 def find_folders(names: Sequence[str]) -> list[Path]:
     """Return the folders whose files may be named on the page. Raises ValueError if one is none."""
-    folders = [Path(name).expanduser().resolve() for name in names]
+    folders = [expand_home(name).resolve() for name in names]
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"folders: {folder} is not a folder")

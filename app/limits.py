@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unique_asr.application.limits import RecordingLimits, Refusal
+from unique_asr.remote import expand_home
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Limits(RecordingLimits):
     def _allowed(self, name: str) -> Path:
         """A file inside an allowed folder, wherever links and .. lead. What lies outside is not even said to exist."""
         for folder in self.folders:
-            root = Path(folder).expanduser().resolve()
+            root = expand_home(folder).resolve()
             try:
-                path = (root / Path(name).expanduser()).resolve()
+                path = (root / expand_home(name)).resolve()
                 if path.is_relative_to(root) and path.is_file():
                     return path
             except (OSError, ValueError, RuntimeError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unique_asr.application.jobs import Job
+from unique_asr.remote import expand_home
 from unique_asr.transcript import Segment, Transcript
 from unique_asr.writers import WRITERS, SegmentLog, read_transcript
 
@@ -48,7 +49,7 @@ class Store:
     """The folder of all jobs, made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().resolve()
+        self.folder = expand_home(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def create(self, recording: Path, title: str, settings: dict[str, Any], copy: bool, browser: str = "") -> Record:

@@ -230,6 +230,26 @@ def test_errors_are_one_line_that_names_the_file(tmp_path, make):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("part", [{"start": float("nan")}, {"end": float("inf")}, {"start": "0:01"}])
+def test_a_part_that_is_no_seconds(part):
+    with pytest.raises(AudioError, match="give seconds, a finite number"):
+        AudioFile(DATA / "nomads.opus", **part)
+
+
+@pytest.mark.parametrize("option", ["channel", "track"])
+def test_a_channel_or_track_that_is_no_number(option):
+    with pytest.raises(AudioError, match=f"{option}=left: give None, or a whole number"):
+        AudioFile(DATA / "nomads.opus", **{option: "left"})
+
+
+def test_names_that_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DATA / "nomads.opus", "~tilde.opus")
+    assert AudioFile("~tilde.opus").duration == pytest.approx(9.06, abs=0.02)
+    with pytest.raises(AudioError, match="no such file"):
+        AudioFile("~none.opus")
+
+
 def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(DATA / "nomads.opus", tmp_path / "talk.opus")
@@ -374,7 +394,7 @@ def test_times(value, seconds):
     assert parse_time(value) == seconds
 
 
-@pytest.mark.parametrize("value", ["", "soon", "1:2:3:4", "-5", "inf", "nan"])
+@pytest.mark.parametrize("value", ["", "soon", "1:2:3:4", "-5", "-0:05", "inf", "nan"])
 def test_no_times(value):
     with pytest.raises(ValueError, match="not a time"):
         parse_time(value)

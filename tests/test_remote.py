@@ -171,6 +171,14 @@ def test_what_is_not_there(uri, reason, monkeypatch):
     assert str(raised.value).startswith(f"{uri}: {reason}")
 
 
+@pytest.mark.parametrize("uri", ["http://[::1/x.wav", "https://", "https:///x.wav"])
+def test_an_address_without_a_host(uri, talk, command):
+    code, _, err = command(f"audio={uri}")
+    assert (code, err) == (1, "error: audio: a URI has no host, or a wrong one; give https://HOST/FILE\n")
+    with pytest.raises(AudioError, match="has no host"):
+        AudioFile(uri)
+
+
 def test_limits(web, bucket, monkeypatch):
     small = FetchLimits(max_megabytes=len(TALK) / 1e6 - 0.001)
     for uri in (f"{web.address}/talk.opus", f"{web.address}/endless.opus", f"{bucket}/a.opus"):

@@ -80,6 +80,9 @@ class AudioFile:
         if vad:
             check_vad()
         check_part(start, end)
+        for option, value in (("channel", channel), ("track", track)):
+            if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool)):
+                raise AudioError(f"{option}={value}: give None, or a whole number from 1")
         measured = None
         with self._open() as container:
             stream = self._audio_stream(container)
@@ -364,7 +367,11 @@ def check_vad() -> None:
 
 
 def check_part(start: float, end: float | None) -> None:
-    """Raise AudioError if there is nothing between start and end, in seconds."""
+    """Raise AudioError if start and end are no seconds, or there is nothing between them."""
+    for name, value in (("start", start), ("end", end)):
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not (value is None and name == "end") and not (number and np.isfinite(value)):
+            raise AudioError(f"{name}={value}: give seconds, a finite number")
     if start < 0 or (end is not None and end <= start):
         until = "null" if end is None else f"{end:g}"
         raise AudioError(f"start={start:g} end={until}: end has to lie after start, and start not below 0")
@@ -375,6 +382,8 @@ def parse_time(value: str | float | None) -> float | None:
     if value is None:
         return None
     parts = str(value).strip().split(":")
+    if any(part.strip().startswith("-") for part in parts):  # -0 is not below 0
+        parts = []
     try:
         numbers = [float(part) for part in parts]
     except ValueError:

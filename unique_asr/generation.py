@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from unique_asr.attention.huggingface import resolve_combine
 from unique_asr.decoding.greedy import GreedyDecoder
 from unique_asr.models import ModelError, convert_load_errors, resolve_device, resolve_dtype
 from unique_asr.models.pretrained.formats import TextStream
+from unique_asr.remote import expand_home
 
 LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")  # rotary embeddings that change with the length of what is read at once
 
@@ -226,7 +226,7 @@ def load_text_tokenizer(name_or_path: str | PathLike[str], option: str = "model"
 
 def _text_source(name_or_path: str | PathLike[str], option: str) -> tuple[str, dict[str, str]]:
     """What transformers loads, and the options that it needs for it."""
-    path = Path(name_or_path).expanduser()
+    path = expand_home(name_or_path)
     if path.suffix.lower() != ".gguf":
         return str(path) if path.is_dir() else str(name_or_path), {}
     if not path.is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import tempfile
 import threading
@@ -98,7 +99,29 @@ def to_path(name: str | Path) -> Path:
     """Return the path that a name or a file://... means; ~ is the home folder."""
     if isinstance(name, str) and name.lower().startswith("file://"):
         return Path(unquote(urlsplit(name).path))
-    return Path(name).expanduser()
+    return expand_home(name)
+
+
+def expand_home(name: str | Path) -> Path:
+    """Return a path whose ~ is the home folder, unless there is such a file, or no such user."""
+    path = Path(name)
+    if os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def check_address(uri: str) -> None:
+    """Raise RemoteError if a URI of the web names no host."""
+    try:
+        parts = urlsplit(uri)
+        complete = parts.scheme not in WEB or bool(parts.hostname)
+    except ValueError:  # of an IPv6 address, which may stand behind a password: it is not shown
+        complete = False
+    if not complete:
+        raise RemoteError("audio: a URI has no host, or a wrong one; give https://HOST/FILE")
 
 
 def shown_name(uri: str) -> str:
@@ -142,6 +165,7 @@ def list_remote(uri: str, is_recording: Callable[[str], bool], limits: FetchLimi
     Raises:
         RemoteError: if it cannot be listed, or holds no recording.
     """
+    check_address(uri)
     limits = limits or FetchLimits()
     folder = uri.endswith("/") or not PurePosixPath(uri).suffix
     if urlsplit(uri).scheme in WEB or not (has_magic(uri) or folder):
@@ -179,6 +203,7 @@ def fetch(
     Raises:
         RemoteError: if it cannot be opened, breaks off, or is more than the limits allow.
     """
+    check_address(uri)
     limits = limits or FetchLimits()
     name = shown_name(uri)
     make = tempfile.TemporaryFile if Path("/proc/self/fd").is_dir() else tempfile.NamedTemporaryFile

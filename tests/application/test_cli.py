@@ -86,6 +86,15 @@ def test_a_bad_recording_does_not_stop_the_others(talk, command):
     assert "talk.txt" in names()
 
 
+@pytest.mark.parametrize("value", ["no", "off", "False", "'NO'"])
+def test_a_flag_that_is_off_overwrites_nothing(talk, command, value):
+    Path("talk.txt").write_text("corrected by hand\n")
+    assert command("audio=talk.opus", f"output.overwrite={value}")[0] == 0
+    assert Path("talk.txt").read_text() == "corrected by hand\n"
+    assert command("audio=talk.opus", "output.overwrite=on", "output.format=txt")[0] == 0
+    assert Path("talk.txt").read_text() != "corrected by hand\n"
+
+
 def test_what_is_there_is_not_done_again(talk, command):
     command("audio=talk.opus")
     Path("talk.txt").write_text("corrected by hand\n")
@@ -186,6 +195,17 @@ def test_a_model_that_does_not_load_is_tried_once(talk, capsys):
         (["audio=talk.opus", "output.max_line_width=8"], 2, "error: output.max_line_width=8: give a whole number"),
         (["audio=talk.opus", "output.min_cue_seconds=9"], 2, "error: output.min_cue_seconds=9: is more than max_cue"),
         (["audio=talk.opus", "batch=2", "output.reads=true"], 2, "error: output.reads=true: draws what one recording"),
+        (["audio=talk.opus", "output.format=null"], 2, "error: output.format=null: choose from txt"),
+        (["audio=talk.opus", "output.dir=[a]"], 2, "error: output.dir=['a']: give one folder"),
+        (["audio=talk.opus", "decoding.max_pass_seconds=x"], 2, "error: decoding.max_pass_seconds=x: give a positive"),
+        (["audio=talk.opus", "decoding.prefill_chunk=x"], 2, "prefill_chunk=x: give a whole number of audio"),
+        (["audio=talk.opus", "output.overwrite=x"], 2, "error: output.overwrite=x: give true or false"),
+        (["audio=talk.opus", "jsonl=1"], 2, "error: jsonl=1: give true or false"),
+        (["audio=talk.opus", "resume=null"], 2, "error: resume=null: give true or false"),
+        (["audio=talk.opus", "fetch=null"], 2, "error: fetch=null: is a group of options; give fetch.OPTION=VALUE"),
+        (["audio=talk.opus", "attention=null"], 2, "error: attention=null: choose from both, dense"),
+        (["audio=talk.opus", "decoding=null"], 2, "error: decoding=null: choose from greedy"),
+        (["audio=talk.opus", "model=null"], 2, "error: model=null: give a name, a folder or a hub id"),
         (["audio=talk.opus", "attention.size=7"], 2, "error: Could not override 'attention.size'"),
     ],
 )

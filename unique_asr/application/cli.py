@@ -171,6 +171,10 @@ def read_settings(config: DictConfig) -> TranscriptionSettings:
     """Return the settings of the transcription. Raises ValueError, in one line, if one does not fit."""
     options = OmegaConf.to_container(config.decoding)
     prompt = options.pop("prompt")
+    whole_number(config.decoding, "prefill_chunk", "audio positions")
+    longest = config.decoding.max_pass_seconds
+    if longest is not None and (not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0):
+        raise ValueError(f"decoding.max_pass_seconds={longest}: give a positive number of seconds")
     return TranscriptionSettings(
         model=config.model.name_or_path,
         attention=SparseAttentionConfig(**OmegaConf.to_container(config.attention)),

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +15,7 @@ from unique_asr.application.display import SIGN_OF_LIFE, show_waiting
 from unique_asr.application.overrides import FAILED, SUCCESS, USAGE, run
 from unique_asr.application.standard_streams import is_output_lost
 from unique_asr.attention import SparseAttentionConfig
+from unique_asr.remote import expand_home
 
 if TYPE_CHECKING:
     from unique_asr.generation import GenerationInfo
@@ -56,7 +56,7 @@ def generate(config: DictConfig) -> int:
         return FAILED
     try:
         prompt = sys.stdin.read() if config.prompt == "-" else str(config.prompt)
-        context = None if config.context is None else Path(config.context).expanduser().read_text(encoding="utf-8")
+        context = None if config.context is None else expand_home(config.context).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         print(f"error: context={config.context}: {error}", file=sys.stderr)
         return FAILED

@@ -96,6 +96,8 @@ def resolve_formats(value: str | Iterable[str]) -> list[str]:
     Raises:
         OutputError: if one is unknown, or there is none.
     """
+    if value is None:
+        raise OutputError(f"output.format=null: choose from {', '.join(WRITERS)} or all")
     names = {name.strip() for name in value.split(",")} if isinstance(value, str) else set(value)
     unknown = names - {*WRITERS, "all"}
     if unknown or not names:
@@ -279,6 +281,8 @@ def plan(recordings: Sequence[Path | RemoteFile], folder: str | Path | None = No
         OutputError: if `folder` is a file or elsewhere, or two recordings would write the same files, or one over
             another.
     """
+    if folder is not None and not isinstance(folder, str | Path):
+        raise OutputError(f"output.dir={folder}: give one folder")
     if is_uri(folder):
         raise OutputError(f"output.dir={folder}: is not a folder; transcripts go to a path, such as a mounted share")
     folder = to_path(folder) if folder is not None else None

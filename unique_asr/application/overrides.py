@@ -9,14 +9,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unique_asr.application.standard_streams import guard_standard_streams
 
 SUCCESS, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 LITERAL_STARTS = ("'", '"', "${")  # the user wrote Hydra's own syntax
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class OptionError(ValueError):
+    """An option whose value cannot be; the message is one line with the remedy."""
 
 
 def conf_folder() -> Path:
@@ -91,6 +99,59 @@ def whole_number(config: DictConfig, name: str, of: str) -> int:
     return value
 
 
+def read_flag(name: str, value: object) -> bool:
+    """Return the bool that a value of an option means: true or false, yes or no, on or off; else raise OptionError."""
+    flag = value if isinstance(value, bool) else FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise OptionError(f"{name}={'null' if value is None else value}: give true or false")
+    return flag
+
+
+def check_kinds(config: DictConfig, defaults: DictConfig, above: str = "") -> None:
+    """Make a bool of each value whose default is one, where it means one.
+
+    Raises:
+        OptionError: if a value means none, or stands in the place of a group of options.
+    """
+    for key in defaults:
+        if key == "hydra" or key not in config or OmegaConf.is_missing(defaults, key):
+            continue
+        name, default = f"{above}{key}", defaults._get_node(key)
+        if isinstance(default, DictConfig) and not default._is_none() and len(default):
+            group = config._get_node(key)
+            if not isinstance(group, DictConfig) or group._is_none():
+                shown = "null" if config[key] is None else config[key]
+                raise OptionError(f"{name}={shown}: is a group of options; give {name}.OPTION=VALUE")
+            check_kinds(group, default, f"{name}.")
+        elif isinstance(default._value(), bool):
+            value = "???" if OmegaConf.is_missing(config, key) else config[key]
+            OmegaConf.update(config, key, read_flag(name, value))
+
+
+def _check(config: DictConfig, literal_groups: Mapping[str, str]) -> None:
+    """Raise OptionError if a value is not of the kind that its default is."""
+    if HydraConfig.get().overrides.task:
+        check_kinds(config, _compose_defaults())
+    for group, key in literal_groups.items():
+        if OmegaConf.is_missing(config[group], key.rpartition(".")[2]):
+            continue
+        named = OmegaConf.select(config, key)
+        if not isinstance(named, str):
+            raise OptionError(f"{group}={'null' if named is None else named}: give a name, a folder or a hub id")
+
+
+def _compose_defaults() -> DictConfig:
+    """The configuration of the groups that were chosen, without any other option."""
+    hydra_config = HydraConfig.get()
+    chosen = [
+        override
+        for override in hydra_config.overrides.task
+        if override.lstrip("+").partition("=")[0].partition("@")[0] in hydra_config.runtime.choices
+    ]
+    composer = GlobalHydra.instance().hydra
+    return composer.compose_config(hydra_config.job.config_name, chosen, RunMode.RUN, with_log_configuration=False)
+
+
 def run(
     task: Callable[[DictConfig], int | None],
     config_name: str,
@@ -130,10 +191,17 @@ def _run(
     # Notices and bars of libraries would break into the output. They are read when those are imported, which follows.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    code = SUCCESS
+    code, began = SUCCESS, False
 
     def keep_code(config: DictConfig) -> None:
-        nonlocal code
+        nonlocal code, began
+        try:
+            _check(config, literal_groups or {})
+        except OptionError as error:  # Hydra would print a line of its own
+            print(f"error: {error}", file=sys.stderr)
+            code = USAGE
+            return
+        began = True
         code = task(config) or code
 
     conf = conf_folder()
@@ -148,6 +216,14 @@ def _run(
             raise
         print(f"error: {_message(error)}{_hint(arguments)}", file=sys.stderr)
         sys.exit(USAGE)
+    except ValueError as error:
+        if began or full_error == "1":  # of the task
+            raise
+        text = str(error)
+        if text.startswith("Config group override must be a string"):
+            text = _describe_group(arguments, conf) or text
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(USAGE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:
@@ -156,6 +232,15 @@ def _run(
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
     return code
+
+
+def _describe_group(arguments: Sequence[str], conf: Path) -> str:
+    """One line about the group of options that is given no name."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if group and (conf / group).is_dir() and (value in ("null", "true", "false") or value.isdigit()):
+            return f"{argument}: choose from {', '.join(sorted(path.stem for path in (conf / group).glob('*.yaml')))}"
+    return ""
 
 
 def _message(error: Exception) -> str:

@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exit_code = 1
 
     options = sys.argv[1:] if arguments is None else arguments
-    run(run_task, "evaluate", options, PATHS, {"model": "model.name_or_path"})
-    sys.exit(exit_code)
+    refused = run(run_task, "evaluate", options, PATHS, {"model": "model.name_or_path"})
+    sys.exit(exit_code or refused)
 
 
 def check_options(config: DictConfig) -> None:

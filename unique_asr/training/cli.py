@@ -53,5 +53,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"error: {error}", file=sys.stderr)
             code = 1
 
-    run(task, "finetune", sys.argv[1:] if arguments is None else arguments, PATHS)
-    sys.exit(code)
+    refused = run(task, "finetune", sys.argv[1:] if arguments is None else arguments, PATHS)
+    sys.exit(code or refused)
