@@ -69,7 +69,6 @@ class Model:
         self.config = SimpleNamespace(blank_id=self.symbols - 1, max_pass_seconds=max_pass_seconds)
         self.table = torch.nn.Embedding(self.symbols, HIDDEN)
         self.language_model = SimpleNamespace(get_input_embeddings=lambda: self.table)
-        self._modules: dict[str, torch.nn.Module] = {}  # nothing that it wraps
 
     def compute_ctc_log_probs(
         self, encoded: EncodedAudio, token_ids: torch.Tensor, start: int, end: int

@@ -10,7 +10,7 @@ import unique_asr
 from unique_asr.attention import SparseAttentionConfig
 from unique_asr.longform.coverage import LongformReport
 from unique_asr.pipeline import transcribe
-from unique_asr.transcribers import speech_llm
+from unique_asr.transcribers import base, speech_llm
 from unique_asr.transcribers.base import PipelineError, open_audio
 from unique_asr.transcribers.speech_llm import SpeechLLMTranscriber
 
@@ -24,7 +24,7 @@ def scripted(monkeypatch):
     words = timeline(TEXT)
     model, processor = Model(), Processor()
     model.config.model_type = "scripted"
-    model.config.sparse_attention = {"combine": "max"}  # there are no heads to ask
+    monkeypatch.setattr(base, "resolve_combine", lambda attention, model: attention)  # there are no heads to ask
     model.encode = lambda blocks, processor, progress=None: [list(blocks), encode(model, processor, words)][1]
 
     class Decoder(ScriptedDecoder):
