@@ -119,3 +119,10 @@ def test_a_state_goes_on_where_it_was_made(transcribe):
     assert 0 < len(rest) < len(text)
     with pytest.raises(ValueError, match="not the one"):
         transcribe(lambda number, heard: heard, hear("another"), state=states[1])
+
+
+def test_coverage_is_known_on_the_way(transcribe):
+    """Of a transcription that is interrupted, too."""
+    states = []
+    transcribe(lambda number, heard: heard, max_pass_seconds=32.0, on_pass=states.append)
+    assert [round(state["report"]["coverage"], 1) for state in states] == [0.0, 0.5]

@@ -2,12 +2,14 @@
 
 A text that repeats itself, or goes on without anything that was heard, is broken off; the next pass begins with the
 first word heard that it has not written. Where two passes in a row come to nothing, some words are taken as they were
-heard, so that nothing that was heard is missing from a transcript.
+heard. So no stretch of speech that was heard is missing from a transcript: a text may leave out `min_progress` words at
+its end, as it may correct any others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import exp
@@ -124,7 +126,7 @@ class HeardPassRunner:
             if state["words"] != len(words):
                 raise ValueError("the recording is not the one that the transcription began with")
             cursor, failed = state["cursor"], state["failed"]
-            vars(report).update(state["report"])
+            vars(report).update(deepcopy(state["report"]))
         ends = [end for _, end in heard.split(self.max_pass_seconds)]
         covered = cursor
         while cursor < len(words):
@@ -136,6 +138,7 @@ class HeardPassRunner:
             for group in self._run_pass(heard, cursor, last, sequence, report, progress):
                 if isinstance(group, int):
                     cursor = group
+                    report.coverage = (covered + cursor - begin) / len(words)
                 elif group is PENDING:
                     yield PENDING
                 else:
@@ -159,7 +162,7 @@ class HeardPassRunner:
             yield self._make_segment(report.segments - 1, [self._as_heard(word) for word in taken])
             cursor, failed = cursor + len(taken), 0
             covered += len(taken)
-        report.coverage = covered / len(words)
+            report.coverage = covered / len(words)
         if progress:
             progress("decode", heard.duration, heard.duration)
 
@@ -172,7 +175,10 @@ class HeardPassRunner:
         report: LongformReport,
         progress: Progress | None,
     ) -> Generator[list[Word] | Pending | int, None, None]:
-        """Yield groups of words, one a segment, of the words heard [cursor, last); then where the text came to."""
+        """Yield groups of words, one a segment, of the words heard [cursor, last), and before them where the text is.
+
+        Where it is: the index of the first word heard that it has not come to.
+        """
         spoken = [normalize_word(word.text) for word in heard.words[:last]]
         ids = self.make_prompt(heard.words[cursor:last])
         limit = self.limit_tokens(len(ids))
@@ -198,6 +204,7 @@ class HeardPassRunner:
                 break
             if self._is_worth_placing(text.drafts):
                 cursor, placed = self._place(text, heard, spoken, cursor)
+                yield cursor
                 if progress:
                     progress("decode", heard.words[min(cursor, last - 1)].start, heard.duration)
                 for draft, word in placed:
@@ -209,11 +216,11 @@ class HeardPassRunner:
             text.drafts += text.words.flush()
             text.ended = True
         cursor, placed = self._place(text, heard, spoken, cursor)
+        yield cursor
         for draft, word in placed:
             yield from segmenter.push(word, draft.ends_sentence)
         yield from segmenter.flush()
         report.stop_reason = text.broken or ("length" if written >= limit else "end")
-        yield cursor
 
     def _is_worth_placing(self, drafts: Sequence[DraftWord]) -> bool:
         if len(drafts) >= self.config.max_words:

@@ -50,11 +50,11 @@ class WhisperListener:
         heard = HeardSpeech()
         windows = cut_windows(blocks, self.config.window_seconds, self.config.search_seconds)
         for group in _group(windows, batch):
-            loud = [samples for _, samples in group if float(np.sqrt(np.mean(samples**2))) > SILENCE]
-            found = iter(self.hear(loud))
-            for start, samples in group:
+            loud = [float(np.sqrt(np.mean(samples**2))) > SILENCE for _, samples in group]
+            found = iter(self.hear([samples for (_, samples), is_loud in zip(group, loud, strict=True) if is_loud]))
+            for (start, samples), is_loud in zip(group, loud, strict=True):
                 end = start + len(samples) / SAMPLE_RATE
-                words = next(found) if float(np.sqrt(np.mean(samples**2))) > SILENCE else []
+                words = next(found) if is_loud else []
                 heard.words += [_shift(word, start, end) for word in words]
                 heard.cuts.append(end)
             yield heard
